@@ -1,0 +1,475 @@
+"""Flow-Anchored Consistency Models (Peng et al. 2025, arXiv:2507.03738), in one file.
+
+DIRECTION OF TIME: t=0 noise, t=1 data. x_t = (1-t) x_0 + t x_1, x_0 ~ N(0, I), x_1 data.
+A consistency model alone forgets the flow that it shortcuts, and training collapses. FACM trains
+one network on two tasks, told apart by the time it is conditioned on: the shortcut to the data
+(CM, the accelerator) and the velocity of the flow (FM, the anchor).
+
+    f(x_t, t) = x_t + (1-t) F(x_t, c_CM)                   one-step prediction of x_1     Eq. 2
+    v         = v_uncond + w (v_cond - v_uncond)           guided velocity                Eq. 9
+    L_FM      = |F(x_t, c_FM) - v|^2 + 1 - cos(F, v)       anchor                         Eq. 10
+    g         = F(x_t, c_CM) - (v + (1-t) dF/dt)           residual, clamped to [-1, 1]   Eq. 11
+    v_tar     = F(x_t, c_CM) - alpha(t) g                  relaxed target                 Eq. 12
+    L_CM      = beta(t) e / sqrt(e+c), e = |F - v_tar|^2   accelerator                    Eq. 14, 18
+
+    x1, x0, xt, t   x_1, x_0, x_t, t        c_cm, c_fm  conditions (t, s): (t, None), (2-t, None)
+    F_cm, F_fm      F(x_t, c_CM), ...                   or, auxiliary, (t, 1), (t, t)   (3.2.2)
+    dF_dt           total derivative        teacher     F_delta, frozen; None: from scratch
+
+Launch:
+    python facm.py                                           # laptop: pretrain, distil; 5 minutes
+    python facm.py --resolution 32 --bf16 --compile          # 1 GPU
+    torchrun --nproc_per_node=8 facm.py --batch 1024         # 8 GPUs; --batch is the global batch
+
+Measured: README.md. A departure from the paper stands at its line: "paper: ...; here: ...".
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cosine_similarity
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import models
+
+METHOD = "facm"
+
+# A row for each data set; a flag given by hand beats it. Table 5, but for the glyphs' small run.
+PRESETS = {
+    "glyphs": dict(
+        resolution=16, steps=600, pretrain=900, batch=64, lr=2e-3, betas=(0.9, 0.999), warmup=50,
+        net=dict(name="DDPM++", width=16, mult=(1, 2, 4), blocks=1, attention=(), sigma_data=0.6),
+        ema_sigma=0.2, P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
+}
+
+
+def parse_args():
+    p = data.Parser(description="Flow-Anchored Consistency Models. Defaults: the preset's row.")
+    a = p.add_argument
+    a("--data", default="glyphs", help="data set")
+    a("--data-dir", help="where it lies, unless it is drawn here")
+    a("--preset", choices=list(PRESETS), help="row of hyper-parameters (default: the data set's)")
+    a("--out", help="run directory; the same command resumes it (default: runs/SCRIPT-DATA)")
+    a("--steps", type=int, help="steps of the method, after those of --pretrain")
+    a("--pretrain", type=int, help="steps of flow matching first (Eq. 1)")
+    a("--teacher", help="checkpoint to distil, in place of --pretrain; neither: from scratch")
+    a("--batch", type=int, help="global batch: over all processes and --accum (Table 5)")
+    a("--accum", type=int, default=1, help="pieces that a batch is computed in, to save memory")
+    a("--lr", type=float, help="learning rate (Table 5)")
+    a("--seed", type=int, default=0, help="everything random follows from it")
+    a("--save-every", type=int, default=200, help="steps between checkpoints")
+    a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    a("--bf16", action="store_true", help="autocast to bfloat16; the time path stays float32")
+    a("--compile", action="store_true", help="torch.compile the network and the derivative")
+    a("--fresh", action="store_true", help="start over; an old run is renamed, never deleted")
+    a("--resolution", type=int, help="height and width of the images")
+    a("--net", nargs="+", default=[], metavar="K=V", help="network options: width=64 dropout=0.1")
+    a("--betas", type=float, nargs=2, help="AdamW's beta_1 and beta_2 (Table 5)")
+    a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
+    a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
+    a("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    a("--ema-sigma", type=float, help="relative width sigma_rel of the EMA (Table 5)")
+    a("--label-drop", type=float, default=0.1, help="share of null labels without a teacher")
+    a("--log-every", type=int, default=20, help="steps between lines of log.jsonl")
+    a("--preview-every", type=int, default=200, help="steps between preview grids")
+    a("--P-mean", type=float, help="mean of ln(sigma) (Eq. 20, Table 5)")
+    a("--P-std", type=float, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
+    a("--w", type=float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
+    a("--t-low", type=float, help="no guidance before this time (Table 5)")
+    a("--jvp", choices=["exact", "fd"], default="exact", help="forward mode or difference (A.1)")
+    a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2")
+    a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
+    a("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
+    a("--p", type=float, default=0.5, help="the exponent in 1-t^p (Table 4)")
+    a("--c", type=float, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
+    return p.parse(METHOD, PRESETS)
+
+
+# --------------------------------------------------------------------------------------------------
+# THE METHOD. Pure functions: x1, x0, xt, v, F_cm, ... [B, C, H, W]; t, s, alpha, beta [B].
+
+WEIGHTS = {                                                            # Table 4, Figure 3(a)
+    "1": lambda t, p: torch.ones_like(t),
+    "1-t^p": lambda t, p: 1 - t ** p,
+    "cos": lambda t, p: torch.cos(t * math.pi / 2),
+}
+
+
+def sample_t(normal, P_mean, P_std):
+    """Times in (0, 1), denser near the data, from standard normal draws [B]."""
+    sigma = torch.exp(P_mean + P_std * normal)
+    return 1 - 2 / math.pi * torch.atan(sigma)                         # Eq. 20
+
+
+def conditions(t, condition):
+    """c_CM and c_FM, each a pair (time, second time or None): they tell the tasks apart (3.2.2)."""
+    if condition == "expanded":
+        return (t, None), (2 - t, None)
+    return (t, torch.ones_like(t)), (t, t)
+
+
+def interpolate(x1, x0, t):
+    """x_t on the straight line from noise x0 to data x1."""
+    t = t[:, None, None, None]
+    return (1 - t) * x0 + t * x1
+
+
+@torch.no_grad()
+def guided_velocity(net, xt, t, c, y, y_null, w, t_low, v_cond=None):
+    """The velocity at x_t, guided with scale w where t >= t_low (Eq. 9); c is net's condition. Net
+    is the teacher, and gives v_cond too; from scratch it is the network itself."""
+    if v_cond is None:
+        v_cond = net(xt, *c, y)
+    if w == 1:
+        return v_cond
+    v_uncond = net(xt, *c, torch.full_like(y, y_null))
+    # paper: from scratch x_1 - x_0 + w (v_cond - v_uncond), both from the network; here: x_1 - x_0
+    # takes the place of v_cond, because the authors' code does so, and w = 1 is then no guidance.
+    v = v_uncond + w * (v_cond - v_uncond)                             # Eq. 9
+    guided = (t >= t_low) & (y != y_null)
+    return torch.where(guided[:, None, None, None], v, v_cond)
+
+
+@torch.no_grad()
+def total_derivative(net, xt, c, y, v, mode="exact", h=5e-3):
+    """dF/dt along the flow: the derivative of F(x_t, c) in the direction (v, 1) of (x_t, t). mode:
+    "exact", one forward-mode pass, or "fd", a central difference with an error of order h^2."""
+    t, s = c
+    if mode == "exact":
+        tangents = (v, torch.ones_like(t))
+        return torch.func.jvp(lambda x, t: net(x, t, s, y), (xt, t), tangents)[1]  # Eqs. 16, 17
+    with torch.autocast(xt.device.type, enabled=False):    # bfloat16 would round the difference off
+        return (net(xt + h * v, t + h, s, y) - net(xt - h * v, t - h, s, y)) / (2 * h)
+
+
+def fm_loss(F_fm, v):
+    """The anchor's loss [B]. paper: norms and cosine of whole samples; here: the mean over pixels
+    of both, the cosine being that of a pixel's channels, because the authors' code does so."""
+    mse = (F_fm - v).square().mean(dim=(1, 2, 3))
+    return mse + 1 - cosine_similarity(F_fm, v, dim=1).mean(dim=(1, 2))            # Eq. 10
+
+
+def cm_target(F_cm, v, dF_dt, t, alpha):
+    """v_tar: a step of size alpha from F_cm (without gradient) to the consistent F (Eq. 13)."""
+    t, alpha = t[:, None, None, None], alpha[:, None, None, None]
+    g = F_cm - (v + (1 - t) * dF_dt)                                   # Eq. 11
+    return F_cm - alpha * g.clamp(-1, 1)                               # Eq. 12
+
+
+def norm_l2(F_cm, v_tar, c):
+    """Norm L2 loss [B]. paper: e is a sum; here: a mean over C, H, W, because c was tuned for it in
+    the authors' code. As there, no gradient flows into the root: it is an adaptive weight."""
+    e = (F_cm - v_tar).square().mean(dim=(1, 2, 3))
+    return e / (e + c).sqrt().detach()                                 # Eq. 18
+
+
+def facm_loss(net, derivative, teacher, x1, x0, t, y, y_null, condition, w, t_low, alpha, beta, c):
+    """The two terms of Eq. 8, means over the batch (Algorithm 1). net: F_theta, with gradient;
+    derivative(xt, c_cm, y, v): dF/dt, without; teacher: F_delta, or None from scratch."""
+    xt = interpolate(x1, x0, t)
+    c_cm, c_fm = conditions(t, condition)
+    if teacher is None:
+        v = guided_velocity(net, xt, t, c_fm, y, y_null, w, t_low, v_cond=x1 - x0)
+    else:
+        # paper: the teacher sees c_FM; here: t, because every flow-matching network knows t, but
+        # 2 - t only one that was pretrained with the mixed conditions of A.3(a).
+        c_teacher = (t, t if teacher.second_time else None)
+        v = guided_velocity(teacher, xt, t, c_teacher, y, y_null, w, t_low)
+
+    F_fm = net(xt, *c_fm, y)
+    L_fm = fm_loss(F_fm, v)
+
+    F_cm = net(xt, *c_cm, y)
+    dF_dt = derivative(xt, c_cm, y, v)
+    v_tar = cm_target(F_cm.detach(), v, dF_dt, t, alpha)
+    L_cm = beta * norm_l2(F_cm, v_tar, c)                              # Eq. 14
+    return L_fm.mean(), L_cm.mean()
+
+
+def pretrain_loss(net, x1, x0, t, y, condition, mixed):
+    """Flow matching (Eq. 1) under both of FACM's conditions, c_FM where mixed [B] bool (A.3(a))."""
+    pairs = zip(*conditions(t, condition))
+    c = [None if cm is None else torch.where(mixed, fm, cm) for cm, fm in pairs]
+    return (net(interpolate(x1, x0, t), *c, y) - (x1 - x0)).square().mean()        # Eq. 1
+
+
+# --------------------------------------------------------------------------------------------------
+# SAMPLERS. noise [K, B, C, H, W], standard normal; y [B] labels; -> images [B, C, H, W].
+
+@torch.no_grad()
+def sample(net, noise, y, nfe, condition="expanded"):
+    """nfe one-step predictions at equal steps of time, fresh noise in between (A.3(b)); K = nfe."""
+    xt = noise[0]
+    for i in range(nfe):
+        t = torch.full_like(noise[0, :, 0, 0, 0], i / nfe)
+        c_cm, _ = conditions(t, condition)
+        x1 = xt + (1 - i / nfe) * net(xt, *c_cm, y)                    # Eq. 2
+        if i + 1 < nfe:
+            t_next = (i + 1) / nfe
+            xt = t_next * x1 + (1 - t_next) * noise[i + 1]             # Eq. 19
+    return x1
+
+
+@torch.no_grad()
+def sample_euler(net, noise, y, nfe, condition="expanded", w=1.0, t_low=0.125):
+    """nfe Euler steps along the velocity F(x_t, c_FM), guided by w (two passes a step); K = 1."""
+    xt = noise[0]
+    for i in range(nfe):
+        t = torch.full_like(noise[0, :, 0, 0, 0], i / nfe)
+        _, c_fm = conditions(t, condition)
+        xt = xt + guided_velocity(net, xt, t, c_fm, y, net.num_classes, w, t_low) / nfe
+    return xt
+
+
+SAMPLERS = {"cm": sample, "euler": sample_euler}
+
+
+# --------------------------------------------------------------------------------------------------
+# Blocks that stand to the letter in all three scripts, so that one can be copied away whole.
+
+# --- shared: signals ---
+def watch_signals():
+    """A list to which SIGTERM and SIGINT append their number: the loop then saves and exits."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
+# --- end shared ---
+
+
+# --- shared: dropout ---
+def same_dropout(net, seed):
+    """net, seeded anew before each pass: nn.Dropout draws one mask for all passes of a step."""
+    def seeded(*inputs):
+        torch.manual_seed(seed)
+        return net(*inputs)
+    return seeded
+# --- end shared ---
+
+
+# --- shared: stage ---
+def start_stage(net, args):
+    """The EMA (a copy of net) and the optimiser at the first step of a stage."""
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    return ema, torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas,
+                                  weight_decay=args.weight_decay)
+
+
+def ema_gamma(sigma_rel):
+    """The exponent whose power-function EMA has the relative width sigma_rel (EDM2, Karras et al.
+    2024): the largest root gamma of sigma_rel^2 (gamma+2)^2 (gamma+3) = gamma+1."""
+    k = sigma_rel ** -2
+    return max(np.roots([1, 7, 16 - k, 12 - k]).real)
+
+
+@torch.no_grad()
+def ema_update(ema, net, k, gamma):
+    """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma."""
+    beta = (1 - 1 / k) ** (gamma + 1)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+# --- end shared ---
+
+
+# --- shared: run directory ---
+MAY_CHANGE = "steps save_every log_every preview_every device accum fresh out".split()
+
+
+def open_run(args, method, rank):
+    """The run directory and its newest checkpoint, or None. --fresh renames an old directory to
+    NAME.old-K. Raises ValueError if the run is another method's, or was begun with other flags."""
+    out = pathlib.Path(args.out)
+    if rank == 0:
+        if args.fresh and out.exists():
+            names = (out.with_name(f"{out.name}.old-{k}") for k in itertools.count(1))
+            old = out.rename(next(name for name in names if not name.exists()))
+            print(f"--fresh: the old run is now {old}")
+        out.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+    if not (out / "ckpt.pt").exists():
+        return out, None
+    checkpoint = models.read_checkpoint(out / "ckpt.pt")
+    if checkpoint["method"] != method:
+        raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
+    for name, old in checkpoint["args"].items():
+        new = getattr(args, name, None)
+        if name not in MAY_CHANGE and new != old:
+            raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
+    return out, checkpoint
+
+
+def open_log(path, step):
+    """log.jsonl, opened to append to, without the lines that a killed run left past `step`."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
+    return open(path, "a", buffering=1)
+# --- end shared ---
+
+
+def preview(path, net, stage, noise, args):
+    """A grid of two rows of NFE 1 over two of NFE 2; while pretraining of 20 guided Euler steps."""
+    y = torch.arange(noise.shape[1], device=noise.device) % net.num_classes
+    if stage == "pretrain":
+        images = [sample_euler(net, noise, y, 20, args.condition, args.w, args.t_low)]
+    else:
+        images = [sample(net, noise, y, nfe, args.condition) for nfe in (1, 2)]
+    path.parent.mkdir(exist_ok=True)
+    data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
+
+
+def main():
+    args = parse_args()
+    device, rank, world = data.start_processes(args.device)
+    stop = watch_signals()
+
+    # Data, networks, and the step at which the run stands
+    try:
+        dataset = data.load(args.data, args.resolution)
+        args.net = dict(resolution=dataset.shape[1], channels=dataset.shape[0],
+                        num_classes=dataset.num_classes,
+                        second_time=args.condition == "auxiliary") | args.net
+        torch.manual_seed(data.seed_of(args.seed, "init"))
+        net, teacher = models.create(**args.net).to(device), None
+        out, checkpoint = open_run(args, METHOD, rank)
+        step = checkpoint["step"] if checkpoint else 0
+        if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
+            given = models.read_checkpoint(path)
+            teacher = models.create(**given["args"]["net"]).to(device)
+            models.load_weights(teacher.eval().requires_grad_(False), given["ema"], path)
+            models.load_weights(net, given["ema"], path, may_lack=["map_second"])
+        ema, optimizer = start_stage(net, args)
+        if checkpoint:
+            models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
+            models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
+            optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, OSError) as e:
+        data.fail(e)
+    gamma = ema_gamma(args.ema_sigma)
+    random = data.generator("cpu", args.seed, "preview")
+    preview_noise = torch.randn((2, 20, *dataset.shape), generator=random).to(device)
+
+    def save(name):
+        models.save_checkpoint(out / name, dict(
+            method=METHOD, args=vars(args), step=step, model=net.state_dict(),
+            ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+            torch_version=str(torch.__version__)))
+
+    # The network in its two roles: with gradient, and bare for the derivative
+    trained = torch.compile(net) if args.compile else net
+    if world > 1:
+        trained = DistributedDataParallel(trained, broadcast_buffers=False)
+    differentiate = torch.compile(total_derivative) if args.compile else total_derivative
+
+    log = open_log(out / "log.jsonl", step) if rank == 0 else None
+    window, tick = [], time.perf_counter()
+    total, piece = args.pretrain + args.steps, args.batch // (args.accum * world)
+    bar = tqdm(total=total, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    while step < total:
+        # The second stage begins with the averaged weights of the first, its teacher
+        if step == args.pretrain > 0:
+            if rank == 0:
+                save("teacher.pt")
+            net.load_state_dict(ema.state_dict())
+            teacher, (ema, optimizer) = ema, start_stage(net, args)
+        stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
+
+        # Seed: random numbers of the global batch; neither processes nor --accum change them
+        random = data.generator(device, args.seed, "step", step)
+        x0_all = torch.randn((args.batch, *dataset.shape), generator=random, device=device)
+        normal = torch.randn(args.batch, generator=random, device=device)
+        drop, mix = torch.rand((2, args.batch), generator=random, device=device)
+
+        terms = torch.zeros(2, device=device)
+        for part in range(args.accum):
+            # Batch
+            rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
+            x1, y = (a.to(device) for a in dataset.batch(args.seed, step, args.batch, rows))
+            x0, t = x0_all[rows], sample_t(normal[rows], args.P_mean, args.P_std)
+            if teacher is None:
+                y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
+
+            # Loss
+            seed = data.seed_of(args.seed, "dropout", step, rank, part)
+            F_theta = same_dropout(trained, seed)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                if stage == "pretrain":
+                    L_fm = pretrain_loss(F_theta, x1, x0, t, y, args.condition, mix[rows] < 0.5)
+                    L_cm = torch.zeros_like(L_fm)
+                else:
+                    derivative = functools.partial(differentiate, same_dropout(net, seed),
+                                                   mode=args.jvp)
+                    L_fm, L_cm = facm_loss(
+                        F_theta, derivative, teacher, x1, x0, t, y, net.num_classes,
+                        args.condition, args.w, args.t_low, WEIGHTS[args.alpha](t, args.p),
+                        WEIGHTS[args.beta](t, args.p), args.c)
+            terms += torch.stack([L_fm, L_cm]).detach() / args.accum
+
+            # Backward: summed over the pieces, averaged over the processes with the last one
+            last = part + 1 == args.accum
+            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+                ((L_fm + L_cm) / args.accum).backward()                # Eq. 8
+
+        # Clip, and the finite check of losses and gradient in one transfer
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        values = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
+        if world > 1:
+            dist.all_reduce(values)
+        *losses, signalled = values.tolist()
+        if not math.isfinite(sum(losses)):
+            raise FloatingPointError(
+                f"step {step}, process {rank}: L_fm {terms[0]}, L_cm {terms[1]}, gradient norm "
+                f"{norm}; the last checkpoint stays in {out}")
+
+        # Step, EMA
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (k + 1) / max(args.warmup, 1))
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_update(ema, net, k + 1, gamma)
+        step += 1
+
+        # Log, preview, save
+        if rank == 0:
+            window.append(losses)
+            ends = step in (args.pretrain, total) or signalled
+            if step % args.log_every == 0 or ends:
+                L_fm, L_cm, norm = np.mean(window, axis=0).round(6).tolist()
+                speed = round(len(window) * args.batch / (time.perf_counter() - tick), 1)
+                row = dict(L_fm=L_fm, L_cm=L_cm, grad_norm=norm, images_per_s=speed)
+                log.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
+                window, tick = [], time.perf_counter()
+                bar.set_postfix(row)
+            bar.update()
+            if step % args.preview_every == 0 or ends:
+                preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
+            if step % args.save_every == 0 or ends:
+                save("ckpt.pt")
+        if signalled:
+            break
+
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if step < total:
+        sys.exit(128 + (stop or [signal.SIGTERM])[-1])
+    if rank == 0:
+        path = out / "ckpt.pt"
+        print(f"{path}, step {step}; now: python sample.py --ckpt {path} --nfe 1 --out grid.png")
+
+
+if __name__ == "__main__":
+    main()

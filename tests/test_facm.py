@@ -1,0 +1,210 @@
+"""facm.py against closed forms: the Gaussian oracle, mutants of the source, EMA, samplers, derivatives."""
+
+import functools
+import math
+import pathlib
+import types
+
+import pytest
+import torch
+from oracle import Gaussian
+
+import facm
+
+SOURCE = pathlib.Path(facm.__file__).read_text()
+ORACLE = Gaussian()
+Y_NULL = 0
+
+
+class OracleNet:
+    """The ideal FACM network: the average velocity to t=1 under c_CM, the velocity under c_FM."""
+
+    num_classes = 0
+
+    def __init__(self, second_time, teacher=False):
+        self.second_time, self.teacher, self.passes = second_time, teacher, 0
+
+    def __call__(self, x, t, s=None, y=None):
+        self.passes += 1
+        if self.teacher:
+            return ORACLE.velocity(x, t)
+        if self.second_time:
+            fm, flow_t = s == t, t
+        else:
+            fm, flow_t = t > 1, torch.where(t > 1, 2 - t, t)
+        # Where one branch is asked for, the other's singularity at t=1 must not leak into its derivative.
+        safe = torch.where(fm, torch.full_like(flow_t, 0.5), flow_t)
+        cm = ORACLE.average_velocity(x, safe, torch.ones_like(safe))
+        return torch.where(ORACLE.expand(fm), ORACLE.velocity(x, flow_t), cm)
+
+
+def losses(module, condition="expanded", teacher=True, w=1.0, mode="exact", x1=None, x0=None, t=None):
+    """L_FM and L_CM of the oracle network, float64."""
+    if x1 is None:
+        x1, x0, t = ORACLE.draw(64)
+    net = OracleNet(condition == "auxiliary")
+    derivative = functools.partial(module.total_derivative, net, mode=mode)
+    y = torch.full((len(t),), 1)
+    return module.facm_loss(net, derivative, OracleNet(condition == "auxiliary", teacher=True) if teacher else None,
+                            x1, x0, t, y, Y_NULL, condition, w, 0.125, torch.ones_like(t), torch.ones_like(t), 1e-3)
+
+
+@pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
+def test_oracle_has_zero_residual(condition):
+    L_fm, L_cm = losses(facm, condition)
+    assert L_fm < 1e-14 and L_cm < 1e-14
+
+
+def test_oracle_has_zero_residual_with_the_finite_difference():
+    L_fm, L_cm = losses(facm, mode="fd")
+    assert L_fm < 1e-14 and 0 < L_cm < 1e-6
+
+
+@pytest.mark.parametrize("old, new, hurt", [
+    ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v - (1 - t) * dF_dt)", "cm"),       # sign of (1-t) dF/dt
+    ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v + t * dF_dt)", "cm"),             # its factor
+    ("tangents = (v, torch.ones_like(t))", "tangents = (v, -torch.ones_like(t))", "cm"),  # time tangent's sign
+    ("tangents = (v, torch.ones_like(t))", "tangents = (v, torch.zeros_like(t))", "cm"),  # time tangent left out
+    ("tangents = (v, torch.ones_like(t))", "tangents = (-v, torch.ones_like(t))", "cm"),  # direction of the flow
+    ("return (t, None), (2 - t, None)", "return (2 - t, None), (t, None)", "both"),       # conditions swapped
+    ("return (t, None), (2 - t, None)", "return (t, None), (1 + t, None)", "fm"),         # 2-t misread
+    ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another point, still exact
+])
+def test_mutants_are_caught(old, new, hurt):
+    assert SOURCE.count(old) == 1, "the mutated line has changed; adapt the test"
+    mutant = types.ModuleType("mutant")
+    exec(compile(SOURCE.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    L_fm, L_cm = losses(mutant)
+    assert (L_cm > 1e-2) == (hurt in ("cm", "both"))
+    assert (L_fm > 1e-2) == (hurt in ("fm", "both"))
+
+
+def test_from_scratch_the_target_is_right_on_average():
+    """Without a teacher v = x_1 - x_0 is only the mean of the posterior: E[v_tar | x_t] must be F."""
+    _, _, t = ORACLE.draw(64)
+    xt = ORACLE.mu * ORACLE.expand(t) + torch.randn(64, 2, 3, 3, dtype=torch.float64)
+    mean = ORACLE.posterior_mean(xt, t)
+    targets = []
+    for offset in (-0.1, 0.1):                     # two points of the posterior whose mean is the posterior's
+        x1 = mean + offset
+        x0 = (xt - ORACLE.expand(t) * x1) / (1 - ORACLE.expand(t))
+        net = OracleNet(False)
+        v = facm.guided_velocity(net, xt, t, (2 - t, None), torch.ones(64, dtype=torch.int64), Y_NULL, 1.0, 0.125, x1 - x0)
+        dF_dt = facm.total_derivative(net, xt, (t, None), None, v)
+        g = net(xt, t) - (v + (1 - ORACLE.expand(t)) * dF_dt)
+        targets.append(net(xt, t) - g)
+    assert (sum(targets) / 2 - net(xt, t)).abs().max() < 1e-12
+    assert (targets[0] - net(xt, t)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_guidance_off_is_one_pass(teacher):
+    x1, x0, t = ORACLE.draw(8)
+    y = torch.ones(8, dtype=torch.int64)
+    for w, extra in ((1.0, 0), (1.75, 1)):
+        net = OracleNet(False, teacher=True)
+        facm.guided_velocity(net, x1, t, (t, None), y, Y_NULL, w, 0.0, None if teacher else x1 - x0)
+        assert net.passes == teacher + extra
+
+
+def test_guidance_extrapolates_from_t_low_on_and_never_for_the_null_label():
+    def net(x, t, s, y):
+        return torch.ones_like(x) * ORACLE.expand(y.double())          # velocity = label; null label 0
+    t = torch.tensor([0.1, 0.125, 0.5, 0.5], dtype=torch.float64)
+    y = torch.tensor([3, 3, 3, 0])
+    x = torch.zeros(4, 2, 3, 3, dtype=torch.float64)
+    v = facm.guided_velocity(net, x, t, (t, None), y, 0, 1.75, 0.125)
+    assert v[:, 0, 0, 0].tolist() == [3, 5.25, 5.25, 0]                # w * 3 = 5.25 where guided
+    v = facm.guided_velocity(net, x, t, (t, None), y, 0, 1.75, 0.125, v_cond=x + 2)
+    assert v[:, 0, 0, 0].tolist() == [2, 3.5, 3.5, 2]
+
+
+def test_relaxation_and_clamp():
+    """Eq. 13: v_tar = (1-alpha) F + alpha T(F), as long as |F - T(F)| <= 1; beyond, the step is alpha."""
+    F_cm, v, dF_dt = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (0.5, 0.3, 0.4))
+    t, alpha = torch.tensor([[0.25], [0.6]], dtype=torch.float64)
+    T = 0.3 + 0.75 * 0.4
+    assert math.isclose(facm.cm_target(F_cm, v, dF_dt, t, alpha).item(), 0.4 * 0.5 + 0.6 * T)
+    assert math.isclose(facm.cm_target(F_cm, v + 9, dF_dt, t, alpha).item(), 0.5 + 0.6)
+
+
+def test_norm_l2_has_the_value_and_the_gradient_of_an_adaptive_weight():
+    F_cm = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
+    v_tar = torch.zeros(1, 1, 1, 2).double()
+    loss = facm.norm_l2(F_cm, v_tar, 1e-3)
+    e = (0.09 + 0.04) / 2
+    assert math.isclose(loss.item(), e / math.sqrt(e + 1e-3))
+    loss.sum().backward()
+    assert torch.allclose(F_cm.grad.flatten(), torch.tensor([0.3, -0.2], dtype=torch.float64) / math.sqrt(e + 1e-3))
+
+
+def test_fm_loss_value():
+    a = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)
+    b = torch.tensor([1.0, 1.0]).reshape(1, 2, 1, 1)
+    assert math.isclose(facm.fm_loss(a, b).item(), 0.5 + 1 - 1 / math.sqrt(2), rel_tol=1e-6)
+
+
+def test_weights():
+    t = torch.tensor([0.0, 0.25, 1.0])
+    assert facm.WEIGHTS["1"](t, 0.5).tolist() == [1, 1, 1]
+    assert torch.allclose(facm.WEIGHTS["1-t^p"](t, 0.5), torch.tensor([1, 0.5, 0]))
+    assert torch.allclose(facm.WEIGHTS["cos"](t, 0.5), torch.tensor([1, math.cos(math.pi / 8), 0]), atol=1e-7)
+
+
+def test_sampled_times_follow_eq_20():
+    normal = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    t = facm.sample_t(normal, -0.8, 1.6)
+    assert torch.allclose(torch.log(torch.tan((1 - t) * math.pi / 2)), -0.8 + 1.6 * normal)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
+def test_ema_is_the_power_function_average(sigma_rel):
+    gamma = facm.ema_gamma(sigma_rel)
+    assert math.isclose((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)), sigma_rel ** 2)
+    net, ema = torch.nn.Linear(1, 1, bias=False).double(), torch.nn.Linear(1, 1, bias=False).double()
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    for k, value in enumerate(values, 1):
+        net.weight.data.fill_(value)
+        facm.ema_update(ema, net, k, gamma)
+    edges = (torch.arange(51).double() / 50) ** (gamma + 1)            # weight of step k: k^g+1 - (k-1)^g+1
+    assert math.isclose(ema.weight.item(), (values * edges.diff()).sum().item(), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+def test_sampler_reaches_the_data(nfe, condition):
+    """With the exact network every step maps to t=1 exactly: the result is the flow map of the last point."""
+    noise = torch.randn(nfe, 16, 2, 3, 3, dtype=torch.float64)
+    xt = noise[0]
+    for i in range(nfe):
+        x1 = ORACLE.flow_map(xt, i / nfe, 1.0) if i else ORACLE.mu + ORACLE.sd * xt
+        if i + 1 < nfe:
+            xt = (i + 1) / nfe * x1 + (1 - (i + 1) / nfe) * noise[i + 1]
+    net = OracleNet(condition == "auxiliary")
+    assert torch.allclose(facm.sample(net, noise, None, nfe, condition), x1)
+    assert net.passes == nfe
+
+
+def flow_error(nfe):
+    noise = torch.randn(1, 64, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = ORACLE.mu + ORACLE.sd * noise[0]
+    y = torch.ones(64, dtype=torch.int64)
+    return (facm.sample_euler(OracleNet(False), noise, y, nfe) - exact).abs().mean().item()
+
+
+def test_euler_converges_at_first_order():
+    assert 1.8 < flow_error(20) / flow_error(40) < 2.2
+
+
+def test_pretraining_mixes_the_two_conditions():
+    seen = []
+
+    def net(x, t, s, y):
+        seen.append((t, s))
+        return ORACLE.velocity(x, t.where(t <= 1, 2 - t))
+    x1, x0, t = ORACLE.draw(8)
+    mixed = torch.arange(8) < 4
+    facm.pretrain_loss(net, x1, x0, t, None, "expanded", mixed)
+    facm.pretrain_loss(net, x1, x0, t, None, "auxiliary", mixed)
+    assert torch.equal(seen[0][0], torch.where(mixed, 2 - t, t)) and seen[0][1] is None
+    assert torch.equal(seen[1][0], t) and torch.equal(seen[1][1], torch.where(mixed, t, torch.ones_like(t)))

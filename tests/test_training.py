@@ -1,0 +1,278 @@
+"""facm.py as a program: resume, kill, processes, failures. A small network on 12x12 glyphs."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import facm
+import models
+import sample
+
+TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
+        "--batch", "8", "--warmup", "2", "--log-every", "1", "--preview-every", "1000"]
+
+
+def call(monkeypatch, module, *argv):
+    """module.main() in this process, with signal handlers put back afterwards."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    try:
+        module.main()
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def popen(*argv, script="facm.py"):
+    return subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / script), *map(str, argv)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rows(out):
+    path = out / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def wait_for_step(process, out, step):
+    for _ in range(6000):
+        if any(row["step"] >= step for row in rows(out)):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("the run made no progress")
+
+
+def same(a, b):
+    """Equal to the last bit: nested dicts and lists of tensors and plain values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(a, b):
+    for name in ("ckpt.pt", "teacher.pt"):
+        x, y = (models.read_checkpoint(out / name) for out in (a, b))
+        for part in ("model", "ema", "optimizer", "step"):
+            assert same(x[part], y[part]), (name, part)
+    timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in rows(out)] for out in (a, b)]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: 6 steps of flow matching, 6 of distillation."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, facm, *TINY, "--pretrain", 6, "--steps", 6, "--save-every", 4, "--out", out)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert [row["step"] for row in rows(finished)] == list(range(1, 13))
+    assert [row["stage"] for row in rows(finished)] == ["pretrain"] * 6 + ["facm"] * 6
+    assert rows(finished)[0]["L_cm"] == 0 < rows(finished)[-1]["L_cm"]
+    checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
+    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
+    assert (checkpoint["method"], checkpoint["step"]) == ("facm", 12)
+    assert models.read_checkpoint(finished / "teacher.pt")["step"] == 6
+    assert {p.name for p in (finished / "previews").iterdir()} == {"0000006.png", "0000012.png"}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "facm"])
+def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path, stage):
+    """Killed at a random step of the stage, with a checkpoint every 4 steps, then run again."""
+    command = [*TINY, "--pretrain", 6, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
+    step = random.randint(1, 5) + (6 if stage == "facm" else 0)
+    process = popen(*command)
+    wait_for_step(process, tmp_path / "run", step)
+    process.kill()
+    process.communicate()
+    again = popen(*command)
+    assert again.wait() == 0, again.communicate()[1]
+    again.communicate()
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_resume_is_exact_from_every_step(finished, tmp_path, monkeypatch):
+    """Stopped after 1, 2, 3, ... steps of the second stage: --steps grows, all else stays."""
+    for steps in range(7):
+        call(monkeypatch, facm, *TINY, "--pretrain", 6, "--steps", steps, "--save-every", 4, "--out", tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(tmp_path, number):
+    process = popen(*TINY, "--pretrain", 10_000, "--save-every", 10_000, "--out", tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    process.communicate()
+    assert models.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
+
+
+def first_gradient(out):
+    """The (clipped) gradient of step 1, from AdamW's first moment: exp_avg = (1 - beta_1) gradient."""
+    state = models.read_checkpoint(out / "ckpt.pt")["optimizer"]["state"]
+    return torch.cat([entry["exp_avg"].flatten() / 0.1 for entry in state.values()])
+
+
+@pytest.mark.parametrize("flags", [["--pretrain", 1, "--steps", 0], ["--pretrain", 0, "--steps", 1]], ids=str)
+def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
+    common = [*TINY, "dropout=0.0"][:-1]
+    common[common.index("dropout=0.2")] = "dropout=0.0"
+    call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
+    call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "accum", "--accum", 2)
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(ROOT / "facm.py"), *map(str, [*common, *flags, "--out", tmp_path / "two"])],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = first_gradient(tmp_path / "one")
+    for other in ("accum", "two"):
+        assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
+    assert one.abs().max() > 0
+
+
+def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = [*TINY, "--pretrain", 2, "--steps", 4, "--save-every", 1, "--out", out]
+    honest = facm.norm_l2
+
+    def broken(F_cm, v_tar, c):
+        loss = honest(F_cm, v_tar, c)
+        return loss * float("nan") if models.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
+    monkeypatch.setattr(facm, "norm_l2", broken)
+    with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, gradient norm nan"):
+        call(monkeypatch, facm, *command)
+    kept = models.read_checkpoint(out / "ckpt.pt")
+    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
+    monkeypatch.setattr(facm, "norm_l2", honest)
+    call(monkeypatch, facm, *command)
+    assert models.read_checkpoint(out / "ckpt.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("flags", [
+    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"], ["--w", "1"]], ids=str)
+def test_every_option_trains(tmp_path, monkeypatch, flags):
+    call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
+    assert all(np.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
+def test_distils_a_given_teacher(finished, tmp_path, monkeypatch, condition):
+    """The student starts as the teacher, also with a second time that the teacher has not."""
+    out = tmp_path / "run"
+    call(monkeypatch, facm, *TINY, "--teacher", finished / "teacher.pt", "--condition", condition, "--steps", 1,
+         "--lr", "1e-12", "--out", out)
+    student, teacher = models.read_checkpoint(out / "ckpt.pt"), models.read_checkpoint(finished / "teacher.pt")
+    assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
+    assert any(k.startswith("map_second") for k in student["model"]) == (condition == "auxiliary")
+
+
+def test_fresh_keeps_the_old_run(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    command = [*TINY, "--pretrain", 1, "--steps", 0, "--out", out, "--fresh"]
+    for _ in range(3):
+        call(monkeypatch, facm, *command)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+    assert "run.old-2" in capsys.readouterr().out
+    assert (tmp_path / "run.old-1" / "ckpt.pt").exists()
+
+
+def refused(monkeypatch, capsys, module, *argv):
+    """The one line that a user's mistake ends in."""
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, module, *argv)
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    lines = [line for line in captured.err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "mnist"], "unknown data set 'mnist'"),
+    (["--resolution", "15"], "divisible"),
+    (["--resolution", "4"], "legible"),
+    (["--batch", "7", "--accum", "2"], "--batch 7"),
+    (["--batch", "0"], "at least 1"),
+    (["--steps", "-1"], "negative"),
+    (["--steps", "0", "--pretrain", "0"], "both 0"),
+    (["--steps", "many"], "--steps"),
+    (["--learning-rate", "1"], "--learning-rate"),
+    (["--net", "width"], "KEY=VALUE"),
+    (["--net", "depth=3"], "depth"),
+    (["--net", "name='UNet'"], "UNet"),
+    (["--teacher", "nowhere.pt"], "nowhere.pt"),
+    (["--device", "cuda"], "CUDA"),
+    (["--device", "gpu"], "gpu"),
+    (["--w", "2", "--net", "num_classes=0"], "--w"),
+])
+def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert words in refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "1"], "lr"),
+    (["--net", "width=16", "mult=1,1", "blocks=1", "dropout=0.2"], "net"),
+    (["--resolution", "16"], "resolution"),
+])
+def test_another_run_in_the_same_place_is_refused(finished, monkeypatch, capsys, flags, words):
+    before = (finished / "ckpt.pt").read_bytes()
+    line = refused(monkeypatch, capsys, facm, *TINY, "--pretrain", 6, "--steps", 6, "--out", finished, *flags)
+    assert words in line and "--fresh" in line
+    assert (finished / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "text", "other method", "other shape"])
+def test_damaged_checkpoints_end_in_one_line(finished, tmp_path, monkeypatch, capsys, damage):
+    path = tmp_path / "run" / "ckpt.pt"
+    path.parent.mkdir()
+    good = (finished / "ckpt.pt").read_bytes()
+    checkpoint = models.read_checkpoint(finished / "ckpt.pt")
+    if damage == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "foreign":
+        torch.save({"state_dict": checkpoint["model"]}, path)
+    elif damage == "other method":
+        torch.save(checkpoint | {"method": "gcm"}, path)
+    else:
+        checkpoint["ema"]["map_layer0.weight"] = torch.zeros(1)
+        torch.save(checkpoint, path)
+    before = path.read_bytes()
+    flags = [*TINY, "--pretrain", 6, "--steps", 6, "--out", path.parent]
+    assert re.search("ckpt.pt|gcm", refused(monkeypatch, capsys, facm, *flags))
+    assert re.search("ckpt.pt|gcm", refused(monkeypatch, capsys, sample, "--ckpt", path, "--out", tmp_path / "x.png"))
+    assert path.read_bytes() == before and not (tmp_path / "x.png").exists()
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+    torch.save({"method": Evil()}, tmp_path / "evil.pt")
+    refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "evil.pt", "--out", tmp_path / "x.png")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--bf16", "--compile"]], ids=str)
+def test_trains_on_cuda(tmp_path, monkeypatch, flags):
+    on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
+    call(monkeypatch, facm, *on_gpu, *flags, "--pretrain", 3, "--steps", 3, "--out", tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == 6
