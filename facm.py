@@ -81,6 +81,7 @@ def parse_args():
     a("--betas", type=float, nargs=2, help="AdamW's beta_1 and beta_2 (Table 5)")
     a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
+    a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
     a("--clip", type=float, default=1.0, help="largest norm of the gradient")
     a("--ema-sigma", type=float, help="relative width sigma_rel of the EMA (Table 5)")
     a("--label-drop", type=float, default=0.1, help="share of null labels without a teacher")
@@ -94,7 +95,7 @@ def parse_args():
     a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2")
     a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
     a("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
-    a("--p", type=float, default=0.5, help="the exponent in 1-t^p (Table 4)")
+    a("--power", type=float, default=0.5, help="the exponent p in 1-t^p (Table 4)")
     a("--c", type=float, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
     return p.parse(METHOD, PRESETS)
 
@@ -307,7 +308,7 @@ def open_run(args, method, rank):
         raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
     for name, old in checkpoint["args"].items():
         new = getattr(args, name, None)
-        if name not in MAY_CHANGE and new != old:
+        if new != old and (name not in MAY_CHANGE or name == "steps" and args.lr_final < 1):
             raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
     return out, checkpoint
 
@@ -322,7 +323,7 @@ def open_log(path, step):
 
 def preview(path, net, stage, noise, args):
     """A grid of two rows of NFE 1 over two of NFE 2; while pretraining of 20 guided Euler steps."""
-    y = torch.arange(noise.shape[1], device=noise.device) % net.num_classes
+    y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     if stage == "pretrain":
         images = [sample_euler(net, noise, y, 20, args.condition, args.w, args.t_low)]
     else:
@@ -344,6 +345,8 @@ def main():
                         second_time=args.condition == "auxiliary") | args.net
         torch.manual_seed(data.seed_of(args.seed, "init"))
         net, teacher = models.create(**args.net).to(device), None
+        if args.w != 1 and not net.num_classes:
+            raise ValueError(f"--w {args.w}: guidance needs a network with classes; take --w 1")
         out, checkpoint = open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
@@ -372,7 +375,9 @@ def main():
     trained = torch.compile(net) if args.compile else net
     if world > 1:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
-    differentiate = torch.compile(total_derivative) if args.compile else total_derivative
+    differentiate = functools.partial(total_derivative, mode=args.jvp)
+    if args.compile and args.jvp == "exact":
+        differentiate = torch.compile(differentiate)
 
     log = open_log(out / "log.jsonl", step) if rank == 0 else None
     window, tick = [], time.perf_counter()
@@ -410,12 +415,14 @@ def main():
                     L_fm = pretrain_loss(F_theta, x1, x0, t, y, args.condition, mix[rows] < 0.5)
                     L_cm = torch.zeros_like(L_fm)
                 else:
-                    derivative = functools.partial(differentiate, same_dropout(net, seed),
-                                                   mode=args.jvp)
+                    if args.jvp == "exact":
+                        derivative = functools.partial(same_dropout(differentiate, seed), net)
+                    else:                                  # two passes, each with the same mask
+                        derivative = functools.partial(differentiate, same_dropout(net, seed))
                     L_fm, L_cm = facm_loss(
                         F_theta, derivative, teacher, x1, x0, t, y, net.num_classes,
-                        args.condition, args.w, args.t_low, WEIGHTS[args.alpha](t, args.p),
-                        WEIGHTS[args.beta](t, args.p), args.c)
+                        args.condition, args.w, args.t_low, WEIGHTS[args.alpha](t, args.power),
+                        WEIGHTS[args.beta](t, args.power), args.c)
             terms += torch.stack([L_fm, L_cm]).detach() / args.accum
 
             # Backward: summed over the pieces, averaged over the processes with the last one
@@ -435,8 +442,9 @@ def main():
                 f"{norm}; the last checkpoint stays in {out}")
 
         # Step, EMA
+        fall = (1 - args.lr_final) * k / (args.pretrain if stage == "pretrain" else args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (k + 1) / max(args.warmup, 1))
+            group["lr"] = args.lr * min((k + 1) / max(args.warmup, 1), 1 - fall)
         optimizer.step()
         optimizer.zero_grad()
         ema_update(ema, net, k + 1, gamma)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 # --------------------------------------------------------------------------------------------------
 # DDPM++ (Song et al. 2021) in the layout of NVlabs/edm's SongUNet.
 
-def xavier_uniform(shape, fan_in, fan_out, gain):
+def _xavier_uniform(shape, fan_in, fan_out, gain):
     return gain * math.sqrt(6 / (fan_in + fan_out)) * (2 * torch.rand(shape) - 1)
 
 
@@ -33,7 +33,7 @@ class Linear(nn.Module):
     def __init__(self, in_features, out_features, gain=1.0):
         super().__init__()
         shape = (out_features, in_features)
-        self.weight = nn.Parameter(xavier_uniform(shape, in_features, out_features, gain))
+        self.weight = nn.Parameter(_xavier_uniform(shape, in_features, out_features, gain))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x):
@@ -47,7 +47,7 @@ class Conv2d(nn.Module):
         super().__init__()
         shape, area = (out_channels, in_channels, kernel, kernel), kernel * kernel
         self.weight = nn.Parameter(
-            xavier_uniform(shape, in_channels * area, out_channels * area, gain))
+            _xavier_uniform(shape, in_channels * area, out_channels * area, gain))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.up, self.down = up, down
         # The public layout stores the filter beside every resampling convolution.

@@ -3,7 +3,7 @@
     python sample.py --ckpt runs/facm-glyphs/ckpt.pt --nfe 1 --n 64 --out grid.png
     python sample.py --ckpt runs/facm-glyphs/ckpt.pt --nfe 2 --n 2000 --out samples.npz
     python sample.py --ckpt runs/facm-glyphs/teacher.pt --nfe 20 --cfg 1.75 --n 100 --out folder
-    torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 1 --n 50000 --out samples.npz
+    torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 1 --samples 50000 --out samples.npz
 
 --out NAME.png is one grid; NAME.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 labels [N], as ADM's
 evaluator reads them; anything else is a folder, one PNG a sample. Sample i draws its noise from
@@ -31,7 +31,8 @@ def parse_args():
     a("--ckpt", required=True, help="checkpoint of facm.py")
     a("--out", required=True, help="NAME.png (one grid), NAME.npz, or a folder of PNGs")
     a("--nfe", type=int, default=1, help="function evaluations: steps of the sampler")
-    a("--n", type=int, default=64, help="number of samples")
+    a("--n", "--samples", type=int, default=64, help="number of samples; torchrun takes only the "
+      "long name, because it reads --n as the beginning of its own flags")
     a("--labels", default="all", help="all (i mod classes), random, or a list to repeat: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
     a("--batch", type=int, default=250, help="samples at once in each process; no matter to them")

@@ -8,8 +8,6 @@ its 64 features to those of 20,000 real glyphs (seed 2). Blurred digits are reco
 figure that counts. The run's teacher.pt gives the yardstick: 20 Euler steps with the guidance that is distilled.
 """
 
-import argparse
-import json
 import pathlib
 import sys
 
@@ -20,6 +18,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
+import facm
+import models
+import sample
 
 
 class Classifier(nn.Module):
@@ -60,6 +61,7 @@ def load_classifier(size):
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
+    print(f"training the classifier once, a minute or so; it is kept as {path}")
     net = train_classifier(size)
     path.parent.mkdir(exist_ok=True)
     torch.save(net.state_dict(), path)
@@ -84,3 +86,54 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def samples(path, sampler, nfe, n, w=1.0, seed=0):
+    """n samples, class i % 10, from the averaged weights of a checkpoint: uint8 images and labels."""
+    checkpoint = models.read_checkpoint(path)
+    train = checkpoint["args"]
+    net = models.create(**train["net"]).eval()
+    models.load_weights(net, checkpoint["ema"], path)
+    options = dict(condition=train["condition"])
+    if sampler == "euler":
+        options |= dict(w=w, t_low=train["t_low"])
+    shape = (train["net"]["channels"], train["net"]["resolution"], train["net"]["resolution"])
+    labels, images = torch.arange(n) % 10, []
+    for part in torch.arange(n).split(250):
+        noise = sample.draw_noise(seed, part.tolist(), nfe if sampler == "cm" else 1, shape)
+        images.append(data.to_uint8(facm.SAMPLERS[sampler](net, noise, labels[part], nfe, **options)))
+    return torch.cat(images), labels
+
+
+def main():
+    p = data.Parser(description="Recognised share and Frechet distance of a glyphs run.")
+    p.add_argument("run", type=pathlib.Path, help="run directory of facm.py --data glyphs")
+    p.add_argument("--n", type=int, default=2000, help="samples for each row")
+    p.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    args = p.parse_args()
+    try:
+        train = models.read_checkpoint(args.run / "ckpt.pt")["args"]
+        rows = [("student, NFE 1", "ckpt.pt", "cm", 1, 1.0), ("student, NFE 2", "ckpt.pt", "cm", 2, 1.0)]
+        if (args.run / "teacher.pt").exists():
+            rows += [("teacher, 20 Euler steps, guided", "teacher.pt", "euler", 20, train["w"]),
+                     ("teacher, 20 Euler steps", "teacher.pt", "euler", 20, 1.0),
+                     ("teacher, 1 Euler step", "teacher.pt", "euler", 1, 1.0)]
+    except ValueError as e:
+        data.fail(e)
+    size = train["net"]["resolution"]
+    net = load_classifier(size)
+    reference = judge(net, data.glyphs(20_000, size, seed=2)[0])[:2]
+    print(f"{args.run}, {args.n} samples each, seed {args.seed}")
+    print(f"{'':34}{'recognised':>12}{'distance':>10}")
+    result = {}
+    for name, path, sampler, nfe, w in rows:
+        images, labels = samples(args.run / path, sampler, nfe, args.n, w, args.seed)
+        mu, sigma, share = judge(net, images, labels)
+        result[name] = share, frechet_distance(mu, sigma, *reference)
+        print(f"{name:34}{share:12.1%}{result[name][1]:10.2f}", flush=True)
+    mu, sigma, share = judge(net, *data.glyphs(args.n, size, seed=3))
+    print(f"{'real glyphs':34}{share:12.1%}{frechet_distance(mu, sigma, *reference):10.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import models
 import sample
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
-        "--batch", "8", "--warmup", "2", "--log-every", "1", "--preview-every", "1000"]
+        "--batch", "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000"]
 
 
 def call(monkeypatch, module, *argv):
@@ -162,7 +163,7 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
 
 
 @pytest.mark.parametrize("flags", [
-    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"], ["--w", "1"]], ids=str)
+    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--w", "1", "--net", *TINY[TINY.index("--net") + 1:][:4], "num_classes=0"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"], ["--w", "1"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
     assert all(np.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
@@ -177,6 +178,20 @@ def test_distils_a_given_teacher(finished, tmp_path, monkeypatch, condition):
     student, teacher = models.read_checkpoint(out / "ckpt.pt"), models.read_checkpoint(finished / "teacher.pt")
     assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
     assert any(k.startswith("map_second") for k in student["model"]) == (condition == "auxiliary")
+
+
+def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, capsys):
+    rates = []
+    honest = torch.optim.AdamW.step
+
+    def step(self, *inputs):
+        rates.append(self.param_groups[0]["lr"])
+        return honest(self, *inputs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    command = [*TINY, "--warmup", 2, "--lr", 1, "--lr-final", 0.5, "--pretrain", 4, "--out", tmp_path / "run"]
+    call(monkeypatch, facm, *command, "--steps", 2)
+    assert rates == [0.5, 0.875, 0.75, 0.625, 0.5, 0.75]
+    assert "steps" in refused(monkeypatch, capsys, facm, *command, "--steps", 3)   # it would bend the schedule
 
 
 def test_fresh_keeps_the_old_run(finished, tmp_path, monkeypatch, capsys):
@@ -229,6 +244,7 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     (["--lr", "1"], "lr"),
     (["--net", "width=16", "mult=1,1", "blocks=1", "dropout=0.2"], "net"),
     (["--resolution", "16"], "resolution"),
+    (["--pretrain", "7"], "pretrain"),
 ])
 def test_another_run_in_the_same_place_is_refused(finished, monkeypatch, capsys, flags, words):
     before = (finished / "ckpt.pt").read_bytes()
@@ -241,6 +257,7 @@ def test_another_run_in_the_same_place_is_refused(finished, monkeypatch, capsys,
 def test_damaged_checkpoints_end_in_one_line(finished, tmp_path, monkeypatch, capsys, damage):
     path = tmp_path / "run" / "ckpt.pt"
     path.parent.mkdir()
+    shutil.copy(finished / "teacher.pt", path.parent)
     good = (finished / "ckpt.pt").read_bytes()
     checkpoint = models.read_checkpoint(finished / "ckpt.pt")
     if damage == "truncated":
