@@ -10,6 +10,7 @@
 
 import argparse
 import ast
+import ctypes
 import hashlib
 import os
 import sys
@@ -198,6 +199,17 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def _keep_freed_memory():
+    """Has glibc keep what is freed: large blocks go back to the system otherwise, and come again as
+    new pages, which takes a tenth or more of a training step on a CPU. No effect elsewhere."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 25)):
+        mallopt(option, value)     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+
+
 def start_processes(device):
     """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
 
@@ -209,6 +221,8 @@ def start_processes(device):
         fail(f"--device {device}: want cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {device}: no such CUDA GPU here; use --device cpu")
+    if device.type == "cpu":
+        _keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":

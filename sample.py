@@ -59,11 +59,42 @@ def choose_labels(labels, n, num_classes, seed):
     return given[torch.arange(n) % len(given)]
 
 
+def load(path, device="cpu", raw=False):
+    """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
+
+    Raises ValueError if the file is no checkpoint, or of a method without a sampler here.
+    """
+    checkpoint = models.read_checkpoint(path)
+    if checkpoint["method"] != facm.METHOD:
+        raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
+    net = models.create(**checkpoint["args"]["net"]).to(device).eval()
+    models.load_weights(net, checkpoint["model" if raw else "ema"], path)
+    return net, checkpoint
+
+
 def draw_noise(seed, indices, count, shape):
     """[count, len(indices), *shape], standard normal: sample i's noise is drawn from (seed, i)."""
     return torch.stack([
         torch.randn((count, *shape), generator=data.generator("cpu", seed, "sample", i))
         for i in indices], dim=1)
+
+
+def draw(net, train, sampler, nfe, labels, seed=0, first=0, batch=250, cfg=1.0, bar=False):
+    """Samples first, first+1, ... of the given labels int64 [n]: uint8 [n, H, W, C], NumPy.
+
+    train: the args that the checkpoint was trained with; sampler: a name of facm.SAMPLERS.
+    """
+    device = next(net.parameters()).device
+    shape = (train["net"]["channels"], *[train["net"]["resolution"]] * 2)
+    count, options = nfe, dict(condition=train["condition"])
+    if sampler == "euler":
+        count, options = 1, options | dict(w=cfg, t_low=train["t_low"])
+    images = [torch.zeros((0, *shape[1:], shape[0]), dtype=torch.uint8)]
+    for i in tqdm(range(0, len(labels), batch), disable=not bar, unit="batch"):
+        y = labels[i:i + batch].to(device)
+        noise = draw_noise(seed, range(first + i, first + i + len(y)), count, shape).to(device)
+        images.append(data.to_uint8(facm.SAMPLERS[sampler](net, noise, y, nfe, **options)))
+    return torch.cat(images).numpy()
 
 
 def write(out, images, labels):
@@ -86,12 +117,8 @@ def main():
         data.fail("--nfe, --n and --batch must be at least 1")
     device, rank, world = data.start_processes(args.device)
     try:
-        checkpoint = models.read_checkpoint(args.ckpt)
-        if checkpoint["method"] != facm.METHOD:
-            raise ValueError(f"{args.ckpt}: no sampler for the method {checkpoint['method']!r}")
+        net, checkpoint = load(args.ckpt, device, args.raw)
         train = checkpoint["args"]
-        net = models.create(**train["net"]).to(device).eval()
-        models.load_weights(net, checkpoint["model" if args.raw else "ema"], args.ckpt)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
         is_teacher = checkpoint["step"] <= train["pretrain"]
         sampler = args.sampler or ("euler" if is_teacher else "cm")
@@ -100,20 +127,10 @@ def main():
     except ValueError as e:
         data.fail(e)
 
-    shape = (train["net"]["channels"], *[train["net"]["resolution"]] * 2)
-    count, options = args.nfe, dict(condition=train["condition"])
-    if sampler == "euler":
-        count, options = 1, options | dict(w=args.cfg, t_low=train["t_low"])
-
     # Each process draws a contiguous part of the samples; process 0 writes them all
     first, end = (args.n * k // world for k in (rank, rank + 1))
-    images = []
-    for i in tqdm(range(first, end, args.batch), disable=rank > 0, unit="batch"):
-        part = range(i, min(i + args.batch, end))
-        noise = draw_noise(args.seed, part, count, shape).to(device)
-        y = labels[part.start:part.stop].to(device)
-        images.append(data.to_uint8(facm.SAMPLERS[sampler](net, noise, y, args.nfe, **options)))
-    images = torch.cat(images).numpy() if images else np.zeros((0, *shape[1:], shape[0]), np.uint8)
+    images = draw(net, train, sampler, args.nfe, labels[first:end], args.seed, first, args.batch,
+                  args.cfg, bar=rank == 0)
     if world > 1:
         parts = [None] * world if rank == 0 else None
         dist.gather_object(images, parts)

@@ -1,14 +1,18 @@
-"""How good is a glyphs checkpoint? Share of digits recognised and Frechet distance, at each NFE, beside the teacher's.
+"""How good is a glyphs run? Share of digits recognised and Frechet distance, beside the teacher's.
 
     python benchmarks/quickstart.py runs/facm-glyphs
 
-A small classifier is trained on real glyphs (seed 1; about a minute on 2 cores, kept in runs/). Then `--n` samples of
-each sampler, n/10 of each digit, are judged by it: the share whose digit it recognises, and the Frechet distance of
-its 64 features to those of 20,000 real glyphs (seed 2). Blurred digits are recognised too, so the distance is the
-figure that counts. The run's teacher.pt gives the yardstick: 20 Euler steps with the guidance that is distilled.
+A small classifier is trained on real glyphs (seed 1; a minute on 2 cores, then kept in runs/). It
+judges n samples of each sampler, n/10 of each digit: the share whose digit it recognises, and the
+Frechet distance of its 64 features to those of 20,000 real glyphs (seed 2). Blurred digits are
+recognised too, so the distance is the figure that counts. The teacher's 20 Euler steps with the
+guidance that was distilled are the yardstick.
 """
 
+import json
+import os
 import pathlib
+import platform
 import sys
 
 import numpy as np
@@ -18,8 +22,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
-import facm
-import models
 import sample
 
 
@@ -43,9 +45,9 @@ class Classifier(nn.Module):
 def train_classifier(size, epochs=8, n=20_000, batch=128):
     torch.manual_seed(0)
     images, labels = (torch.from_numpy(a) for a in data.glyphs(n, size, seed=1))
-    net = Classifier()
+    net, steps = Classifier(), epochs * (n // batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (n // batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(epochs):
         for index in torch.randperm(n)[: n - n % batch].view(-1, batch):
             F.cross_entropy(net(images[index]), labels[index]).backward()
@@ -56,12 +58,13 @@ def train_classifier(size, epochs=8, n=20_000, batch=128):
 
 
 def load_classifier(size):
+    """The classifier of glyphs of this size: from runs/, or trained and put there."""
     path = pathlib.Path("runs") / f"glyphs{size}-classifier.pt"
     net = Classifier()
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
-    print(f"training the classifier once, a minute or so; it is kept as {path}")
+    print(f"training the classifier, once, for a minute; it is kept as {path}")
     net = train_classifier(size)
     path.parent.mkdir(exist_ok=True)
     torch.save(net.state_dict(), path)
@@ -69,40 +72,20 @@ def load_classifier(size):
 
 
 @torch.no_grad()
-def judge(net, images, labels=None):
-    """Mean and covariance of the features, and the share recognised (None without labels)."""
-    images = torch.as_tensor(images)
-    h = torch.cat([net(part, features=True) for part in images.split(1000)])
-    share = None
-    if labels is not None:
-        share = (net.head(h).argmax(1) == torch.as_tensor(labels)).float().mean().item()
+def judge(net, images, labels):
+    """The share recognised, and mean and covariance of the features."""
+    h = torch.cat([net(part, features=True) for part in torch.as_tensor(images).split(1000)])
+    share = (net.head(h).argmax(1) == torch.as_tensor(labels)).double().mean().item()
     h = h.double().numpy()
-    return h.mean(0), np.cov(h, rowvar=False), share
+    return share, h.mean(0), np.cov(h, rowvar=False)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the last trace by symmetric eigenvalues."""
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), by symmetric eigenvalues."""
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
-
-
-def samples(path, sampler, nfe, n, w=1.0, seed=0):
-    """n samples, class i % 10, from the averaged weights of a checkpoint: uint8 images and labels."""
-    checkpoint = models.read_checkpoint(path)
-    train = checkpoint["args"]
-    net = models.create(**train["net"]).eval()
-    models.load_weights(net, checkpoint["ema"], path)
-    options = dict(condition=train["condition"])
-    if sampler == "euler":
-        options |= dict(w=w, t_low=train["t_low"])
-    shape = (train["net"]["channels"], train["net"]["resolution"], train["net"]["resolution"])
-    labels, images = torch.arange(n) % 10, []
-    for part in torch.arange(n).split(250):
-        noise = sample.draw_noise(seed, part.tolist(), nfe if sampler == "cm" else 1, shape)
-        images.append(data.to_uint8(facm.SAMPLERS[sampler](net, noise, labels[part], nfe, **options)))
-    return torch.cat(images), labels
 
 
 def main():
@@ -110,29 +93,37 @@ def main():
     p.add_argument("run", type=pathlib.Path, help="run directory of facm.py --data glyphs")
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
     try:
-        train = models.read_checkpoint(args.run / "ckpt.pt")["args"]
-        rows = [("student, NFE 1", "ckpt.pt", "cm", 1, 1.0), ("student, NFE 2", "ckpt.pt", "cm", 2, 1.0)]
-        if (args.run / "teacher.pt").exists():
-            rows += [("teacher, 20 Euler steps, guided", "teacher.pt", "euler", 20, train["w"]),
-                     ("teacher, 20 Euler steps", "teacher.pt", "euler", 20, 1.0),
-                     ("teacher, 1 Euler step", "teacher.pt", "euler", 1, 1.0)]
+        student, checkpoint = sample.load(args.run / "ckpt.pt")
+        teacher, _ = sample.load(args.run / "teacher.pt")
     except ValueError as e:
         data.fail(e)
-    size = train["net"]["resolution"]
+    train = checkpoint["args"]
+    size, labels = train["net"]["resolution"], torch.arange(args.n) % 10
     net = load_classifier(size)
-    reference = judge(net, data.glyphs(20_000, size, seed=2)[0])[:2]
-    print(f"{args.run}, {args.n} samples each, seed {args.seed}")
-    print(f"{'':34}{'recognised':>12}{'distance':>10}")
-    result = {}
-    for name, path, sampler, nfe, w in rows:
-        images, labels = samples(args.run / path, sampler, nfe, args.n, w, args.seed)
-        mu, sigma, share = judge(net, images, labels)
-        result[name] = share, frechet_distance(mu, sigma, *reference)
-        print(f"{name:34}{share:12.1%}{result[name][1]:10.2f}", flush=True)
-    mu, sigma, share = judge(net, *data.glyphs(args.n, size, seed=3))
-    print(f"{'real glyphs':34}{share:12.1%}{frechet_distance(mu, sigma, *reference):10.2f}")
+    _, *reference = judge(net, *data.glyphs(20_000, size, seed=2))
+
+    print(f"{args.run}: {args.n} samples a row, seed {args.seed}\n{'':32}recognised  distance")
+    figures = {}
+    for name, weights, sampler, nfe, w in (
+            ("student, NFE 1", student, "cm", 1, 1),
+            ("student, NFE 2", student, "cm", 2, 1),
+            (f"teacher, 20 Euler steps, w {train['w']}", teacher, "euler", 20, train["w"]),
+            ("teacher, 20 Euler steps", teacher, "euler", 20, 1),
+            ("teacher, 1 Euler step", teacher, "euler", 1, 1),
+            ("real glyphs", None, None, None, None)):
+        images = data.glyphs(args.n, size, seed=3)[0] if weights is None else sample.draw(
+            weights, train, sampler, nfe, labels, args.seed, cfg=w)
+        share, *moments = judge(net, images, labels)
+        figures[name] = dict(recognised=share, distance=frechet_distance(*moments, *reference))
+        print(f"{name:32}{share:10.1%}{figures[name]['distance']:10.2f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(dict(
+            figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
+            pretrain=train["pretrain"], torch=torch.__version__, cores=os.cpu_count(),
+            machine=platform.machine()), indent=2) + "\n")
 
 
 if __name__ == "__main__":
