@@ -19,7 +19,7 @@ import models
 import sample
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
-        "--batch", "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000"]
+        "--batch", "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000", "--jvp", "exact"]
 
 
 def call(monkeypatch, module, *argv):
@@ -188,9 +188,10 @@ def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, 
         rates.append(self.param_groups[0]["lr"])
         return honest(self, *inputs)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    command = [*TINY, "--warmup", 2, "--lr", 1, "--lr-final", 0.5, "--pretrain", 4, "--out", tmp_path / "run"]
+    command = [*TINY, "--warmup", 2, "--pretrain-lr", 2, "--lr", 1, "--lr-final", 0.5, "--pretrain", 4,
+               "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--steps", 2)
-    assert rates == [0.5, 0.875, 0.75, 0.625, 0.5, 0.75]
+    assert rates == [1.0, 1.75, 1.5, 1.25, 0.5, 0.75]
     assert "steps" in refused(monkeypatch, capsys, facm, *command, "--steps", 3)   # it would bend the schedule
 
 
