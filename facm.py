@@ -52,8 +52,8 @@ METHOD = "facm"
 # minutes on a laptop want high rates that fall, and fd costs a third of torch.func.jvp there.
 PRESETS = {
     "glyphs": dict(
-        resolution=16, steps=1100, pretrain=1500, batch=16, lr=3e-3, pretrain_lr=8e-3, lr_final=0.0,
-        warmup=50, betas=(0.9, 0.99), ema_sigma=0.1, jvp="fd",
+        resolution=16, steps=850, pretrain=2000, batch=16, lr=3e-3, pretrain_lr=8e-3, lr_final=0.0,
+        pretrain_P=(0.0, 1.2), warmup=50, betas=(0.9, 0.99), ema_sigma=0.1, jvp="fd",
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
                  adaptive_scale=True, time_scale=8.0),
         P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
@@ -85,6 +85,7 @@ def parse_args():
     a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
     a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
+    a("--pretrain-P", type=float, nargs=2, help="P_mean, P_std of --pretrain (default: the same)")
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
     a("--clip", type=float, default=1.0, help="largest norm of the gradient")
     a("--ema-sigma", type=float, help="relative width sigma_rel of the EMA (Table 5)")
@@ -395,21 +396,22 @@ def main():
             net.load_state_dict(ema.state_dict())
             teacher, (ema, optimizer) = ema, start_stage(net, args)
         stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
+        P = args.P_mean, args.P_std
+        if stage == "pretrain" and args.pretrain_P:
+            P = args.pretrain_P
 
         # Seed: random numbers of the global batch; neither processes nor --accum change them
         random = data.generator(device, args.seed, "step", step)
         x0_all = torch.randn((args.batch, *dataset.shape), generator=random, device=device)
         normal = torch.randn(args.batch, generator=random, device=device)
-        uniform, drop, mix = torch.rand((3, args.batch), generator=random, device=device)
+        drop, mix = torch.rand((2, args.batch), generator=random, device=device)
 
         terms = torch.zeros(2, device=device)
         for part in range(args.accum):
             # Batch
             rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
             x1, y = (a.to(device) for a in dataset.batch(args.seed, step, args.batch, rows))
-            x0, t = x0_all[rows], uniform[rows]                        # Eq. 1
-            if stage == METHOD:
-                t = sample_t(normal[rows], args.P_mean, args.P_std)
+            x0, t = x0_all[rows], sample_t(normal[rows], *P)
             if teacher is None:
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
 
