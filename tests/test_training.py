@@ -192,6 +192,7 @@ def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, 
                "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--steps", 2)
     assert rates == [1.0, 1.75, 1.5, 1.25, 0.5, 0.75]
+    capsys.readouterr()
     assert "steps" in refused(monkeypatch, capsys, facm, *command, "--steps", 3)   # it would bend the schedule
 
 
