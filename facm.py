@@ -49,7 +49,7 @@ import models
 METHOD = "facm"
 
 # A row for each data set; a flag given by hand beats it. Table 5, but for the glyphs' small run:
-# minutes on a laptop want high rates that fall, and fd costs a third of torch.func.jvp there.
+# minutes on a laptop want high rates that fall, and fd is faster there than torch.func.jvp.
 PRESETS = {
     "glyphs": dict(
         resolution=16, steps=850, pretrain=2000, batch=16, lr=3e-3, pretrain_lr=8e-3, lr_final=0.0,
@@ -85,7 +85,7 @@ def parse_args():
     a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
     a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
-    a("--pretrain-P", type=float, nargs=2, help="P_mean, P_std of --pretrain (default: the same)")
+    a("--pretrain-P", type=float, nargs=2, help="--P-mean, --P-std of --pretrain (default: same)")
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
     a("--clip", type=float, default=1.0, help="largest norm of the gradient")
     a("--ema-sigma", type=float, help="relative width sigma_rel of the EMA (Table 5)")
@@ -177,8 +177,8 @@ def cm_target(F_cm, v, dF_dt, t, alpha):
 
 
 def norm_l2(F_cm, v_tar, c):
-    """Norm L2 loss [B]. paper: e is a sum; here: a mean over C, H, W, because c was tuned for it in
-    the authors' code. As there, no gradient flows into the root: it is an adaptive weight."""
+    """Norm L2 loss [B]. paper: e is a sum; here: a mean over C, H, W, because the authors' code has
+    it so with this c. As there, no gradient flows into the root: it is an adaptive weight."""
     e = (F_cm - v_tar).square().mean(dim=(1, 2, 3))
     return e / (e + c).sqrt().detach()                                 # Eq. 18
 

@@ -13,6 +13,8 @@ import json
 import os
 import pathlib
 import platform
+import shlex
+import subprocess
 import sys
 
 import numpy as np
@@ -123,7 +125,9 @@ def main():
         args.json.write_text(json.dumps(dict(
             figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
             pretrain=train["pretrain"], torch=torch.__version__, cores=os.cpu_count(),
-            machine=platform.machine()), indent=2) + "\n")
+            machine=platform.machine(), command=shlex.join(["python", *sys.argv]),
+            commit=subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
+                                  capture_output=True).stdout.strip()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """sample.py: the same sample whatever the batch and the processes, its outputs, its errors."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from test_training import TINY, call, refused
+from test_training import TINY, call, refused, torchrun
 
 import facm
 import models
@@ -36,10 +33,8 @@ def test_a_sample_does_not_depend_on_batch_or_processes(run, tmp_path, monkeypat
     assert labels.tolist() == [i % 10 for i in range(11)]
     one_by_one, _ = draw(monkeypatch, run, tmp_path / "b.npz", "--n", 11, "--nfe", 2, "--batch", 1)
     fewer, _ = draw(monkeypatch, run, tmp_path / "c.npz", "--n", 5, "--nfe", 2, "--batch", 3)
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--ckpt", run / "ckpt.pt", "--out", tmp_path / "d.npz", "--samples", 11, "--nfe", 2, "--device", "cpu"]
-    done = subprocess.run([*launch, ROOT / "sample.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    torchrun("--ckpt", run / "ckpt.pt", "--out", tmp_path / "d.npz", "--samples", 11, "--nfe", 2, "--device", "cpu",
+             script="sample.py")
     with np.load(tmp_path / "d.npz") as f:
         two_processes = f["arr_0"]
     assert np.array_equal(images, one_by_one)
@@ -53,7 +48,6 @@ def test_more_steps_share_the_first_noise():
 
 
 def test_weights_and_samplers_are_the_ones_asked_for(run, tmp_path, monkeypatch):
-    checkpoint = models.read_checkpoint(run / "ckpt.pt")
     for flags, weights, ckpt, sampler in (
             ([], "ema", "ckpt.pt", facm.sample),
             (["--raw"], "model", "ckpt.pt", facm.sample),
