@@ -27,11 +27,9 @@ Measured: README.md. A departure from the paper stands at its line: "paper: ...;
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -134,15 +132,23 @@ def interpolate(x1, x0, t):
     return (1 - t) * x0 + t * x1
 
 
+def joint(net, *inputs):
+    """The outputs of net for several inputs (x, t, s, y), from one pass, which costs less."""
+    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
+    return net(*joined).chunk(len(inputs))
+
+
 @torch.no_grad()
 def guided_velocity(net, xt, t, c, y, y_null, w, t_low, v_cond=None):
     """The velocity at x_t, guided with scale w where t >= t_low (Eq. 9); c is net's condition. Net
     is the teacher, and gives v_cond too; from scratch it is the network itself."""
-    if v_cond is None:
-        v_cond = net(xt, *c, y)
+    null = torch.full_like(y, y_null)
     if w == 1:
-        return v_cond
-    v_uncond = net(xt, *c, torch.full_like(y, y_null))
+        return net(xt, *c, y) if v_cond is None else v_cond
+    if v_cond is None:
+        v_cond, v_uncond = joint(net, (xt, *c, y), (xt, *c, null))
+    else:
+        v_uncond = net(xt, *c, null)
     # paper: from scratch x_1 - x_0 + w (v_cond - v_uncond), both from the network; here: x_1 - x_0
     # takes the place of v_cond, because the authors' code does so, and w = 1 is then no guidance.
     v = v_uncond + w * (v_cond - v_uncond)                             # Eq. 9
@@ -159,7 +165,8 @@ def total_derivative(net, xt, c, y, v, mode="exact", h=5e-3):
         tangents = (v, torch.ones_like(t))
         return torch.func.jvp(lambda x, t: net(x, t, s, y), (xt, t), tangents)[1]  # Eqs. 16, 17
     with torch.autocast(xt.device.type, enabled=False):    # bfloat16 would round the difference off
-        return (net(xt + h * v, t + h, s, y) - net(xt - h * v, t - h, s, y)) / (2 * h)
+        ahead, behind = joint(net, (xt + h * v, t + h, s, y), (xt - h * v, t - h, s, y))
+        return (ahead - behind) / (2 * h)
 
 
 def fm_loss(F_fm, v):
@@ -196,10 +203,9 @@ def facm_loss(net, derivative, teacher, x1, x0, t, y, y_null, condition, w, t_lo
         c_teacher = (t, t if teacher.second_time else None)
         v = guided_velocity(teacher, xt, t, c_teacher, y, y_null, w, t_low)
 
-    F_fm = net(xt, *c_fm, y)
+    F_cm, F_fm = joint(net, (xt, *c_cm, y), (xt, *c_fm, y))
     L_fm = fm_loss(F_fm, v)
 
-    F_cm = net(xt, *c_cm, y)
     dF_dt = derivative(xt, c_cm, y, v)
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, alpha)
     L_cm = beta * norm_l2(F_cm, v_tar, c)                              # Eq. 14
@@ -258,11 +264,17 @@ def watch_signals():
 
 
 # --- shared: dropout ---
-def same_dropout(net, seed):
-    """net, seeded anew before each pass: nn.Dropout draws one mask for all passes of a step."""
+def same_dropout(net, rows, seed):
+    """net with one and the same mask of nn.Dropout for every `rows` of its batch and every call."""
+    if not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in net.modules()):
+        return net
+
     def seeded(*inputs):
-        torch.manual_seed(seed)
-        return net(*inputs)
+        outputs = []
+        for i in range(0, len(inputs[0]), rows):
+            torch.manual_seed(seed)
+            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs)))
+        return torch.cat(outputs)
     return seeded
 # --- end shared ---
 
@@ -287,42 +299,6 @@ def ema_update(ema, net, k, gamma):
     """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma."""
     beta = (1 - 1 / k) ** (gamma + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
-# --- end shared ---
-
-
-# --- shared: run directory ---
-MAY_CHANGE = "steps save_every log_every preview_every device accum fresh out".split()
-
-
-def open_run(args, method, rank):
-    """The run directory and its newest checkpoint, or None. --fresh renames an old directory to
-    NAME.old-K. Raises ValueError if the run is another method's, or was begun with other flags."""
-    out = pathlib.Path(args.out)
-    if rank == 0:
-        if args.fresh and out.exists():
-            names = (out.with_name(f"{out.name}.old-{k}") for k in itertools.count(1))
-            old = out.rename(next(name for name in names if not name.exists()))
-            print(f"--fresh: the old run is now {old}")
-        out.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
-    if not (out / "ckpt.pt").exists():
-        return out, None
-    checkpoint = models.read_checkpoint(out / "ckpt.pt")
-    if checkpoint["method"] != method:
-        raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
-    for name, old in checkpoint["args"].items():
-        new = getattr(args, name, None)
-        if new != old and (name not in MAY_CHANGE or name == "steps" and args.lr_final < 1):
-            raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
-    return out, checkpoint
-
-
-def open_log(path, step):
-    """log.jsonl, opened to append to, without the lines that a killed run left past `step`."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
-    return open(path, "a", buffering=1)
 # --- end shared ---
 
 
@@ -352,7 +328,7 @@ def main():
         net, teacher = models.create(**args.net).to(device), None
         if args.w != 1 and not net.num_classes:
             raise ValueError(f"--w {args.w}: guidance needs a network with classes; take --w 1")
-        out, checkpoint = open_run(args, METHOD, rank)
+        out, checkpoint = models.open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
             given = models.read_checkpoint(path)
@@ -377,14 +353,15 @@ def main():
             torch_version=str(torch.__version__)))
 
     # The network in its two roles: with gradient, and bare for the derivative
-    trained = torch.compile(net) if args.compile else net
+    compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
+    trained = compiled(net) if args.compile else net
     if world > 1:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":
-        differentiate = torch.compile(differentiate)
+        differentiate = compiled(differentiate)
 
-    log = open_log(out / "log.jsonl", step) if rank == 0 else None
+    log = models.open_log(out / "log.jsonl", step) if rank == 0 else None
     window, tick = [], time.perf_counter()
     total, piece = args.pretrain + args.steps, args.batch // (args.accum * world)
     bar = tqdm(total=total, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
@@ -417,16 +394,18 @@ def main():
 
             # Loss
             seed = data.seed_of(args.seed, "dropout", step, rank, part)
-            F_theta = same_dropout(trained, seed)
+            F_theta = same_dropout(trained, piece, seed)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 if stage == "pretrain":
                     L_fm = pretrain_loss(F_theta, x1, x0, t, y, args.condition, mix[rows] < 0.5)
                     L_cm = torch.zeros_like(L_fm)
                 else:
-                    if args.jvp == "exact":
-                        derivative = functools.partial(same_dropout(differentiate, seed), net)
-                    else:                                  # two passes, each with the same mask
-                        derivative = functools.partial(differentiate, same_dropout(net, seed))
+                    F_bare = net if args.jvp == "exact" else same_dropout(net, piece, seed)
+
+                    def derivative(*inputs):       # seeded out here, where --compile does not reach
+                        torch.manual_seed(seed)
+                        return differentiate(F_bare, *inputs)
+
                     L_fm, L_cm = facm_loss(
                         F_theta, derivative, teacher, x1, x0, t, y, net.num_classes,
                         args.condition, args.w, args.t_low, WEIGHTS[args.alpha](t, args.power),

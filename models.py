@@ -8,14 +8,18 @@
     y  [B] int64, optional    labels 0..num_classes-1; num_classes is the null label, and so is None
 
 `net.num_classes` is 0 for an unconditional network. A forward pass draws no random numbers except
-nn.Dropout's in train mode. The time embedding is computed in float32 also under autocast, because
+Dropout's in train mode. The time embedding is computed in float32 also under autocast, because
 a derivative in time would be lost in bfloat16. Parameter names are those of public checkpoints.
 """
 
+import itertools
+import json
 import math
 import os
+import pathlib
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -80,6 +84,17 @@ class GroupNorm(nn.Module):
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout whose mask follows from the random state and the shape alone, not from precision
+    or memory layout: these differ between the passes of a step, the mask must not."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand(x.shape, device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
 class UNetBlock(nn.Module):
     """Residual block, optionally resampling by 2 and followed by single-head self-attention.
 
@@ -95,7 +110,7 @@ class UNetBlock(nn.Module):
         self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
         self.norm1 = GroupNorm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
         self.skip = None
         if up or down or in_channels != out_channels:
@@ -267,13 +282,14 @@ def create(name, **options):
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; there is: {', '.join(NETWORKS)}")
     try:
-        return NETWORKS[name](**options)
+        # Convolutions are a tenth faster with the channels last in memory (CPU).
+        return NETWORKS[name](**options).to(memory_format=torch.channels_last)
     except TypeError as e:
         raise ValueError(f"network {name}: {e}") from None
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints.
+# Checkpoints and run directories.
 
 def save_checkpoint(path, checkpoint):
     """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
@@ -323,3 +339,37 @@ def load_weights(net, weights, path, may_lack=()):
             raise ValueError(f"{path} does not fit this network: it {what} {names[0]} "
                              f"(and {len(names) - 1} more)")
     net.load_state_dict(weights, strict=False)
+
+
+MAY_CHANGE = "steps save_every log_every preview_every device accum fresh out".split()
+
+
+def open_run(args, method, rank):
+    """The run directory and its newest checkpoint, or None. --fresh renames an old directory to
+    NAME.old-K. Raises ValueError if the run is another method's, or was begun with other flags."""
+    out = pathlib.Path(args.out)
+    if rank == 0:
+        if args.fresh and out.exists():
+            names = (out.with_name(f"{out.name}.old-{k}") for k in itertools.count(1))
+            old = out.rename(next(name for name in names if not name.exists()))
+            print(f"--fresh: the old run is now {old}")
+        out.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+    if not (out / "ckpt.pt").exists():
+        return out, None
+    checkpoint = read_checkpoint(out / "ckpt.pt")
+    if checkpoint["method"] != method:
+        raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
+    for name, old in checkpoint["args"].items():
+        new = getattr(args, name, None)
+        if new != old and (name not in MAY_CHANGE or name == "steps" and args.lr_final < 1):
+            raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
+    return out, checkpoint
+
+
+def open_log(path, step):
+    """log.jsonl, opened to append to, without the lines that a killed run left past `step`."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
+    return open(path, "a", buffering=1)

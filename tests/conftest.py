@@ -1,11 +1,13 @@
+import os
 import pathlib
 import sys
 
-import torch
+os.environ["OMP_NUM_THREADS"] = "2"        # before torch, and for child processes: sums depend on it to the last bit
+
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
 
 
 def pytest_configure(config):
