@@ -1,4 +1,4 @@
-"""Data that the methods share: where images come from, how they go back to 8 bits, and seeds.
+"""What the methods share beside networks: images in and out, seeds, command lines, run directories.
 
     load(name, ...)        a Dataset in memory; its `batch` is addressed by (seed, step)
     glyphs(n, size, seed)  class-conditional coloured digits, drawn here; nothing is downloaded
@@ -6,13 +6,17 @@
     seed_of, generator     random numbers that follow from a key alone
     Parser, fail           command lines whose errors are one line and exit code 2
     start_processes        torchrun's processes and their devices
+    open_run, open_log     run directories, which the same command resumes, and their checkpoints
 """
 
 import argparse
 import ast
 import ctypes
 import hashlib
+import itertools
+import json
 import os
+import pathlib
 import sys
 from functools import lru_cache
 
@@ -166,6 +170,14 @@ def fail(message):
     sys.exit(2)
 
 
+def _literal(text):
+    """A number, tuple, ... as Python writes it, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
 
@@ -180,8 +192,8 @@ class Parser(argparse.ArgumentParser):
             fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}")
         row = dict(presets[args.preset])
         try:
-            given = {k: ast.literal_eval(v) for k, v in (item.split("=") for item in args.net)}
-        except (ValueError, SyntaxError):
+            given = {k: _literal(v) for k, v in (item.split("=") for item in args.net)}
+        except ValueError:
             fail(f"--net {' '.join(args.net)}: want KEY=VALUE, as in width=64 mult=1,2,2")
         args.net = row.pop("net") | given
         for name, value in row.items():
@@ -230,3 +242,70 @@ def start_processes(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs: checkpoints, directories, logs.
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
+    renames it: a kill at any moment leaves the old checkpoint or the new one."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def read_checkpoint(path):
+    """What a checkpoint file holds, on the CPU; nothing in it is executed.
+
+    Returns a dict with method, args, step, model, ema, optimizer and torch_version.
+    Raises ValueError if the file is missing, damaged or of another kind.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as e:
+        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
+                         f"({type(e).__name__})") from None
+    needed = {"method", "args", "step", "model", "ema"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of facm.py, decm.py or gcm.py")
+    return checkpoint
+
+
+MAY_CHANGE = "steps save_every log_every preview_every device accum fresh out".split()
+
+
+def open_run(args, method, rank):
+    """The run directory and its newest checkpoint, or None. --fresh renames an old directory to
+    NAME.old-K. Raises ValueError if the run is another method's, or was begun with other flags."""
+    out = pathlib.Path(args.out)
+    if rank == 0:
+        if args.fresh and out.exists():
+            names = (out.with_name(f"{out.name}.old-{k}") for k in itertools.count(1))
+            old = out.rename(next(name for name in names if not name.exists()))
+            print(f"--fresh: the old run is now {old}")
+        out.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+    if not (out / "ckpt.pt").exists():
+        return out, None
+    checkpoint = read_checkpoint(out / "ckpt.pt")
+    if checkpoint["method"] != method:
+        raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
+    for name, old in checkpoint["args"].items():
+        new = getattr(args, name, None)
+        if new != old and (name not in MAY_CHANGE or name == "steps" and args.lr_final < 1):
+            raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
+    return out, checkpoint
+
+
+def open_log(path, step):
+    """log.jsonl, opened to append to, without the lines that a killed run left past `step`."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
+    return open(path, "a", buffering=1)

@@ -321,20 +321,21 @@ def main():
     # Data, networks, and the step at which the run stands
     try:
         dataset = data.load(args.data, args.resolution)
-        args.net = dict(resolution=dataset.shape[1], channels=dataset.shape[0],
+        args.net = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
                         num_classes=dataset.num_classes,
                         second_time=args.condition == "auxiliary") | args.net
         torch.manual_seed(data.seed_of(args.seed, "init"))
         net, teacher = models.create(**args.net).to(device), None
         if args.w != 1 and not net.num_classes:
             raise ValueError(f"--w {args.w}: guidance needs a network with classes; take --w 1")
-        out, checkpoint = models.open_run(args, METHOD, rank)
+        if args.condition == "expanded" and not net.expandable:
+            raise ValueError("this network's time ends at 1; take --condition auxiliary")
+        out, checkpoint = data.open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
-            given = models.read_checkpoint(path)
-            teacher = models.create(**given["args"]["net"]).to(device)
-            models.load_weights(teacher.eval().requires_grad_(False), given["ema"], path)
-            models.load_weights(net, given["ema"], path, may_lack=["map_second"])
+            unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
+            teacher = models.load(path, **unseen).to(device).requires_grad_(False)
+            models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
         ema, optimizer = start_stage(net, args)
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
@@ -347,7 +348,7 @@ def main():
     preview_noise = torch.randn((2, 20, *dataset.shape), generator=random).to(device)
 
     def save(name):
-        models.save_checkpoint(out / name, dict(
+        data.save_checkpoint(out / name, dict(
             method=METHOD, args=vars(args), step=step, model=net.state_dict(),
             ema=ema.state_dict(), optimizer=optimizer.state_dict(),
             torch_version=str(torch.__version__)))
@@ -361,7 +362,7 @@ def main():
     if args.compile and args.jvp == "exact":
         differentiate = compiled(differentiate)
 
-    log = models.open_log(out / "log.jsonl", step) if rank == 0 else None
+    log = data.open_log(out / "log.jsonl", step) if rank == 0 else None
     window, tick = [], time.perf_counter()
     total, piece = args.pretrain + args.steps, args.batch // (args.accum * world)
     bar = tqdm(total=total, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)

@@ -7,25 +7,33 @@
     s  [B] float, optional    the second time (FACM's auxiliary r), if built with second_time=True
     y  [B] int64, optional    labels 0..num_classes-1; num_classes is the null label, and so is None
 
-`net.num_classes` is 0 for an unconditional network. A forward pass draws no random numbers except
+`net.num_classes` is 0 for an unconditional network; `net.expandable` says that it tells the times
+t and 2 - t apart, as FACM's expanded interval needs. A forward pass draws no random numbers except
 Dropout's in train mode. The time embedding is computed in float32 also under autocast, because
 a derivative in time would be lost in bfloat16. Parameter names are those of public checkpoints.
 """
 
-import itertools
-import json
+import argparse
+import collections
+import io
 import math
-import os
-import pathlib
+import pickle
+import re
+from functools import partial
 
+import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 
+def _check_second_time(net, s):
+    if (s is None) == net.second_time:
+        raise ValueError("the second time s goes with second_time=True, and only with it")
+
+
 # --------------------------------------------------------------------------------------------------
-# DDPM++ (Song et al. 2021) in the layout of NVlabs/edm's SongUNet.
+# DDPM++ and NCSN++ (Song et al. 2021) in the layout of NVlabs/edm's SongUNet.
 
 def _xavier_uniform(shape, fan_in, fan_out, gain):
     return gain * math.sqrt(6 / (fan_in + fan_out)) * (2 * torch.rand(shape) - 1)
@@ -34,36 +42,54 @@ def _xavier_uniform(shape, fan_in, fan_out, gain):
 class Linear(nn.Module):
     """[..., in_features] -> [..., out_features]; Xavier-uniform weight times gain, zero bias."""
 
-    def __init__(self, in_features, out_features, gain=1.0):
+    def __init__(self, in_features, out_features, gain=1.0, bias=True):
         super().__init__()
         shape = (out_features, in_features)
         self.weight = nn.Parameter(_xavier_uniform(shape, in_features, out_features, gain))
-        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Module):
-    """Convolution that keeps the size, after resampling by 2 (box filter) if `up` or `down`."""
+    """Convolution that keeps the size, after resampling by 2 if `up` or `down`.
 
-    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, gain=1.0):
+    taps: the resampling filter, (1, 1) a box or (1, 3, 3, 1); last: filter after the convolution.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, gain=1.0,
+                 taps=(1, 1), last=False):
         super().__init__()
         shape, area = (out_channels, in_channels, kernel, kernel), kernel * kernel
         self.weight = nn.Parameter(
             _xavier_uniform(shape, in_channels * area, out_channels * area, gain))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.up, self.down = up, down
+        self.up, self.down, self.last = up, down, last
         # The public layout stores the filter beside every resampling convolution.
-        box = torch.full((1, 1, 2, 2), 0.25) if up or down else None
-        self.register_buffer("resample_filter", box)
+        f = torch.tensor(taps, dtype=torch.float32)
+        f = (f[:, None] * f / f.sum() ** 2)[None, None]
+        self.register_buffer("resample_filter", f if up or down else None)
+
+    def resample(self, x, padding):
+        """x [B, C, H, W] at twice or half the size, filtered channel by channel."""
+        channels, taps = x.shape[1], self.resample_filter.shape[-1]
+        if taps == 2:                                                  # a box needs no convolution
+            return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        f = self.resample_filter.to(x.dtype).tile(channels, 1, 1, 1)
+        if self.up:
+            return F.conv_transpose2d(x, 4 * f, stride=2, padding=padding, groups=channels)
+        return F.conv2d(x, f, stride=2, padding=padding, groups=channels)
 
     def forward(self, x):
-        if self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        if self.down:
-            x = F.avg_pool2d(x, 2)
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        padding = self.weight.shape[-1] // 2
+        filter_padding = 0 if self.resample_filter is None else self.resample_filter.shape[-1] // 2 - 1
+        if self.last:
+            x = F.conv2d(x, self.weight, padding=padding + filter_padding)
+            return self.resample(x, 0) + self.bias[:, None, None]
+        if self.up or self.down:
+            x = self.resample(x, filter_padding)
+        return F.conv2d(x, self.weight, self.bias, padding=padding)
 
 
 class GroupNorm(nn.Module):
@@ -103,18 +129,18 @@ class UNetBlock(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, emb_channels, dropout, adaptive_scale,
-                 up=False, down=False, attention=False):
+                 taps=(1, 1), up=False, down=False, attention=False):
         super().__init__()
         self.adaptive_scale = adaptive_scale
         self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, taps=taps)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
         self.norm1 = GroupNorm(out_channels)
         self.dropout = Dropout(dropout)
         self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
         self.skip = None
         if up or down or in_channels != out_channels:
-            self.skip = Conv2d(in_channels, out_channels, 1, up=up, down=down)
+            self.skip = Conv2d(in_channels, out_channels, 1, up=up, down=down, taps=taps)
         self.norm2 = None
         if attention:
             self.norm2 = GroupNorm(out_channels)
@@ -156,53 +182,77 @@ class TimeFeatures(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class DDPMpp(nn.Module):
-    """DDPM++ U-Net (Song et al. 2021), in the layout of NVlabs/edm's SongUNet.
+class FourierFeatures(nn.Module):
+    """Sines and cosines of a time [B] at random frequencies: [B, channels] (NCSN++)."""
 
-    resolution      height and width of x; channels: C of x
+    def __init__(self, channels, scale=16):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, t):
+        angle = t[:, None] * (2 * math.pi * self.freqs).to(t.dtype)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class DDPMpp(nn.Module):
+    """DDPM++ or NCSN++ U-Net (Song et al. 2021), in the layout of NVlabs/edm's SongUNet.
+
+    input_size      height and width of x; in_channels: C of x
     width, mult     channels at full resolution, and their multiples as the resolution halves
     blocks          residual blocks at each resolution
     attention       the resolutions with self-attention; the lowest always has one
     adaptive_scale  the embedding scales and shifts (as in ADM) instead of being added
     second_time     builds map_second, zero at its output: it changes nothing before it is trained
+    augment_dim     length of the augmentation labels that `forward` takes; 0: none
+    ncsn            NCSN++: Fourier features of the time, filter (1, 3, 3, 1), residual input
     sigma_data      standard deviation of the data, for the preconditioning; None: none
     time_scale      the features are those of time_scale t
+    edm_time        the features are those of EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in
+                    [0.002, 80], so that a denoiser trained by NVlabs/edm is a velocity here
 
     With sigma_data the output is c_skip(t) x + c_out(t) U(c_in(t) x, t): EDM's preconditioning of
     the denoiser (Karras et al. 2022, Table 1), written for the velocity of the linear flow
     x_t = (1-t) x_0 + t x_1 with x_0 ~ N(0, I); then 1 < t <= 2 is the flow time 2 - t (FACM's
-    expanded interval). Raises ValueError for sizes that do not divide.
+    expanded interval). With edm_time nothing but x tells these two apart, and FACM needs
+    --condition auxiliary. Raises ValueError for sizes that do not divide.
     """
 
-    def __init__(self, resolution, channels=3, num_classes=0, width=128, mult=(2, 2, 2), blocks=4,
-                 attention=(16,), dropout=0.0, adaptive_scale=False, second_time=False,
-                 sigma_data=None, time_scale=1.0):
+    def __init__(self, input_size, in_channels=3, num_classes=0, width=128, mult=(2, 2, 2),
+                 blocks=4, attention=(16,), dropout=0.0, adaptive_scale=False, second_time=False,
+                 augment_dim=0, ncsn=False, sigma_data=None, time_scale=1.0, edm_time=False):
         super().__init__()
-        if resolution % 2 ** (len(mult) - 1):
+        if input_size % 2 ** (len(mult) - 1):
             raise ValueError(f"{len(mult)} resolutions need a size that is divisible by "
-                             f"{2 ** (len(mult) - 1)}; {resolution} is not")
+                             f"{2 ** (len(mult) - 1)}; {input_size} is not")
         self.num_classes, self.second_time = num_classes, second_time
-        self.sigma_data, self.time_scale = sigma_data, time_scale
-        emb_channels = 4 * width
+        self.sigma_data, self.time_scale, self.edm_time = sigma_data, time_scale, edm_time
+        self.expandable = not edm_time
+        emb_channels, noise_channels = 4 * width, (2 if ncsn else 1) * width
+        taps = (1, 3, 3, 1) if ncsn else (1, 1)
 
-        self.map_noise = TimeFeatures(width)
-        self.map_label = Linear(num_classes, width) if num_classes else None
+        self.map_noise = (FourierFeatures if ncsn else TimeFeatures)(noise_channels)
+        self.map_label = Linear(num_classes, noise_channels) if num_classes else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.map_second = None
         if second_time:
-            self.map_second = nn.Sequential(
-                Linear(width, width), nn.SiLU(), Linear(width, width, gain=0.0))
-        self.map_layer0 = Linear(width, emb_channels)
+            self.map_second = nn.Sequential(Linear(noise_channels, width), nn.SiLU(),
+                                            Linear(width, noise_channels, gain=0.0))
+        self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
         def block(cin, cout, **options):
-            return UNetBlock(cin, cout, emb_channels, dropout, adaptive_scale, **options)
+            return UNetBlock(cin, cout, emb_channels, dropout, adaptive_scale, taps, **options)
 
-        self.enc, skips, cout = nn.ModuleDict(), [], width
+        self.enc, skips, cout, caux = nn.ModuleDict(), [], width, in_channels
         for level, m in enumerate(mult):
-            res = resolution >> level
+            res = input_size >> level
             name = f"{res}x{res}"
             self.enc[f"{name}_down" if level else f"{name}_conv"] = (
-                block(cout, cout, down=True) if level else Conv2d(channels, width, 3))
+                block(cout, cout, down=True) if level else Conv2d(in_channels, width, 3))
+            if level and ncsn:
+                self.enc[f"{name}_aux_residual"] = Conv2d(caux, cout, 3, down=True, taps=taps,
+                                                          last=True)
+                caux = cout
             skips.append(cout)
             for i in range(blocks):
                 self.enc[f"{name}_block{i}"] = block(cout, width * m, attention=res in attention)
@@ -211,7 +261,7 @@ class DDPMpp(nn.Module):
 
         self.dec = nn.ModuleDict()
         for level, m in reversed(list(enumerate(mult))):
-            res = resolution >> level
+            res = input_size >> level
             name = f"{res}x{res}"
             if level == len(mult) - 1:
                 self.dec[f"{name}_in0"] = block(cout, cout, attention=True)
@@ -223,13 +273,17 @@ class DDPMpp(nn.Module):
                     cout + skips.pop(), width * m, attention=i == blocks and res in attention)
                 cout = width * m
         self.dec[f"{name}_aux_norm"] = GroupNorm(cout)
-        self.dec[f"{name}_aux_conv"] = Conv2d(cout, channels, 3, gain=1e-5)
+        self.dec[f"{name}_aux_conv"] = Conv2d(cout, in_channels, 3, gain=1e-5)
 
-    def embed(self, t, s, y):
+    def embed(self, t, s, y, augment=None):
         """The conditioning vector [B, 4 width], float32."""
         with torch.autocast(t.device.type, enabled=False):
             dtype = self.map_layer0.weight.dtype
-            emb = self.map_noise(self.time_scale * t.to(dtype))
+            noise = self.time_scale * t.to(dtype)
+            if self.edm_time:
+                flow_t = 1 - (1 - t.to(dtype)).abs()
+                noise = ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4     # c_noise
+            emb = self.map_noise(noise)
             if self.map_second is not None:
                 emb = emb + self.map_second(self.map_noise(self.time_scale * s.to(dtype)))
             if self.map_label is not None:
@@ -237,20 +291,25 @@ class DDPMpp(nn.Module):
                     y = torch.full_like(t, self.num_classes, dtype=torch.int64)
                 onehot = F.one_hot(y, self.num_classes + 1)[:, :-1].to(emb)    # null label: zeros
                 emb = emb + self.map_label(onehot * math.sqrt(self.num_classes))
+            if self.map_augment is not None and augment is not None:
+                emb = emb + self.map_augment(augment.to(dtype))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x, t, s=None, y=None):
-        if (s is None) == self.second_time:
-            raise ValueError("the second time s goes with second_time=True, and only with it")
-        emb = self.embed(t, s, y)
+    def forward(self, x, t, s=None, y=None, augment=None):
+        """As every network here; augment [B, augment_dim] float: the augmentation's labels."""
+        _check_second_time(self, s)
+        emb = self.embed(t, s, y, augment)
         h = x
         if self.sigma_data is not None:
             flow_t = (1 - (1 - t).abs())[:, None, None, None]
             var = (1 - flow_t) ** 2 + (flow_t * self.sigma_data) ** 2          # of x_t
             h = var.rsqrt() * x                                                # c_in x
 
-        skips = []
+        skips, aux = [], h
         for name, layer in self.enc.items():
+            if name.endswith("_aux_residual"):
+                h = skips[-1] = aux = (h + layer(aux)) * math.sqrt(0.5)
+                continue
             h = layer(h) if name.endswith("_conv") else layer(h, emb)
             skips.append(h)
         for name, layer in self.dec.items():
@@ -270,8 +329,441 @@ class DDPMpp(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# DiT (Peebles & Xie 2023), whose layout SiT shares, and LightningDiT (Yao et al. 2025).
 
-NETWORKS = {"DDPM++": DDPMpp}
+def modulate(x, shift, scale):
+    """(1 + scale) x + shift for tokens x [B, N, D] and shift (or None), scale [B, D]."""
+    x = x * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]
+
+
+def pixel_norm(x):
+    """[B, D] scaled to a mean square of 1 (sCM's modulation; FACM A.3(c))."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+class LayerNorm(nn.Module):
+    """Over the last dimension; the affine stays outside the call, for torch.compile's sake."""
+
+    def __init__(self, width, eps=1e-6, affine=False):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x):
+        x = F.layer_norm(x, (self.width,), eps=self.eps)
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+class RMSNorm(nn.Module):
+    """x / root mean square over the last dimension, in float32 or more, times a weight."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x) * self.weight
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding of a square grid: half of a head's channels turn with the row, half
+    with the column. q or k [B, heads, grid * grid, head_dim] -> the same shape."""
+
+    def __init__(self, head_dim, grid):
+        super().__init__()
+        half = head_dim // 2
+        freqs = 1e4 ** (-torch.arange(0, half, 2).float() / half)
+        angle = (torch.arange(grid)[:, None] * freqs).repeat_interleave(2, dim=1)     # [grid, half]
+        angle = torch.cat([angle[:, None].expand(-1, grid, -1), angle.expand(grid, -1, -1)], dim=-1)
+        self.register_buffer("freqs_cos", angle.cos().flatten(0, 1))
+        self.register_buffer("freqs_sin", angle.sin().flatten(0, 1))
+
+    def forward(self, x):
+        odd_even = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return x * self.freqs_cos.to(x.dtype) + odd_even * self.freqs_sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens [B, N, D]."""
+
+    def __init__(self, width, heads, norm=None):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = norm(width // heads) if norm else nn.Identity()
+        self.k_norm = norm(width // heads) if norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, h, N, d]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        # Written out, because fused attention has no forward-mode derivative.
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, h = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * h)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the embedding (adaLN-Zero).
+
+    x [B, N, D], emb [B, D] -> [B, N, D]; options as in DiT."""
+
+    def __init__(self, width, heads, mlp_ratio, qknorm, swiglu, rmsnorm, wo_shift, pixelnorm):
+        super().__init__()
+        norm = RMSNorm if rmsnorm else LayerNorm
+        qk = RMSNorm if rmsnorm else (lambda d: LayerNorm(d, eps=1e-5, affine=True))
+        hidden = int(width * mlp_ratio)
+        self.wo_shift, self.pixelnorm = wo_shift, pixelnorm
+        self.norm1 = norm(width)
+        self.attn = Attention(width, heads, qk if qknorm else None)
+        self.norm2 = norm(width)
+        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if swiglu else Mlp(width, hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if wo_shift else 6) * width))
+
+    def forward(self, x, emb, rope):
+        parts = self.adaLN_modulation(emb).chunk(4 if self.wo_shift else 6, dim=1)
+        if self.wo_shift:
+            (scale1, gate1, scale2, gate2), shift1, shift2 = parts, None, None
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        if self.pixelnorm:
+            scale1, scale2 = pixel_norm(scale1), pixel_norm(scale2)
+            if not self.wo_shift:
+                shift1, shift2 = pixel_norm(shift1), pixel_norm(shift2)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens x [B, N, D], emb [B, D] -> pixels of the patches [B, N, out]."""
+
+    def __init__(self, width, out, rmsnorm, pixelnorm):
+        super().__init__()
+        self.norm_final = (RMSNorm if rmsnorm else LayerNorm)(width)
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.pixelnorm = pixelnorm
+
+    def forward(self, x, emb):
+        shift, scale = self.adaLN_modulation(emb).chunk(2, dim=1)
+        if self.pixelnorm:
+            shift, scale = pixel_norm(shift), pixel_norm(scale)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> tokens [B, N, D], one for each patch, row by row."""
+
+    def __init__(self, patch, in_channels, width):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimeEmbedder(nn.Module):
+    """A time [B] -> [B, width], by 128 cosines and sines with frequencies from 1 to nearly 1e-4."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        t = t.to(self.mlp[0].weight.dtype)
+        angle = t[:, None] * 1e4 ** (-torch.arange(128, dtype=t.dtype, device=t.device) / 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B], the last row being the null label -> [B, width]."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+def sincos_2d(width, grid):
+    """Fixed position embedding of a square grid, float32 [1, grid * grid, width]: half of the
+    channels for the column, half for the row, each of sines, then cosines (float64 inside)."""
+    freqs = 1e4 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * freqs                  # [grid, D/4]
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)                               # [grid, D/2]
+    both = [line.expand(grid, -1, -1), line[:, None].expand(-1, grid, -1)]            # column, row
+    return torch.cat(both, dim=-1).flatten(0, 1)[None].float()
+
+
+class DiT(nn.Module):
+    """Diffusion transformer, in the layout of facebookresearch/DiT (SiT's too), or of
+    hustvl/LightningDiT (FACM's too) with some of its options.
+
+    input_size, patch         height and width of x and of a patch; in_channels: C of x
+    width, depth, heads       channels of a token, number of blocks, attention heads
+    qknorm, swiglu, rope,     LightningDiT's normalised queries and keys, gated MLP, rotary
+    rmsnorm, wo_shift         positions, RMS instead of layer normalisation, modulation by scale only
+    learn_sigma               the final layer has a second half, the variance, which is dropped
+    second_time               builds r_embedder, zero at its output before it is trained
+    pixelnorm                 normalises the modulation's scale and shift (sCM; FACM A.3(c))
+    prediction                "velocity", or "noise": the weights are those of DDPM's noise predictor
+                              at 1000 discrete times (facebookresearch/DiT's own); its velocity is
+                              given, which is exact in sigma = (1-t) / t in [0.01, 157]
+
+    num_classes 0 builds no label embedding. With "noise" FACM needs --condition auxiliary.
+    Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(self, input_size, in_channels=4, num_classes=1000, patch=2, width=1152, depth=28,
+                 heads=16, mlp_ratio=4.0, qknorm=False, swiglu=False, rope=False, rmsnorm=False,
+                 wo_shift=False, learn_sigma=False, second_time=False, pixelnorm=False,
+                 prediction="velocity"):
+        super().__init__()
+        if input_size % patch or width % heads or (width // heads) % 4 or width % 4:
+            raise ValueError(f"patches of {patch} must divide the size {input_size}, {heads} heads "
+                             f"the width {width}, and 4 the width of a head")
+        if prediction not in ("velocity", "noise"):
+            raise ValueError(f"prediction {prediction!r}: want velocity or noise")
+        self.num_classes, self.second_time, self.prediction = num_classes, second_time, prediction
+        self.expandable = prediction == "velocity"
+        self.patch, self.in_channels, grid = patch, in_channels, input_size // patch
+
+        self.x_embedder = PatchEmbed(patch, in_channels, width)
+        self.t_embedder = TimeEmbedder(width)
+        self.r_embedder = TimeEmbedder(width) if second_time else None
+        self.y_embedder = LabelEmbedder(num_classes, width) if num_classes else None
+        self.pos_embed = nn.Parameter(sincos_2d(width, grid), requires_grad=False)
+        self.feat_rope = RoPE(width // heads, grid) if rope else None
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, mlp_ratio, qknorm, swiglu, rmsnorm, wo_shift, pixelnorm)
+            for _ in range(depth))
+        out = patch * patch * in_channels * (2 if learn_sigma else 1)
+        self.final_layer = FinalLayer(width, out, rmsnorm, pixelnorm)
+        if prediction == "noise":
+            alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+            log_sigma = ((1 - alpha_bar) / alpha_bar).log() / 2
+            self.register_buffer("log_sigma", log_sigma.float(), persistent=False)
+
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "adaLN" in name or "final_layer.linear" in name:
+                nn.init.zeros_(p)
+            elif name == "r_embedder.mlp.2.weight":
+                nn.init.zeros_(p)
+            elif "t_embedder" in name or "r_embedder" in name or "y_embedder" in name:
+                nn.init.normal_(p, std=0.02)
+            elif p.dim() > 1 and name != "pos_embed":
+                nn.init.xavier_uniform_(p.flatten(1))
+
+    def embed(self, t, s, y):
+        """The conditioning vector [B, D], float32."""
+        with torch.autocast(t.device.type, enabled=False):
+            emb = self.t_embedder(t)
+            if self.r_embedder is not None:
+                emb = emb + self.r_embedder(s)
+            if self.y_embedder is not None:
+                if y is None:
+                    y = torch.full_like(t, self.num_classes, dtype=torch.int64)
+                emb = emb + self.y_embedder(y)
+            return emb
+
+    def output(self, x, emb):
+        """What the final layer gives, [B, C, H, W]."""
+        h = self.x_embedder(x) + self.pos_embed                                       # [B, N, D]
+        for block in self.blocks:
+            h = block(h, emb, self.feat_rope)
+        h = self.final_layer(h, emb)                                                  # [B, N, ppC']
+        B, grid, p = x.shape[0], x.shape[-1] // self.patch, self.patch
+        h = h.reshape(B, grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)              # B C' h p w p
+        return h.reshape(B, -1, *x.shape[2:])[:, :self.in_channels]
+
+    def forward(self, x, t, s=None, y=None):
+        _check_second_time(self, s)
+        if self.prediction == "velocity":
+            return self.output(x, self.embed(t, s, y))
+        # The same point on the variance-preserving path, sigma = noise / data being equal there.
+        flow_t = (1 - (1 - t).abs()).clamp(1 / 158, 0.99)
+        k = self.discrete_time(((1 - flow_t) / flow_t).log())
+        flow_t = flow_t[:, None, None, None]
+        eps = self.output(x * ((1 - flow_t) ** 2 + flow_t ** 2).rsqrt(), self.embed(k, s, y))
+        return (x - eps) / flow_t                                      # x_1 - x_0 with x_0 = eps
+
+    def discrete_time(self, log_sigma):
+        """DDPM's time in [0, 999], linear in between in ln sigma; log_sigma [B]."""
+        table = self.log_sigma.to(log_sigma)
+        k = torch.searchsorted(table, log_sigma.detach().contiguous()).clamp(1, 999)
+        return (k - (table[k] - log_sigma) / (table[k] - table[k - 1])).clamp(0, 999)
+
+
+# --------------------------------------------------------------------------------------------------
+# AutoencoderKL (Rombach et al. 2022) in the layout of CompVis/latent-diffusion.
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = None
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention of the pixels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)                    # [B, HW, C]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Resample(nn.Module):
+    """Half the size by a strided convolution, padded right and below, or twice, then a convolution."""
+
+    def __init__(self, channels, up):
+        super().__init__()
+        self.up, stride, padding = up, 1 if up else 2, 1 if up else 0
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class Coder(nn.Module):
+    """Encoder: images -> features of size / 2^(levels-1), or decoder: the other way.
+
+    attention: the levels, 0 being full resolution, whose blocks are followed by attention."""
+
+    def __init__(self, decoder, channels_in, channels_out, width, mult, blocks, attention):
+        super().__init__()
+        self.decoder = decoder
+        levels = range(len(mult))[::-1] if decoder else range(len(mult))
+        c = width * mult[levels[0]] if decoder else width
+        stages, last = {}, width * mult[levels[-1]]
+        self.conv_in = nn.Conv2d(channels_in, c, 3, padding=1)
+        for level in levels:
+            stage = stages[level] = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
+            for _ in range(blocks + decoder):
+                stage["block"].append(ResnetBlock(c, width * mult[level]))
+                c = width * mult[level]
+                if level in attention:
+                    stage["attn"].append(AttnBlock(c))
+            if level != levels[-1]:
+                stage["upsample" if decoder else "downsample"] = Resample(c, up=decoder)
+        stages = nn.ModuleList(stages[level] for level in sorted(stages))
+        middle = width * mult[-1]
+        self.mid = nn.ModuleDict(dict(block_1=ResnetBlock(middle, middle), attn_1=AttnBlock(middle),
+                                      block_2=ResnetBlock(middle, middle)))
+        self.add_module("up" if decoder else "down", stages)
+        self.norm_out = nn.GroupNorm(32, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, channels_out, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        middle = list(self.mid.values())
+        for part in [*middle, *self.up[::-1]] if self.decoder else [*self.down, *middle]:
+            if not isinstance(part, nn.ModuleDict):
+                h = part(h)
+                continue
+            for i, block in enumerate(part["block"]):
+                h = block(h)
+                if len(part["attn"]):
+                    h = part["attn"][i](h)
+            for name in part.keys() - {"block", "attn"}:
+                h = part[name](h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] <-> latents [B, z_channels, H/f, W/f], f = 2^(len(mult)-1).
+
+    encode gives mean and standard deviation of the latents as the autoencoder has them; methods
+    work on `scale` times these (SD-VAE), or on their own normalisation (VA-VAE: latents_stats).
+    """
+
+    def __init__(self, z_channels, mult, width=128, blocks=2, attention=(), scale=1.0):
+        super().__init__()
+        self.z_channels, self.scale, self.factor = z_channels, scale, 2 ** (len(mult) - 1)
+        self.encoder = Coder(False, 3, 2 * z_channels, width, mult, blocks, attention)
+        self.decoder = Coder(True, z_channels, 3, width, mult, blocks, attention)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+
+    def encode(self, x):
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, (logvar.clamp(-30, 20) / 2).exp()
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+
+# --------------------------------------------------------------------------------------------------
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
+         "1p0B": (1536, 24, 24), "1p6B": (1792, 28, 28)}               # width, depth, heads
+
+
+def _sized(constructor, sizes):
+    """{"NAME/PATCH": constructor of that size and patch}."""
+    return {f"{size}/{patch}": partial(constructor, patch=patch, **dict(
+        zip(("width", "depth", "heads"), SIZES[size.split("-")[1]]))) for size, patch in sizes}
+
+
+# The released LightningDiT: VA-VAE's latents, and these of its options.
+LightningDiT = partial(DiT, input_size=16, in_channels=32, swiglu=True, rope=True, rmsnorm=True)
+
+NETWORKS = {
+    "DDPM++": DDPMpp,
+    "NCSN++": partial(DDPMpp, ncsn=True),
+    "DiT": DiT,
+    "LightningDiT": LightningDiT,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKL-f8d4": partial(
+        AutoencoderKL, z_channels=4, mult=(1, 2, 4, 4), scale=0.18215),
+    "VAVAE-f16d32": partial(
+        AutoencoderKL, z_channels=32, mult=(1, 1, 2, 2, 4), attention=(4,)),
+    **_sized(DiT, [(f"DiT-{n}", p) for n in ("S", "B", "L", "XL") for p in (2, 4, 8)]),
+    **_sized(LightningDiT, [(f"LightningDiT-{n}", p) for n, p in (
+        ("B", 1), ("B", 2), ("L", 2), ("XL", 1), ("XL", 2), ("1p0B", 1), ("1p0B", 2), ("1p6B", 1),
+        ("1p6B", 2))]),
+}
 
 
 def create(name, **options):
@@ -289,37 +781,7 @@ def create(name, **options):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints and run directories.
-
-def save_checkpoint(path, checkpoint):
-    """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
-    renames it: a kill at any moment leaves the old checkpoint or the new one."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def read_checkpoint(path):
-    """What a checkpoint file holds, on the CPU; nothing in it is executed.
-
-    Returns a dict with method, args, step, model, ema, optimizer and torch_version.
-    Raises ValueError if the file is missing, damaged or of another kind.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as e:
-        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
-                         f"({type(e).__name__})") from None
-    needed = {"method", "args", "step", "model", "ema"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of facm.py, decm.py or gcm.py")
-    return checkpoint
-
+# Weights: ours and public ones.
 
 def load_weights(net, weights, path, may_lack=()):
     """net.load_state_dict, strict but for missing names that begin with one of `may_lack`.
@@ -341,35 +803,184 @@ def load_weights(net, weights, path, may_lack=()):
     net.load_state_dict(weights, strict=False)
 
 
-MAY_CHANGE = "steps save_every log_every preview_every device accum fresh out".split()
+class _Plain(dict):
+    """Stands for an object in a pickle that is only a container, whose state becomes its items, or
+    for a NumPy number, which is left out."""
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})
 
 
-def open_run(args, method, rank):
-    """The run directory and its newest checkpoint, or None. --fresh renames an old directory to
-    NAME.old-K. Raises ValueError if the run is another method's, or was begun with other flags."""
-    out = pathlib.Path(args.out)
-    if rank == 0:
-        if args.fresh and out.exists():
-            names = (out.with_name(f"{out.name}.old-{k}") for k in itertools.count(1))
-            old = out.rename(next(name for name in names if not name.exists()))
-            print(f"--fresh: the old run is now {old}")
-        out.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
-    if not (out / "ckpt.pt").exists():
-        return out, None
-    checkpoint = read_checkpoint(out / "ckpt.pt")
-    if checkpoint["method"] != method:
-        raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
-    for name, old in checkpoint["args"].items():
-        new = getattr(args, name, None)
-        if new != old and (name not in MAY_CHANGE or name == "steps" and args.lr_final < 1):
-            raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
-    return out, checkpoint
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds tensors and plain containers, executes nothing, and refuses every other name.
+
+    NVlabs/edm's networks hold their own source code; here they come back as dicts of their state.
+    """
+
+    ALLOWED = {
+        "collections.OrderedDict": collections.OrderedDict, "builtins.set": set,
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+        "torch.storage._load_from_bytes":
+            lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
+        "torch_utils.persistence._reconstruct_persistent_obj":
+            lambda meta: _Plain() | meta["state"],
+        **dict.fromkeys(["torch.nn.modules.container.ModuleDict", "dnnlib.util.EasyDict",
+                         "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+                         "numpy.dtype"], _Plain),
+    }
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor "
+                                         "nor a plain container")
+        return self.ALLOWED[f"{module}.{name}"]
 
 
-def open_log(path, step):
-    """log.jsonl, opened to append to, without the lines that a killed run left past `step`."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
-    return open(path, "a", buffering=1)
+def _flatten(state, prefix=""):
+    """The state_dict of an unpickled network: {"enc.32x32_conv.weight": tensor, ...}."""
+    tensors = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+    weights = {prefix + k: v.detach() for k, v in tensors.items() if v is not None}
+    for name, child in state.get("_modules", {}).items():
+        weights |= _flatten(child or {}, f"{prefix}{name}.")
+    return weights
+
+
+def read_weights(path):
+    """The tensors of a .safetensors, .pkl (NVlabs/edm) or PyTorch file, {name: tensor}, and the
+    options of models.create, if it is a checkpoint of ours. Averaged weights go before others.
+
+    Nothing in the file is executed. Raises ValueError for a file that is missing, damaged, or
+    holds anything but tensors and plain values.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            held = safetensors.torch.load_file(path)
+        elif str(path).endswith(".pkl"):
+            with open(path, "rb") as f:
+                held = _flatten(_Unpickler(f).load()["ema"])
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as e:
+        asks = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(e))
+        reason = f"it asks for {asks[1]}" if asks else " ".join(str(e).split())[:120]
+        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
+                         f"({type(e).__name__}: {reason})") from None
+    args = held.get("args") if isinstance(held, dict) else None
+    options = args.get("net") if isinstance(args, dict) else None
+    for key in ("ema", "model_ema", "model", "state_dict"):
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
+            break
+    if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
+        raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
+    prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.))+")
+    weights = {prefix.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
+    if any(k.startswith("encoder.down_blocks") for k in weights):
+        weights = _from_diffusers(weights)
+    if "quant_conv.weight" in weights:             # what an autoencoder needs in training alone
+        weights = {k: v for k, v in weights.items()
+                   if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    return weights, options
+
+
+DIFFUSERS = [
+    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
+    (r"up_blocks\.(\d+)\.upsamplers\.0", r"up.\1.upsample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.(group_norm|norm)\.", "mid.attn_1.norm."),
+    (r"mid_block\.attentions\.0\.(to_|query|key|value|proj_attn)", r"mid.attn_1.\1"),
+    (r"attn_1\.(to_q|query)\.", "attn_1.q."), (r"attn_1\.(to_k|key)\.", "attn_1.k."),
+    (r"attn_1\.(to_v|value)\.", "attn_1.v."), (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+    (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
+]
+
+
+def _from_diffusers(weights):
+    """A diffusers AutoencoderKL's weights under CompVis' names; its decoder counts levels down."""
+    levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("decoder.up_blocks."))
+    renamed = {}
+    for name, w in weights.items():
+        for pattern, new in DIFFUSERS:
+            name = re.sub(pattern, new, name)
+        name = re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", name)
+        linear = ".attn_1." in name and w.dim() == 2
+        renamed[name] = w[:, :, None, None] if linear else w
+    return renamed
+
+
+UNSEEN = "heads prediction sigma_data edm_time time_scale".split()
+
+
+def infer(weights):
+    """The options of `create` that the names and shapes in public weights tell.
+
+    Raises ValueError for weights of no network that there is.
+    """
+    shape = {k: tuple(w.shape) for k, w in weights.items()}
+    count = lambda pattern: len({m[1] for k in shape if (m := re.match(pattern, k))})  # noqa: E731
+    if "x_embedder.proj.weight" in shape:
+        width, channels, patch, _ = shape["x_embedder.proj.weight"]
+        heads = 16 if width == 1152 else max(width // 64, 1)
+        if "feat_rope.freqs_cos" in shape:
+            heads = width // shape["feat_rope.freqs_cos"][1]
+        mlp, gated = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"
+        return dict(
+            name="DiT", input_size=round(shape["pos_embed"][1] ** 0.5) * patch, patch=patch,
+            in_channels=channels, width=width, depth=count(r"blocks\.(\d+)\."), heads=heads,
+            num_classes=shape.get("y_embedder.embedding_table.weight", (1,))[0] - 1,
+            mlp_ratio=4.0 if gated in shape else shape[mlp][0] / width,
+            qknorm="blocks.0.attn.q_norm.weight" in shape, swiglu=gated in shape,
+            rope="feat_rope.freqs_cos" in shape, rmsnorm="blocks.0.norm1.weight" in shape,
+            wo_shift=shape["blocks.0.adaLN_modulation.1.weight"][0] == 4 * width,
+            learn_sigma=shape["final_layer.linear.weight"][0] == 2 * channels * patch ** 2,
+            second_time="r_embedder.mlp.0.weight" in shape)
+    if "map_layer0.weight" in shape:
+        sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
+        top = f"enc.{sizes[0]}x{sizes[0]}"
+        width, channels = shape[f"{top}_conv.weight"][:2]
+        conv = [shape[f"enc.{n}x{n}_block0.conv1.weight"][0] for n in sizes]
+        block = f"{top}_block0."
+        return dict(
+            name="NCSN++" if "map_noise.freqs" in shape else "DDPM++", input_size=sizes[0],
+            in_channels=channels, width=width, mult=tuple(c // width for c in conv),
+            blocks=count(rf"{re.escape(top)}_block(\d+)\."),
+            attention=tuple(n for n in sizes if f"enc.{n}x{n}_block0.qkv.weight" in shape),
+            num_classes=shape.get("map_label.weight", (0, 0))[1],
+            augment_dim=shape.get("map_augment.weight", (0, 0))[1],
+            adaptive_scale=shape[block + "affine.weight"][0] == 2 * conv[0],
+            second_time="map_second.0.weight" in shape, sigma_data=0.5, edm_time=True)
+    if "post_quant_conv.weight" in shape:
+        levels = count(r"encoder\.down\.(\d+)\.")
+        conv = [shape[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
+        width, z = shape["encoder.conv_in.weight"][0], shape["post_quant_conv.weight"][1]
+        name = "AutoencoderKL-f8d4" if (levels, z) == (4, 4) else "AutoencoderKL"
+        return dict(
+            name=name, width=width, blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+            attention=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shape),
+            z_channels=z, mult=tuple(c // width for c in conv))
+    raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
+
+
+def load(path, **options):
+    """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
+
+    options: what no shape tells of public weights (UNSEEN), such as prediction="noise" for
+    facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser. Raises
+    ValueError as read_weights and load_weights do.
+    """
+    weights, own = read_weights(path)
+    try:
+        net = create(**(own or infer(weights) | options))
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
+    load_weights(net, weights, path)
+    return net.eval()

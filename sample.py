@@ -64,7 +64,7 @@ def load(path, device="cpu", raw=False):
 
     Raises ValueError if the file is no checkpoint, or of a method without a sampler here.
     """
-    checkpoint = models.read_checkpoint(path)
+    checkpoint = data.read_checkpoint(path)
     if checkpoint["method"] != facm.METHOD:
         raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
     net = models.create(**checkpoint["args"]["net"]).to(device).eval()
@@ -85,7 +85,7 @@ def draw(net, train, sampler, nfe, labels, seed=0, first=0, batch=250, cfg=1.0, 
     train: the args that the checkpoint was trained with; sampler: a name of facm.SAMPLERS.
     """
     device = next(net.parameters()).device
-    shape = (train["net"]["channels"], *[train["net"]["resolution"]] * 2)
+    shape = (train["net"]["in_channels"], *[train["net"]["input_size"]] * 2)
     count, options = nfe, dict(condition=train["condition"])
     if sampler == "euler":
         count, options = 1, options | dict(w=cfg, t_low=train["t_low"])

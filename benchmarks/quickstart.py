@@ -103,7 +103,7 @@ def main():
     except ValueError as e:
         data.fail(e)
     train = checkpoint["args"]
-    size, labels = train["net"]["resolution"], torch.arange(args.n) % 10
+    size, labels = train["net"]["input_size"], torch.arange(args.n) % 10
     net = load_classifier(size)
     _, *reference = judge(net, *data.glyphs(20_000, size, seed=2))
 

@@ -12,10 +12,14 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
+    config.addinivalue_line("markers", "large: needs 6 GB of memory; runs if asked for by pytest -m large")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     import pytest
+    for item in items:
+        if "large" in item.keywords and "large" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="needs 6 GB; pytest -m large"))
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:

@@ -9,6 +9,7 @@ from PIL import Image
 from test_training import TINY, call, refused, torchrun
 
 import facm
+import data
 import models
 import sample
 
@@ -53,7 +54,7 @@ def test_weights_and_samplers_are_the_ones_asked_for(run, tmp_path, monkeypatch)
             (["--raw"], "model", "ckpt.pt", facm.sample),
             (["--sampler", "euler"], "ema", "ckpt.pt", facm.sample_euler),
             ([], "ema", "teacher.pt", facm.sample_euler)):
-        checkpoint = models.read_checkpoint(run / ckpt)
+        checkpoint = data.read_checkpoint(run / ckpt)
         net = models.create(**checkpoint["args"]["net"]).eval()
         net.load_state_dict(checkpoint[weights])
         noise = sample.draw_noise(0, range(4), 3, (3, 12, 12))

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import facm
-import models
+import data
 import sample
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
@@ -71,7 +71,7 @@ def same(a, b):
 
 def assert_same_run(a, b):
     for name in ("ckpt.pt", "teacher.pt"):
-        x, y = (models.read_checkpoint(out / name) for out in (a, b))
+        x, y = (data.read_checkpoint(out / name) for out in (a, b))
         for part in ("model", "ema", "optimizer", "step"):
             assert same(x[part], y[part]), (name, part)
     timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in rows(out)] for out in (a, b)]
@@ -94,7 +94,7 @@ def test_a_run_leaves_what_it_promises(finished):
     checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
     assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
     assert (checkpoint["method"], checkpoint["step"]) == ("facm", 12)
-    assert models.read_checkpoint(finished / "teacher.pt")["step"] == 6
+    assert data.read_checkpoint(finished / "teacher.pt")["step"] == 6
     assert {p.name for p in (finished / "previews").iterdir()} == {"0000006.png", "0000012.png"}
 
 
@@ -127,12 +127,12 @@ def test_a_signal_saves_and_exits(tmp_path, number):
     process.send_signal(number)
     assert process.wait() == 128 + number
     process.communicate()
-    assert models.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
+    assert data.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
 
 
 def first_gradient(out):
     """The (clipped) gradient of step 1, from AdamW's first moment: exp_avg = (1 - beta_1) gradient."""
-    state = models.read_checkpoint(out / "ckpt.pt")["optimizer"]["state"]
+    state = data.read_checkpoint(out / "ckpt.pt")["optimizer"]["state"]
     return torch.cat([entry["exp_avg"].flatten() / 0.1 for entry in state.values()])
 
 
@@ -155,15 +155,15 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
 
     def broken(F_cm, v_tar, c):
         loss = honest(F_cm, v_tar, c)
-        return loss * float("nan") if models.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
+        return loss * float("nan") if data.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
     monkeypatch.setattr(facm, "norm_l2", broken)
     with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, gradient norm nan"):
         call(monkeypatch, facm, *command)
-    kept = models.read_checkpoint(out / "ckpt.pt")
+    kept = data.read_checkpoint(out / "ckpt.pt")
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
     monkeypatch.setattr(facm, "norm_l2", honest)
     call(monkeypatch, facm, *command)
-    assert models.read_checkpoint(out / "ckpt.pt")["step"] == 6
+    assert data.read_checkpoint(out / "ckpt.pt")["step"] == 6
 
 
 @pytest.mark.parametrize("flags", [
@@ -180,7 +180,7 @@ def test_distils_a_given_teacher(finished, tmp_path, monkeypatch, condition):
     out = tmp_path / "run"
     call(monkeypatch, facm, *TINY, "--teacher", finished / "teacher.pt", "--condition", condition, "--steps", 1,
          "--lr", "1e-12", "--out", out)
-    student, teacher = models.read_checkpoint(out / "ckpt.pt"), models.read_checkpoint(finished / "teacher.pt")
+    student, teacher = data.read_checkpoint(out / "ckpt.pt"), data.read_checkpoint(finished / "teacher.pt")
     assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
     assert any(k.startswith("map_second") for k in student["model"]) == (condition == "auxiliary")
 
@@ -266,7 +266,7 @@ def test_damaged_checkpoints_end_in_one_line(finished, tmp_path, monkeypatch, ca
     path.parent.mkdir()
     shutil.copy(finished / "teacher.pt", path.parent)
     good = (finished / "ckpt.pt").read_bytes()
-    checkpoint = models.read_checkpoint(finished / "ckpt.pt")
+    checkpoint = data.read_checkpoint(finished / "ckpt.pt")
     if damage == "truncated":
         path.write_bytes(good[: len(good) // 2])
     elif damage == "text":

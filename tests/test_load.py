@@ -1,0 +1,185 @@
+"""models.load: checkpoints of ours and of the public kinds, strictly, and without executing what is in them."""
+
+import argparse
+import collections
+import os
+import pickle
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import torch
+from formula import normal_like, sample, uniform
+from test_golden import GOLDEN, golden
+
+import data
+import models
+
+NET = dict(name="LightningDiT", input_size=8, in_channels=3, num_classes=4, patch=2, width=32, depth=2, heads=4)
+
+
+def small(seed=0, **options):
+    torch.manual_seed(seed)
+    net = models.create(**(NET | options))
+    for p in net.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+def assert_same(a, b):
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.8])
+    s, y = (t if a.second_time else None), torch.tensor([1, 4])
+    assert not b.training and torch.equal(a(x, t, s, y), b(x, t, s, y))
+
+
+@pytest.mark.parametrize("second_time", [False, True])
+@pytest.mark.parametrize("wrap", [
+    lambda w, v: w, lambda w, v: dict(model=v, ema=w), lambda w, v: dict(model=w, opt={}, config={"lr": 1e-4}),
+    lambda w, v: dict(model=v, ema=w, opt={}, args=argparse.Namespace(model="DiT-XL/2")),
+    lambda w, v: {"module." + k: a for k, a in w.items()},
+    lambda w, v: dict(ema={"module._orig_mod." + k: a for k, a in w.items()}, model=v)])
+def test_public_layouts(tmp_path, wrap, second_time):
+    net, other = small(second_time=second_time), small(1, second_time=second_time)
+    torch.save(wrap(net.state_dict(), other.state_dict()), tmp_path / "net.pt")
+    assert_same(net, models.load(tmp_path / "net.pt"))
+
+
+def test_safetensors(tmp_path):
+    net = small()
+    safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "net.safetensors")
+    assert_same(net, models.load(tmp_path / "net.safetensors"))
+
+
+def test_our_own_checkpoint_keeps_what_no_shape_tells(tmp_path):
+    options = dict(name="DDPM++", input_size=8, width=8, mult=(1, 1), blocks=1, attention=(), time_scale=8.0, sigma_data=0.6)
+    net = models.create(**options).eval()
+    data.save_checkpoint(tmp_path / "ckpt.pt", dict(method="facm", args=dict(net=options), step=1, model={},
+                                                    ema=net.state_dict()))
+    loaded = models.load(tmp_path / "ckpt.pt", sigma_data=0.5)                       # what the file says goes before
+    assert (loaded.time_scale, loaded.sigma_data) == (8.0, 0.6)
+    assert torch.equal(loaded(torch.ones(1, 3, 8, 8), torch.ones(1)), net(torch.ones(1, 3, 8, 8), torch.ones(1)))
+
+
+def test_a_learned_sigma_is_dropped(tmp_path):
+    net = small(learn_sigma=True)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = models.load(tmp_path / "net.pt")
+    assert loaded.final_layer.linear.out_features == 2 * 3 * 4
+    assert loaded(torch.ones(1, 3, 8, 8), torch.ones(1)).shape == (1, 3, 8, 8)
+
+
+def test_what_no_shape_tells_is_an_option(tmp_path):
+    torch.save(small(name="DiT").state_dict(), tmp_path / "net.pt")
+    assert models.load(tmp_path / "net.pt", heads=2).blocks[0].attn.heads == 2
+    assert models.load(tmp_path / "net.pt", prediction="noise").prediction == "noise"
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda w: w.pop("blocks.1.attn.proj.bias"), "lacks blocks.1.attn.proj.bias"),
+    (lambda w: w.update(extra=torch.ones(1)), "unknown extra"),
+    (lambda w: w.update({"blocks.1.attn.proj.bias": torch.ones(3)}), "another shape of blocks.1.attn.proj.bias"),
+    (lambda w: w.pop("final_layer.linear.weight"), "final_layer.linear.weight"),
+    (lambda w: [w.pop(k) for k in list(w) if not k.startswith("blocks")], "unknown network"),
+    (lambda w: w.clear(), "no weights")])
+def test_weights_that_do_not_fit_are_an_error_with_the_name(tmp_path, spoil, message):
+    weights = dict(small().state_dict())
+    spoil(weights)
+    torch.save(weights, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path / "net.pt")
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["harm.pt", "harm.pth", "harm.ckpt", "harm.pkl"])
+def test_nothing_in_a_file_is_executed(tmp_path, name):
+    harm = Harm()
+    harm.path = str(tmp_path / "harmed")
+    if name.endswith("pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(dict(ema=harm)))
+    else:
+        torch.save(dict(ema=harm), tmp_path / name)
+    with pytest.raises(ValueError, match="mkdir"):
+        models.load(tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("name", ["cut.pt", "cut.safetensors", "cut.pkl", "none.pt"])
+def test_missing_and_damaged_files(tmp_path, name):
+    torch.save(small().state_dict(), tmp_path / "net.pt")
+    if name != "none.pt":
+        (tmp_path / name).write_bytes((tmp_path / "net.pt").read_bytes()[:3000])
+    with pytest.raises(ValueError, match=name):
+        models.load(tmp_path / name)
+
+
+def pickle_as_edm_does(path, net, monkeypatch, outer=()):
+    """NVlabs/edm's pickles: each object of its own is rebuilt from a dict with its class's source and its state."""
+    persistence = types.ModuleType("torch_utils.persistence")
+    exec("def _reconstruct_persistent_obj(meta): raise RuntimeError", persistence.__dict__)
+    persistence._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
+
+    class Persistent:
+        def __init__(self, state):
+            self.state = state
+
+        def __reduce__(self):
+            meta = dict(type="class", version=6, module_src="raise SystemExit", class_name="C", state=self.state)
+            return persistence._reconstruct_persistent_obj, (meta,)
+
+    def wrap(module):
+        state = dict(vars(module), _modules=collections.OrderedDict(
+            (k, wrap(child)) for k, child in module._modules.items() if child is not None))
+        return Persistent({k: v for k, v in state.items() if k in ("training", "_parameters", "_buffers", "_modules")})
+
+    precond = Persistent(dict(_parameters={}, _buffers={}, _modules=dict(model=wrap(net)), sigma_data=0.5, **dict(outer)))
+    path.write_bytes(pickle.dumps(dict(ema=precond, loss_fn=Persistent(dict(P_mean=-1.2)), augment_pipe=None)))
+
+
+def test_edms_pickles(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = models.create("NCSN++", input_size=8, num_classes=4, width=8, mult=(1, 2), blocks=1, attention=(4,),
+                        augment_dim=9, sigma_data=0.5, edm_time=True).eval()
+    pickle_as_edm_does(tmp_path / "edm.pkl", net, monkeypatch)
+    assert_same(net, models.load(tmp_path / "edm.pkl"))
+    pickle_as_edm_does(tmp_path / "odd.pkl", net, monkeypatch, outer=dict(odd=argparse.Namespace()).items())
+    with pytest.raises(ValueError, match="argparse.Namespace"):
+        models.load(tmp_path / "odd.pkl")
+
+
+@torch.no_grad()
+def test_the_diffusers_names_of_an_autoencoder(tmp_path):
+    stored, shapes = golden("vae-diffusers")
+    weights = {}
+    for name, w in shapes.items():
+        u = uniform(name, w.shape)
+        u = u * (3 / w[0].numel()) ** 0.5 if w.dim() > 1 else 0.1 * u + name.endswith("weight")
+        weights[name] = torch.from_numpy(u).float()
+    torch.save(weights, tmp_path / "vae.bin")
+    net = models.load(tmp_path / "vae.bin")
+    mean, std = net.encode(normal_like("x", (1, 3, 32, 32)))
+    for part, output in (("moments", torch.cat([mean, 2 * std.log()], 1)),
+                         ("image", net.decode(normal_like("z", (1, 4, 8, 8))))):
+        expected = stored["outputs"][part]
+        error = sample(output, len(expected["values"])) - torch.tensor(expected["values"], dtype=torch.float64)
+        assert error.abs().max() < 1e-5 * expected["scale"]
+
+
+@pytest.mark.parametrize("extra", ["loss.logvar", "foundation_model.model.norm.weight", "linear_proj.weight"])
+def test_what_an_autoencoder_needs_in_training_alone_is_left_out(tmp_path, extra):
+    _, shapes = golden("vae-small")
+    weights = {"first_stage_model." + k: torch.zeros(w.shape) for k, w in shapes.items()}
+    torch.save(dict(state_dict=weights | {extra: torch.zeros(1)}), tmp_path / "vae.ckpt")
+    assert models.load(tmp_path / "vae.ckpt").factor == 4
+
+
+def test_every_golden_file_is_used():
+    used = "".join((GOLDEN.parent / f"test_{name}.py").read_text() for name in ("golden", "load"))
+    for path in GOLDEN.iterdir():
+        assert f'"{path.stem}"' in used, path
