@@ -195,7 +195,9 @@ class Parser(argparse.ArgumentParser):
             given = {k: _literal(v) for k, v in (item.split("=") for item in args.net)}
         except ValueError:
             fail(f"--net {' '.join(args.net)}: want KEY=VALUE, as in width=64 mult=1,2,2")
-        args.net = row.pop("net") | given
+        net = row.pop("net")               # its options are those of its network alone
+        args.net = given if given.get("name", net["name"]) != net["name"] else net | given
+        args.pretrain_batch = args.pretrain_batch or args.batch         # one given for both
         for name, value in row.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -204,8 +206,9 @@ class Parser(argparse.ArgumentParser):
         pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))
         if min(args.accum, args.batch, args.save_every, args.log_every, args.preview_every) < 1:
             fail("--accum, --batch, --save-every, --log-every, --preview-every: at least 1")
-        if args.batch % pieces:
-            fail(f"--batch {args.batch} is no multiple of {pieces} (processes times --accum)")
+        for batch in (args.batch, args.pretrain_batch or args.batch):
+            if batch % pieces:
+                fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
         if min(args.steps, args.pretrain) < 0 or args.steps + args.pretrain == 0:
             fail("--steps and --pretrain must not be negative, nor both 0")
         return args

@@ -50,8 +50,9 @@ METHOD = "facm"
 # minutes on a laptop want high rates that fall, and fd is faster there than torch.func.jvp.
 PRESETS = {
     "glyphs": dict(
-        resolution=16, steps=850, pretrain=2000, batch=16, lr=3e-3, pretrain_lr=8e-3, lr_final=0.0,
-        pretrain_P=(0.0, 1.2), warmup=50, betas=(0.9, 0.99), ema_sigma=0.1, jvp="fd",
+        resolution=16, steps=1600, pretrain=2000, batch=8, lr=2.5e-3, lr_final=0.0, warmup=50,
+        pretrain_batch=16, pretrain_lr=8e-3, pretrain_P=(0.0, 1.2), betas=(0.9, 0.99),
+        ema_sigma=0.1, jvp="fd",
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
                  adaptive_scale=True, time_scale=8.0),
         P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
@@ -83,6 +84,7 @@ def parse_args():
     a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
     a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
+    a("--pretrain-batch", type=int, help="global batch of --pretrain (default: --batch)")
     a("--pretrain-P", type=float, nargs=2, help="--P-mean, --P-std of --pretrain (default: same)")
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
     a("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -284,7 +286,7 @@ def start_stage(net, args):
     """The EMA (a copy of net) and the optimiser at the first step of a stage."""
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     return ema, torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas,
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
 
 
 def ema_gamma(sigma_rel):
@@ -364,7 +366,7 @@ def main():
 
     log = data.open_log(out / "log.jsonl", step) if rank == 0 else None
     window, tick = [], time.perf_counter()
-    total, piece = args.pretrain + args.steps, args.batch // (args.accum * world)
+    total = args.pretrain + args.steps
     bar = tqdm(total=total, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     while step < total:
         # The second stage begins with the averaged weights of the first, its teacher
@@ -374,21 +376,22 @@ def main():
             net.load_state_dict(ema.state_dict())
             teacher, (ema, optimizer) = ema, start_stage(net, args)
         stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
-        P = args.P_mean, args.P_std
-        if stage == "pretrain" and args.pretrain_P:
-            P = args.pretrain_P
+        P, batch, lr = (args.P_mean, args.P_std), args.batch, args.lr
+        if stage == "pretrain":
+            P, batch = args.pretrain_P or P, args.pretrain_batch or batch
+            lr = args.pretrain_lr or lr
 
         # Seed: random numbers of the global batch; neither processes nor --accum change them
         random = data.generator(device, args.seed, "step", step)
-        x0_all = torch.randn((args.batch, *dataset.shape), generator=random, device=device)
-        normal = torch.randn(args.batch, generator=random, device=device)
-        drop, mix = torch.rand((2, args.batch), generator=random, device=device)
+        x0_all = torch.randn((batch, *dataset.shape), generator=random, device=device)
+        normal = torch.randn(batch, generator=random, device=device)
+        drop, mix = torch.rand((2, batch), generator=random, device=device)
 
-        terms = torch.zeros(2, device=device)
+        terms, piece = torch.zeros(2, device=device), batch // (args.accum * world)
         for part in range(args.accum):
             # Batch
             rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
-            x1, y = (a.to(device) for a in dataset.batch(args.seed, step, args.batch, rows))
+            x1, y = (a.to(device) for a in dataset.batch(args.seed, step, batch, rows))
             x0, t = x0_all[rows], sample_t(normal[rows], *P)
             if teacher is None:
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
@@ -431,7 +434,6 @@ def main():
 
         # Step, EMA
         fall = (1 - args.lr_final) * k / (args.pretrain if stage == "pretrain" else args.steps)
-        lr = args.pretrain_lr or args.lr if stage == "pretrain" else args.lr
         for group in optimizer.param_groups:
             group["lr"] = lr * min((k + 1) / max(args.warmup, 1), 1 - fall)
         optimizer.step()
@@ -441,11 +443,11 @@ def main():
 
         # Log, preview, save
         if rank == 0:
-            window.append(losses)
+            window.append([*losses, batch])
             ends = step in (args.pretrain, total) or signalled
             if step % args.log_every == 0 or ends:
-                L_fm, L_cm, norm = np.mean(window, axis=0).round(6).tolist()
-                speed = round(len(window) * args.batch / (time.perf_counter() - tick), 1)
+                L_fm, L_cm, norm, images = np.mean(window, axis=0).round(6).tolist()
+                speed = round(len(window) * images / (time.perf_counter() - tick), 1)
                 row = dict(L_fm=L_fm, L_cm=L_cm, grad_norm=norm, images_per_s=speed)
                 log.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
                 window, tick = [], time.perf_counter()

@@ -83,13 +83,13 @@ class Conv2d(nn.Module):
 
     def forward(self, x):
         padding = self.weight.shape[-1] // 2
-        filter_padding = 0 if self.resample_filter is None else self.resample_filter.shape[-1] // 2 - 1
+        if self.resample_filter is None:
+            return F.conv2d(x, self.weight, self.bias, padding=padding)
+        filter_padding = self.resample_filter.shape[-1] // 2 - 1
         if self.last:
             x = F.conv2d(x, self.weight, padding=padding + filter_padding)
             return self.resample(x, 0) + self.bias[:, None, None]
-        if self.up or self.down:
-            x = self.resample(x, filter_padding)
-        return F.conv2d(x, self.weight, self.bias, padding=padding)
+        return F.conv2d(self.resample(x, filter_padding), self.weight, self.bias, padding=padding)
 
 
 class GroupNorm(nn.Module):
@@ -365,12 +365,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x) * self.weight
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
 
 
 class RoPE(nn.Module):
-    """Rotary position embedding of a square grid: half of a head's channels turn with the row, half
-    with the column. q or k [B, heads, grid * grid, head_dim] -> the same shape."""
+    """Rotary positions on a square grid: half of a head's channels turn with the row, half with the
+    column. q or k [B, heads, grid * grid, head_dim] -> the same shape."""
 
     def __init__(self, head_dim, grid):
         super().__init__()
@@ -399,7 +400,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, h, N, d]
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # [B, heads, N, d] each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
@@ -409,6 +411,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU in between, [..., width] -> the same."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -418,6 +422,8 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """An MLP gated by SiLU, [..., width] -> the same."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
@@ -442,10 +448,11 @@ class DiTBlock(nn.Module):
         self.attn = Attention(width, heads, qk if qknorm else None)
         self.norm2 = norm(width)
         self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if swiglu else Mlp(width, hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if wo_shift else 6) * width))
+        self.parts = 4 if wo_shift else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
 
     def forward(self, x, emb, rope):
-        parts = self.adaLN_modulation(emb).chunk(4 if self.wo_shift else 6, dim=1)
+        parts = self.adaLN_modulation(emb).chunk(self.parts, dim=1)    # [B, D] each
         if self.wo_shift:
             (scale1, gate1, scale2, gate2), shift1, shift2 = parts, None, None
         else:
@@ -475,17 +482,6 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> tokens [B, N, D], one for each patch, row by row."""
-
-    def __init__(self, patch, in_channels, width):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
 class TimeEmbedder(nn.Module):
     """A time [B] -> [B, width], by 128 cosines and sines with frequencies from 1 to nearly 1e-4."""
 
@@ -497,17 +493,6 @@ class TimeEmbedder(nn.Module):
         t = t.to(self.mlp[0].weight.dtype)
         angle = t[:, None] * 1e4 ** (-torch.arange(128, dtype=t.dtype, device=t.device) / 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels [B], the last row being the null label -> [B, width]."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
 
 
 def sincos_2d(width, grid):
@@ -527,13 +512,13 @@ class DiT(nn.Module):
     input_size, patch         height and width of x and of a patch; in_channels: C of x
     width, depth, heads       channels of a token, number of blocks, attention heads
     qknorm, swiglu, rope,     LightningDiT's normalised queries and keys, gated MLP, rotary
-    rmsnorm, wo_shift         positions, RMS instead of layer normalisation, modulation by scale only
+    rmsnorm, wo_shift         positions, RMS normalisation, modulation by scale alone
     learn_sigma               the final layer has a second half, the variance, which is dropped
     second_time               builds r_embedder, zero at its output before it is trained
     pixelnorm                 normalises the modulation's scale and shift (sCM; FACM A.3(c))
-    prediction                "velocity", or "noise": the weights are those of DDPM's noise predictor
-                              at 1000 discrete times (facebookresearch/DiT's own); its velocity is
-                              given, which is exact in sigma = (1-t) / t in [0.01, 157]
+    prediction                "velocity", or "noise": the weights are a DDPM noise predictor's at
+                              1000 discrete times (facebookresearch/DiT's own); what it says of the
+                              velocity is given, exactly for sigma = (1-t) / t in [0.01, 157]
 
     num_classes 0 builds no label embedding. With "noise" FACM needs --condition auxiliary.
     Raises ValueError for sizes that do not divide.
@@ -553,10 +538,12 @@ class DiT(nn.Module):
         self.expandable = prediction == "velocity"
         self.patch, self.in_channels, grid = patch, in_channels, input_size // patch
 
-        self.x_embedder = PatchEmbed(patch, in_channels, width)
+        self.x_embedder = nn.ModuleDict(
+            dict(proj=nn.Conv2d(in_channels, width, patch, stride=patch)))
         self.t_embedder = TimeEmbedder(width)
         self.r_embedder = TimeEmbedder(width) if second_time else None
-        self.y_embedder = LabelEmbedder(num_classes, width) if num_classes else None
+        self.y_embedder = nn.ModuleDict(
+            dict(embedding_table=nn.Embedding(num_classes + 1, width))) if num_classes else None
         self.pos_embed = nn.Parameter(sincos_2d(width, grid), requires_grad=False)
         self.feat_rope = RoPE(width // heads, grid) if rope else None
         self.blocks = nn.ModuleList(
@@ -588,12 +575,12 @@ class DiT(nn.Module):
             if self.y_embedder is not None:
                 if y is None:
                     y = torch.full_like(t, self.num_classes, dtype=torch.int64)
-                emb = emb + self.y_embedder(y)
+                emb = emb + self.y_embedder["embedding_table"](y)
             return emb
 
     def output(self, x, emb):
         """What the final layer gives, [B, C, H, W]."""
-        h = self.x_embedder(x) + self.pos_embed                                       # [B, N, D]
+        h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed    # [B, N, D]
         for block in self.blocks:
             h = block(h, emb, self.feat_rope)
         h = self.final_layer(h, emb)                                                  # [B, N, ppC']
@@ -623,6 +610,8 @@ class DiT(nn.Module):
 # AutoencoderKL (Rombach et al. 2022) in the layout of CompVis/latent-diffusion.
 
 class ResnetBlock(nn.Module):
+    """Residual block of the autoencoder, [B, in_channels, H, W] -> [B, out_channels, H, W]."""
+
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
@@ -655,7 +644,7 @@ class AttnBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half the size by a strided convolution, padded right and below, or twice, then a convolution."""
+    """A convolution at half the size, padded right and below, or at twice the size."""
 
     def __init__(self, channels, up):
         super().__init__()
@@ -899,7 +888,8 @@ DIFFUSERS = [
     (r"mid_block\.attentions\.0\.(group_norm|norm)\.", "mid.attn_1.norm."),
     (r"mid_block\.attentions\.0\.(to_|query|key|value|proj_attn)", r"mid.attn_1.\1"),
     (r"attn_1\.(to_q|query)\.", "attn_1.q."), (r"attn_1\.(to_k|key)\.", "attn_1.k."),
-    (r"attn_1\.(to_v|value)\.", "attn_1.v."), (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+    (r"attn_1\.(to_v|value)\.", "attn_1.v."),
+    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
     (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
 ]
 
@@ -965,7 +955,8 @@ def infer(weights):
         name = "AutoencoderKL-f8d4" if (levels, z) == (4, 4) else "AutoencoderKL"
         return dict(
             name=name, width=width, blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
-            attention=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shape),
+            attention=tuple(
+                i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shape),
             z_channels=z, mult=tuple(c // width for c in conv))
     raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
 

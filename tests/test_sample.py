@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from test_training import TINY, call, refused, torchrun
 
-import facm
 import data
+import facm
 import models
 import sample
 

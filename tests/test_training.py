@@ -14,12 +14,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import facm
 import data
+import facm
+import models
 import sample
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
-        "--batch", "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000",
+        "--batch", "8", "--pretrain-batch", "16", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000",
         "--jvp", "exact"]
 
 
@@ -183,6 +184,24 @@ def test_distils_a_given_teacher(finished, tmp_path, monkeypatch, condition):
     student, teacher = data.read_checkpoint(out / "ckpt.pt"), data.read_checkpoint(finished / "teacher.pt")
     assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
     assert any(k.startswith("map_second") for k in student["model"]) == (condition == "auxiliary")
+
+
+@pytest.mark.parametrize("options, condition", [
+    (dict(name="LightningDiT", second_time=True), "auxiliary"), (dict(name="LightningDiT"), "expanded"),
+    (dict(name="DiT", learn_sigma=True, heads=4, prediction="noise"), "auxiliary")], ids=str)
+def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, condition):
+    """A file with nothing but weights, in the layout of LightningDiT, FACM's release, or facebookresearch/DiT."""
+    size = dict(patch=4, width=32, depth=1, heads=4)
+    net = models.create(**(dict(input_size=12, in_channels=3, num_classes=10) | size | options))
+    torch.save(dict(model={"module." + k: v for k, v in net.state_dict().items()}), tmp_path / "public.pt")
+    flags = [f"{k}={v}" for k, v in (size | options).items() if k != "second_time"]
+    command = [*TINY, "--net", *flags, "--teacher", tmp_path / "public.pt", "--steps", 2, "--out", tmp_path / "run"]
+    call(monkeypatch, facm, *command, "--condition", condition, "--lr", "1e-12")
+    student = data.read_checkpoint(tmp_path / "run/ckpt.pt")["model"]
+    assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in net.state_dict().items())
+    if options.get("prediction"):
+        capsys.readouterr()
+        assert "auxiliary" in refused(monkeypatch, capsys, facm, *command, "--fresh")
 
 
 def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, capsys):
