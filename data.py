@@ -1,29 +1,41 @@
 """What the methods share beside networks: images in and out, seeds, command lines, run directories.
 
-    load(name, ...)        a Dataset in memory; its `batch` is addressed by (seed, step)
+    load(name, ...)        a Dataset; its `batch` is addressed by (seed, images before it)
     glyphs(n, size, seed)  class-conditional coloured digits, drawn here; nothing is downloaded
     to_uint8, save_grid    pixels are floats in [-1, 1] inside the methods and uint8 on disk
     seed_of, generator     random numbers that follow from a key alone
     Parser, fail           command lines whose errors are one line and exit code 2
     start_processes        torchrun's processes and their devices
     open_run, open_log     run directories, which the same command resumes, and their checkpoints
+
+    python data.py inspect DATA                                     # what is in a data set?
+    python data.py encode --images DIR --vae CKPT --out LATENTS     # images -> latents
 """
 
 import argparse
 import ast
 import ctypes
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,64 +79,391 @@ def glyphs(n, size=16, seed=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data sets.
+# Data sets. One address for every sample: the number of images before the batch, and its rows.
 
 class Dataset:
-    """Labelled images in memory: images uint8 [N, H, W, C], labels int64 [N] below num_classes."""
+    """labels int64 [N] below num_classes; `items` of a subclass gives the samples, shape (C, H, W).
 
-    def __init__(self, images, labels, num_classes):
-        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.from_numpy(labels)
-        self.num_classes = num_classes
-        self.shape = tuple(self.images.shape[1:])          # (C, H, W)
+    num_classes 0: the labels mean nothing. xflip: half of the samples come mirrored.
+    """
 
-    def index(self, seed, step, batch, rows=slice(None)):
-        """Which samples are the `rows` of a step's batch: int64 [b].
+    ahead = False                          # True: items take a while, so the next come in a thread
+
+    def __init__(self, labels, shape, num_classes, xflip=False):
+        self.labels, self.shape = torch.as_tensor(labels, dtype=torch.int64), tuple(shape)
+        self.num_classes, self.xflip = num_classes, xflip
+        self.thread, self.next = ThreadPoolExecutor(1), {}
+
+    def index(self, seed, first, batch, rows=slice(None)):
+        """Which samples are the `rows` of the batch that comes after `first` images: int64 [b].
 
         Consecutive entries of a fresh permutation each epoch, so that each sample is seen once an
-        epoch; a function of (seed, step, batch) alone, whatever the processes and resumes.
+        epoch; a function of (seed, first) alone, whatever the processes and resumes.
         """
         n = len(self.labels)
-        place = torch.arange(step * batch, (step + 1) * batch)[rows]
+        place = torch.arange(first, first + batch)[rows]
         index = torch.empty_like(place)
         for epoch in (place // n).unique().tolist():
             here = place // n == epoch
             index[here] = _permutation(n, seed, epoch)[place[here] % n]
         return index
 
-    def batch(self, seed, step, batch, rows=slice(None)):
-        """x1 float [b, C, H, W] in [-1, 1] and y int64 [b]: those samples."""
-        index = self.index(seed, step, batch, rows)
-        return self.images[index].float() / 127.5 - 1, self.labels[index]
+    def batch(self, seed, first, batch, rows=slice(None)):
+        """x1 float [b, C, H, W] and y int64 [b]: the `rows` of the batch after `first` images."""
+        def gather(first):
+            index, flip = self.index(seed, first, batch, rows), torch.zeros(batch, dtype=torch.bool)
+            if self.xflip:
+                flip = torch.rand(batch, generator=generator("cpu", seed, "flip", first)) < 0.5
+            return self.items(index, flip[rows]), self.labels[index]
+
+        if not self.ahead:
+            return gather(first)
+        key = (seed, first, batch, str(rows))
+        ready = self.next.pop(key, None)
+        self.next[seed, first + batch, batch, str(rows)] = self.thread.submit(gather, first + batch)
+        return ready.result() if ready else gather(first)
 
 
-class Glyphs(Dataset):
+class Images(Dataset):
+    """uint8 images [N, H, W, C] in memory; items are floats in [-1, 1]."""
+
+    def __init__(self, images, labels, num_classes, xflip=False):
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        super().__init__(labels, self.images.shape[1:], num_classes, xflip)
+
+    def items(self, index, flip):
+        x = self.images[index].float() / 127.5 - 1
+        return torch.where(flip[:, None, None, None], x.flip(3), x)
+
+
+class Glyphs(Images):
     """n glyphs, each drawn when it is first asked for and then kept."""
 
     def __init__(self, n, size, seed):
         self.size, self.seed, self.drawn = size, seed, torch.zeros(n, dtype=torch.bool)
         super().__init__(np.zeros((n, size, size, 3), np.uint8), np.arange(n) % 10, num_classes=10)
 
-    def batch(self, seed, step, batch, rows=slice(None)):
-        index = self.index(seed, step, batch, rows)
+    def items(self, index, flip):
         for i in index[~self.drawn[index]].tolist():
             glyph = torch.from_numpy(_glyph(i, self.size, self.seed))
             self.images[i], self.drawn[i] = glyph.permute(2, 0, 1), True
-        return super().batch(seed, step, batch, rows)
+        return super().items(index, flip)
 
 
-@lru_cache(maxsize=2)
+class Files(Dataset):
+    """Image files of a folder or a zip archive, decoded when asked for, in several threads.
+
+    path: class folders, whose sorted names are the labels (torchvision's ImageFolder), or images
+    alone. resolution: they are cropped and scaled to it; None: all have the size of the first.
+    skip_broken: images that do not decode are listed and left out, which takes one pass over all.
+    Raises ValueError naming the file: no image there, a broken one, one of another size.
+    """
+
+    ahead = True
+
+    def __init__(self, path, resolution=None, xflip=False, skip_broken=False):
+        self.path, self.resolution, self.local = pathlib.Path(path), resolution, threading.local()
+        self.archive = self.path if self.path.is_file() else None
+        if self.archive:
+            with self.zip() as archive:
+                names = archive.namelist()
+        else:
+            names = [str(p.relative_to(self.path)) for p in self.path.rglob("*")]
+        self.names = sorted(n for n in names if n.lower().endswith(IMAGE_TYPES))
+        if not self.names:
+            raise ValueError(f"{path}: no images in it ({', '.join(IMAGE_TYPES)})")
+        self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        if skip_broken:
+            broken = {n for n, e in zip(self.names, self.decoders.map(self.fault, self.names)) if e}
+            print(f"{path}: {len(broken)} broken images left out", *sorted(broken), sep="\n  ")
+            self.names = [n for n in self.names if n not in broken]
+            if not self.names:
+                raise ValueError(f"{path}: every image in it is broken")
+        folders = [pathlib.PurePosixPath(pathlib.Path(n).as_posix()).parts[:-1] for n in self.names]
+        common = len(os.path.commonprefix(folders)) if self.archive else 0     # a zip's top folder
+        classes = sorted({f[common] for f in folders if len(f) > common})
+        if classes and any(len(f) <= common for f in folders):
+            raise ValueError(f"{path}: images both in class folders and beside them, such as "
+                             f"{next(n for n, f in zip(self.names, folders) if len(f) <= common)}")
+        self.size = resolution or self.decode(self.names[0]).shape[0]
+        labels = [classes.index(f[common]) if classes else 0 for f in folders]
+        super().__init__(labels, (3, self.size, self.size), len(classes), xflip)
+
+    def zip(self):
+        """The archive, opened to read; ValueError if it is none."""
+        try:
+            return zipfile.ZipFile(self.archive)
+        except zipfile.BadZipFile:
+            raise ValueError(f"{self.archive} is no readable zip archive") from None
+
+    def decode(self, name):
+        """uint8 [H, W, 3] at the resolution; ValueError if that is not to be had."""
+        try:
+            if self.archive:
+                if not hasattr(self.local, "archive"):                 # one handle for each thread
+                    self.local.archive = self.zip()
+                file = io.BytesIO(self.local.archive.read(name))
+            else:
+                file = self.path / name
+            with Image.open(file) as image:
+                image = image.convert("RGB")
+        except Exception as e:
+            raise ValueError(f"{self.path / name}: no readable image ({e}); "
+                             "--skip-broken leaves such files out") from None
+        if self.resolution:
+            return center_crop(image, self.resolution)
+        if image.size[0] != image.size[1] or image.size[0] != getattr(self, "size", image.size[0]):
+            raise ValueError(f"{self.path / name} has {image.size[0]}x{image.size[1]} pixels; "
+                             "images of several sizes, or not square, need --resolution")
+        return np.asarray(image)
+
+    def fault(self, name):
+        """Why an image does not decode, or None."""
+        try:
+            self.decode(name)
+        except ValueError as e:
+            return str(e)
+
+    def items(self, index, flip):
+        images = np.stack(list(self.decoders.map(self.decode, [self.names[i] for i in index])))
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.where(flip[:, None, None, None], x.flip(3), x)
+
+
+class Latents(Dataset):
+    """Shards of latents in LightningDiT's layout, mapped into memory and never read as a whole.
+
+    folder: *.safetensors, each with latents and latents_flip [n, C, H, W] and labels [n], and
+    latents_stats.pt with mean and std [1, C, 1, 1]: items are (z - mean) / std, as the published
+    README says. Without that file 4 channels are the SD-VAE's: items are 0.18215 z. Half of the
+    items come from latents_flip. Raises ValueError naming the shard for missing or unequal tensors.
+    """
+
+    ahead = True
+
+    def __init__(self, folder):
+        paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
+        if not paths:
+            raise ValueError(f"{folder}: no *.safetensors; `python data.py encode` makes some")
+        self.shards = [_map_shard(path) for path in paths]
+        shapes = {shard["latents"].shape[1:] for shard in self.shards}
+        if len(shapes) > 1:
+            raise ValueError(f"{folder}: shards with latents of several shapes, {sorted(shapes)}")
+        sizes = [len(shard["labels"]) for shard in self.shards]
+        self.start = torch.tensor([0, *sizes]).cumsum(0)
+        labels = np.concatenate([shard["labels"] for shard in self.shards])
+        super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip=True)
+        ones, stats = torch.ones(1, self.shape[0], 1, 1), pathlib.Path(folder) / "latents_stats.pt"
+        self.mean, self.std = 0 * ones, ones
+        if stats.exists():
+            try:
+                held = torch.load(stats, map_location="cpu", weights_only=True)
+                self.mean = held["mean"].float().reshape(ones.shape)
+                self.std = held["std"].float().reshape(ones.shape)
+            except Exception as e:
+                raise ValueError(f"{stats}: no statistics of these latents ({e})") from None
+        elif self.shape[0] == 4:
+            self.std = ones / 0.18215
+        else:
+            raise ValueError(f"{stats} is missing; `python data.py inspect {folder} --save-stats` "
+                             "writes it")
+
+    def raw(self, index, flip):
+        """Latents as they lie in the shards, float32 [b, C, H, W]."""
+        z = torch.empty(len(index), *self.shape)
+        shard = torch.searchsorted(self.start, index, right=True) - 1
+        for k, (i, s, mirrored) in enumerate(zip(index.tolist(), shard.tolist(), flip.tolist())):
+            tensor = self.shards[s]["latents_flip" if mirrored else "latents"]
+            z[k] = torch.from_numpy(tensor[i - int(self.start[s])].astype(np.float32))
+        return z
+
+    def items(self, index, flip):
+        return (self.raw(index, flip) - self.mean) / self.std
+
+
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+
+
+@lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
-def load(name, resolution, n=20_000, seed=0):
-    """The data set `name` at `resolution`; ValueError for an unknown name or an impossible size."""
-    if name != "glyphs":
-        raise ValueError(f"unknown data set {name!r}; there is: glyphs")
-    if resolution < 12:
-        raise ValueError(f"glyphs of {resolution} pixels are not legible; take 12 or more")
-    return Glyphs(n, resolution, seed)
+def _map_shard(path):
+    """{name: memory-mapped array} of a .safetensors file: length, a JSON header, data."""
+    kinds = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+        arrays = {name: np.memmap(path, kinds[t["dtype"]], "r", 8 + length + t["data_offsets"][0],
+                                  tuple(t["shape"]))
+                  for name, t in header.items() if name != "__metadata__"}
+    except (ValueError, OSError, KeyError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is no readable shard, truncated or foreign ({e})") from None
+    for name in ("latents", "latents_flip", "labels"):
+        if name not in arrays:
+            raise ValueError(f"{path} has no {name}; it has {', '.join(arrays) or 'nothing'}")
+    if (len(arrays["latents"]) != len(arrays["labels"]) or arrays["latents"].ndim != 4
+            or arrays["latents"].shape != arrays["latents_flip"].shape):
+        raise ValueError(f"{path}: latents, latents_flip and labels of unequal lengths, "
+                         f"{[arrays[n].shape for n in ('latents', 'latents_flip', 'labels')]}")
+    return arrays
+
+
+def center_crop(image, size):
+    """A PIL image's centre square at size x size, uint8 [size, size, 3], as ADM does it: halved by
+    box filters while twice too large, then bicubic to the short side (Dhariwal & Nichol 2021)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)),
+                         Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top:top + size, left:left + size]
+
+
+def read_npz(path):
+    """images uint8 [N, H, W, 3] and labels int64 [N] or None, under either usual pair of names.
+
+    Raises ValueError naming the file for other content; pickled objects in it are not read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            held = {name: f[name] for name in f.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path}: no readable npz of plain arrays of one size ({e})") from None
+    images, labels = held.get("images", held.get("arr_0")), held.get("labels", held.get("arr_1"))
+    if images is None:
+        raise ValueError(f"{path} has neither images nor arr_0; it has {', '.join(held)}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"{path}: want images uint8 [N, H, W, 3], not {images.dtype} "
+                         f"{list(images.shape)}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise ValueError(f"{path}: want labels int [{len(images)}], not {labels.dtype} "
+                         f"{list(labels.shape)}")
+    return images, labels
+
+
+def _cifar10(folder):
+    try:
+        train = torchvision.datasets.CIFAR10(folder, train=True, download=True)
+    except Exception as e:
+        raise ValueError(
+            f"CIFAR-10 could not be downloaded to {folder} ({type(e).__name__}); put "
+            "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html there, or "
+            "give an npz by --data FILE.npz --preset cifar10") from None
+    return train.data, np.array(train.targets)
+
+
+def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, xflip=False,
+         skip_broken=False):
+    """The data set `name`: glyphs, cifar10, imagenet_latents, or the path of an npz, a zip archive,
+    a folder of images or a folder of latents.
+
+    resolution: images are cropped and scaled to it (None: as they are); data_dir: where cifar10 and
+    imagenet_latents lie; num_classes: as many are meant, though not all need to occur; uncond:
+    labels are left out; xflip: half of the images come mirrored.
+    Raises ValueError, naming the file, for what cannot be had.
+    """
+    path = pathlib.Path(name)
+    if name == "glyphs":
+        if resolution < 12:
+            raise ValueError(f"glyphs of {resolution} pixels are not legible; take 12 or more")
+        dataset = Glyphs(20_000, resolution, seed=0)
+    elif name == "imagenet_latents" or path.is_dir() and any(path.glob("*.safetensors")):
+        if name == "imagenet_latents" and not data_dir:
+            raise ValueError("--data imagenet_latents needs --data-dir, the folder of its shards")
+        dataset = Latents(data_dir if name == "imagenet_latents" else path)
+    elif name == "cifar10" or path.suffix == ".npz" and path.is_file():
+        images, labels = _cifar10(data_dir or "data") if name == "cifar10" else read_npz(path)
+        if images.shape[1] != images.shape[2] or resolution not in (None, images.shape[1]):
+            size = resolution or min(images.shape[1:3])
+            images = np.stack([center_crop(Image.fromarray(image), size) for image in images])
+        classes = 0 if labels is None else int(labels.max()) + 1
+        labels = np.zeros(len(images)) if labels is None else labels
+        dataset = Images(images, labels, classes, xflip)
+    elif path.is_dir() or path.suffix == ".zip" and path.is_file():
+        dataset = Files(path, resolution, xflip, skip_broken)
+    elif path.exists():
+        raise ValueError(f"{path}: want a folder, an .npz or a .zip")
+    else:
+        raise ValueError(f"unknown data set {name!r}; there is: glyphs, cifar10, imagenet_latents, "
+                         "or the path of a folder, .npz or .zip")
+    low, high = int(dataset.labels.min()), int(dataset.labels.max())
+    if not uncond and (low < 0 or num_classes and high >= num_classes):
+        raise ValueError(f"{data_dir or name}: labels from {low} to {high}; --num-classes "
+                         f"{num_classes or dataset.num_classes} allows 0 to "
+                         f"{(num_classes or dataset.num_classes) - 1}")
+    dataset.num_classes = 0 if uncond else num_classes or dataset.num_classes
+    return dataset
+
+
+# --------------------------------------------------------------------------------------------------
+# EDM's augmentation: the network sees its parameters, so that it does not leak into the samples.
+
+# Wavelet filter sym6 (Daubechies), in which images are resampled without aliasing.
+SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+        0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+        -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
+
+
+def augment(x, generator, p=0.12):
+    """EDM's augmentation for CIFAR-10 (Karras et al. 2022, Appendix F.2): x [B, C, H, W] on any
+    device -> augmented x and labels [B, 9], all zero where nothing was done but for the mirroring.
+
+    One half of the images is mirrored; each of these befalls a share p: upside down (one half of
+    it), scaling by 2^(0.2 n), rotation by any angle, stretching by 2^(0.2 n) along an axis that is
+    turned in half of the cases, translation by 0.125 n of the size; n standard normal.
+    """
+    B, C, H, W = x.shape
+    normal = torch.randn((4, B), generator=generator).to(x)
+    u = torch.rand((10, B), generator=generator).to(x)
+    done = lambda i, value: torch.where(u[i] < p, value, torch.zeros_like(value))  # noqa: E731
+    mirror, down = (u[0] < 0.5).to(x), done(1, (u[2] < 0.5).to(x))
+    scale, angle = done(3, normal[0]), done(4, (2 * u[5] - 1) * math.pi)
+    stretch, tx, ty = done(6, normal[1]), done(7, normal[2]), done(7, normal[3])
+    axis = torch.where(u[8] < 0.5, (2 * u[9] - 1) * math.pi, torch.zeros_like(angle))
+    labels = torch.stack([mirror, down, scale, angle.cos() - 1, angle.sin(), stretch * axis.cos(),
+                          stretch * axis.sin(), tx, ty], dim=1)
+
+    def matrix(a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
+        rows = [torch.as_tensor(v).to(x).expand(B) for v in (a, b, c, d, e, f, 0.0, 0.0, 1.0)]
+        return torch.stack(rows, dim=1).reshape(B, 3, 3)
+
+    def turn(phi):
+        return matrix(phi.cos(), -phi.sin(), 0.0, phi.sin(), phi.cos(), 0.0)
+
+    # From a place in the output to its place in the input, in pixels from the centre
+    s, r = torch.exp2(-0.2 * scale), torch.exp2(0.2 * stretch)
+    inverse = (matrix(s, e=s) @ turn(angle) @ turn(-axis) @ matrix(1 / r, e=r) @ turn(axis)
+               @ matrix(c=-0.125 * W * tx, f=-0.125 * H * ty))
+    x = torch.where(mirror[:, None, None, None] > 0, x.flip(3), x)
+    x = torch.where(down[:, None, None, None] > 0, x.flip(2), x)
+
+    # Pad by reflection, upsample by 2, resample bilinearly, downsample; `more` pixels on all sides
+    taps, pad, more = torch.tensor(SYM6).to(x), (W - 1, W - 1, H - 1, H - 1), len(SYM6) // 4
+    x = F.pad(x, pad, mode="reflect")
+    h, w = x.shape[2:]
+    kernel = taps.flip(0).expand(C, 1, 1, -1)
+    zeros = torch.zeros_like(x)
+    x = torch.stack([x, zeros], dim=4).reshape(B, C, h, 2 * w)[..., :-1]
+    x = F.conv2d(x, kernel, padding=(0, 6), groups=C)
+    x = torch.stack([x, torch.zeros_like(x)], dim=3).reshape(B, C, 2 * h, -1)[:, :, :-1]
+    x = F.conv2d(x, kernel.transpose(2, 3), padding=(6, 0), groups=C)
+    # A pixel's centre now lies half a pixel of the finer grid beside it
+    half = matrix(c=-0.5, f=-0.5)
+    inverse = half @ matrix(2.0, e=2.0) @ inverse @ matrix(0.5, e=0.5) @ torch.linalg.inv(half)
+    size = (B, C, 2 * (H + 2 * more), 2 * (W + 2 * more))
+    inverse = (matrix(2 / x.shape[3], e=2 / x.shape[2]) @ inverse
+               @ matrix(size[3] / 2, e=size[2] / 2))
+    grid = F.affine_grid(inverse[:, :2], size, align_corners=False)
+    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    kernel = taps.expand(C, 1, 1, -1)
+    x = F.conv2d(x, kernel, stride=(1, 2), padding=(0, 5), groups=C)[..., more:-more]
+    x = F.conv2d(x, kernel.transpose(2, 3), stride=(2, 1), padding=(5, 0), groups=C)
+    return x[:, :, more:-more], labels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,8 +527,10 @@ class Parser(argparse.ArgumentParser):
         """A training script's flags; the preset's row fills in those that were not given."""
         args = self.parse_args()
         args.preset = args.preset or args.data
+        if args.preset not in presets and pathlib.Path(args.data).exists():
+            fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
         if args.preset not in presets:
-            fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}")
+            fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
         row = dict(presets[args.preset])
         try:
             given = {k: _literal(v) for k, v in (item.split("=") for item in args.net)}
@@ -201,12 +542,13 @@ class Parser(argparse.ArgumentParser):
         for name, value in row.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        args.out = args.out or f"runs/{method}-{args.data}"
+        args.pretrain_batch = args.pretrain_batch or args.batch
+        args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
         args.pretrain = 0 if args.teacher else args.pretrain
         pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))
         if min(args.accum, args.batch, args.save_every, args.log_every, args.preview_every) < 1:
             fail("--accum, --batch, --save-every, --log-every, --preview-every: at least 1")
-        for batch in (args.batch, args.pretrain_batch or args.batch):
+        for batch in (args.batch, args.pretrain_batch):
             if batch % pieces:
                 fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
         if min(args.steps, args.pretrain) < 0 or args.steps + args.pretrain == 0:
@@ -280,7 +622,7 @@ def read_checkpoint(path):
     return checkpoint
 
 
-MAY_CHANGE = "steps save_every log_every preview_every device accum fresh out".split()
+MAY_CHANGE = "data_dir steps save_every log_every preview_every device accum fresh out".split()
 
 
 def open_run(args, method, rank):
@@ -312,3 +654,136 @@ def open_log(path, step):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
     return open(path, "a", buffering=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# python data.py encode | inspect
+
+def _encode(args):
+    """Writes the latents of images, and of the mirrored images, in LightningDiT's layout: a sample
+    of the autoencoder's posterior each, with noise from (seed, image). Whole shards are kept."""
+    import models                          # of ours only here: everything else stands alone
+
+    device, rank, world = start_processes(args.device)
+    out = pathlib.Path(args.out)
+    try:
+        vae = models.load(args.vae).to(device).requires_grad_(False)
+        if not hasattr(vae, "encode"):
+            raise ValueError(f"{args.vae} is no autoencoder")
+        images = load(args.images, args.resolution, skip_broken=args.skip_broken)
+        if not isinstance(images, (Files, Images)):
+            raise ValueError(f"{args.images} holds no images")
+        if images.shape[1] % vae.factor:
+            raise ValueError(f"--resolution {images.shape[1]} is no multiple of {vae.factor}")
+        out.mkdir(parents=True, exist_ok=True)
+        setting = dict(images=str(args.images), vae=str(args.vae), resolution=images.shape[1],
+                       n=len(images.labels), shard=args.shard, processes=world, seed=args.seed)
+        note = out / "encode.json"
+        if note.exists() and json.loads(note.read_text()) != setting:
+            raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
+        if rank == 0:
+            note.write_text(json.dumps(setting))
+        first, end = (len(images.labels) * k // world for k in (rank, rank + 1))
+        for number, start in enumerate(range(first, end, args.shard)):
+            path = out / f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
+            rows = torch.arange(start, min(start + args.shard, end))
+            if path.exists():
+                _map_shard(path)
+                continue
+            z = {"latents": [], "latents_flip": []}
+            for part in tqdm(rows.split(args.batch), desc=path.stem, disable=rank > 0):
+                for name in z:
+                    mirror = name == "latents_flip"
+                    x = images.items(part, torch.full((len(part),), mirror)).to(device)
+                    mean, std = vae.encode(x)
+                    draws = (generator("cpu", args.seed, i, mirror) for i in part.tolist())
+                    noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
+                    z[name].append((mean + std * noise.to(device)).cpu())
+            tensors = {name: torch.cat(parts).contiguous() for name, parts in z.items()}
+            safetensors.torch.save_file(tensors | {"labels": images.labels[rows]}, f"{path}.part")
+            os.replace(f"{path}.part", path)
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            save_stats(out)
+            print(f"{out}: {len(images.labels)} images encoded")
+    except ValueError as e:
+        fail(e)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def latent_stats(shards):
+    """mean and std [1, C, 1, 1] of the latents, not mirrored, of _map_shard's shards."""
+    n, total, squares = 0, 0.0, 0.0
+    for shard in shards:
+        for i in range(0, len(shard["labels"]), 500):
+            z = torch.from_numpy(shard["latents"][i:i + 500].astype(np.float64))
+            n += z[:, 0].numel()
+            total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
+    mean = total / n
+    std = ((squares - n * mean ** 2) / (n - 1)).sqrt()
+    return mean.float()[None, :, None, None], std.float()[None, :, None, None]
+
+
+def save_stats(folder):
+    """Writes latents_stats.pt (mean, std) of the shards in a folder."""
+    mean, std = latent_stats(map(_map_shard, sorted(pathlib.Path(folder).glob("*.safetensors"))))
+    torch.save(dict(mean=mean, std=std), pathlib.Path(folder) / "latents_stats.pt")
+
+
+def _inspect(args):
+    """Prints counts, shapes, classes and statistics of a data set, and writes a grid of 100."""
+    try:
+        if args.save_stats:
+            save_stats(args.data)
+        dataset = load(args.data, args.resolution, args.data_dir, skip_broken=args.skip_broken)
+        index = torch.linspace(0, len(dataset.labels) - 1, 100).long().unique()
+        x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
+    except ValueError as e:
+        fail(e)
+    counts = torch.bincount(dataset.labels)
+    print(f"{args.data}: {len(dataset.labels)} samples of shape {list(dataset.shape)}, "
+          f"{dataset.num_classes} classes with {counts.min()} to {counts.max()} samples each")
+    if len(counts) <= 20:
+        print("samples of each class:", *counts.tolist())
+    if isinstance(dataset, Latents):
+        mean, std = latent_stats(dataset.shards)
+        print(f"{len(dataset.shards)} shards; latents' mean", *mean.flatten().numpy().round(4))
+        print("std", *std.flatten().numpy().round(4))
+        x = x[:, :3] / 3                   # no colours: the first three channels, 3 std being white
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
+    print(f"of {len(x)} samples as a network sees them: mean", *mean.numpy().round(4), "std",
+          *std.numpy().round(4))
+    save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
+    print(f"{args.grid}: {len(x)} of them")
+
+
+def main():
+    p = Parser(description=__doc__.splitlines()[0])
+    commands = p.add_subparsers(required=True, metavar="encode|inspect", parser_class=Parser)
+    a = commands.add_parser("encode", help="images -> shards of latents (torchrun: on many GPUs)")
+    a.set_defaults(run=_encode)
+    a.add_argument("--images", required=True, help="folder, zip or npz")
+    a.add_argument("--vae", required=True, help="checkpoint of an AutoencoderKL")
+    a.add_argument("--out", required=True, help="folder of the shards; a second run goes on")
+    a.add_argument("--resolution", type=int, default=256, help="crop and scale the images to it")
+    a.add_argument("--batch", type=int, default=16, help="images at a time")
+    a.add_argument("--shard", type=int, default=10_000, help="images in a shard")
+    a.add_argument("--seed", type=int, default=0, help="of the posterior's noise")
+    a.add_argument("--device", help="cpu, cuda or cuda:N")
+    a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")
+    a = commands.add_parser("inspect", help="counts, shapes, classes, statistics, a grid")
+    a.set_defaults(run=_inspect)
+    a.add_argument("data", help="data set or path, as --data of the scripts")
+    a.add_argument("--data-dir", help="where it lies")
+    a.add_argument("--resolution", type=int, help="images are cropped and scaled to it")
+    a.add_argument("--grid", default="grid.png", help="PNG to write")
+    a.add_argument("--save-stats", action="store_true", help="write latents_stats.pt, too")
+    a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")
+    args = p.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

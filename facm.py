@@ -24,6 +24,7 @@ Launch:
 Measured: README.md. A departure from the paper stands at its line: "paper: ...; here: ...".
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -56,6 +57,16 @@ PRESETS = {
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
                  adaptive_scale=True, time_scale=8.0),
         P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
+    "cifar10": dict(                       # the numbers of steps are ours
+        resolution=32, steps=200_000, pretrain=400_000, batch=128, lr=1e-4, lr_final=1.0,
+        warmup=1000, betas=(0.9, 0.995), ema_sigma=0.2, jvp="exact", xflip=True, uncond=True,
+        net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
+        P_mean=-1.0, P_std=1.4, w=1.0, t_low=0.125),
+    "imagenet_latents": dict(              # 800 epochs, then 250 (Table 1)
+        steps=313_000, pretrain=1_001_000, batch=1024, lr=1e-4, lr_final=1.0, warmup=1000,
+        betas=(0.9, 0.999), ema_sigma=0.2, jvp="exact",
+        net=dict(name="LightningDiT-XL/1", qknorm=True),
+        P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
 }
 
 
@@ -78,7 +89,11 @@ def parse_args():
     a("--bf16", action="store_true", help="autocast to bfloat16; the time path stays float32")
     a("--compile", action="store_true", help="torch.compile the network and the derivative")
     a("--fresh", action="store_true", help="start over; an old run is renamed, never deleted")
-    a("--resolution", type=int, help="height and width of the images")
+    a("--resolution", type=int, help="height and width; images are cropped and scaled to it")
+    a("--num-classes", type=int, help="number of classes (default: the data's)")
+    a("--uncond", action=argparse.BooleanOptionalAction, help="leave labels out")
+    a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+    a("--skip-broken", action="store_true", help="list and leave out images that do not decode")
     a("--net", nargs="+", default=[], metavar="K=V", help="network options: width=64 dropout=0.1")
     a("--betas", type=float, nargs=2, help="AdamW's beta_1 and beta_2 (Table 5)")
     a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
@@ -306,6 +321,8 @@ def ema_update(ema, net, k, gamma):
 
 def preview(path, net, stage, noise, args):
     """A grid of two rows of NFE 1 over two of NFE 2; while pretraining of 20 guided Euler steps."""
+    if noise.shape[2] != 3:
+        return                             # latents: sample.py decodes them
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     if stage == "pretrain":
         images = [sample_euler(net, noise, y, 20, args.condition, args.w, args.t_low)]
@@ -322,7 +339,8 @@ def main():
 
     # Data, networks, and the step at which the run stands
     try:
-        dataset = data.load(args.data, args.resolution)
+        dataset = data.load(args.data, args.resolution, args.data_dir, args.num_classes,
+                            args.uncond, args.xflip, args.skip_broken)
         args.net = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
                         num_classes=dataset.num_classes,
                         second_time=args.condition == "auxiliary") | args.net
@@ -377,9 +395,10 @@ def main():
             teacher, (ema, optimizer) = ema, start_stage(net, args)
         stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
         P, batch, lr = (args.P_mean, args.P_std), args.batch, args.lr
+        first = args.pretrain * args.pretrain_batch + k * batch        # images before this step
         if stage == "pretrain":
-            P, batch = args.pretrain_P or P, args.pretrain_batch or batch
-            lr = args.pretrain_lr or lr
+            P, batch, lr = args.pretrain_P or P, args.pretrain_batch, args.pretrain_lr or lr
+            first = k * batch
 
         # Seed: random numbers of the global batch; neither processes nor --accum change them
         random = data.generator(device, args.seed, "step", step)
@@ -391,7 +410,7 @@ def main():
         for part in range(args.accum):
             # Batch
             rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
-            x1, y = (a.to(device) for a in dataset.batch(args.seed, step, batch, rows))
+            x1, y = (a.to(device) for a in dataset.batch(args.seed, first, batch, rows))
             x0, t = x0_all[rows], sample_t(normal[rows], *P)
             if teacher is None:
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)

@@ -716,10 +716,12 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
     def encode(self, x):
+        """Mean and standard deviation [B, z_channels, H/f, W/f] of the posterior."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, (logvar.clamp(-30, 20) / 2).exp()
 
     def decode(self, z):
+        """Images [B, 3, H, W] from latents."""
         return self.decoder(self.post_quant_conv(z))
 
 

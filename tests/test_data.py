@@ -1,11 +1,18 @@
-"""glyphs, the addressing of batches, 8 bits."""
+"""Data sets in every form and their faults, the addressing of batches, latents, EDM's augmentation, 8 bits."""
+
+import re
+import sys
+import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from formula import fill
 from PIL import Image
 
 import data
+import models
 
 
 def test_glyphs_are_deterministic_and_labelled():
@@ -29,26 +36,301 @@ def test_every_glyph_has_ink_on_paper():
 
 
 def test_dataset_is_the_glyphs():
-    dataset = data.load("glyphs", 16, n=40, seed=5)
+    dataset = data.Glyphs(40, 16, seed=5)
     images, labels = data.glyphs(40, 16, seed=5)
     assert dataset.shape == (3, 16, 16) and dataset.num_classes == 10
-    x1, y = dataset.batch(seed=0, step=0, batch=40)
+    x1, y = dataset.batch(seed=0, first=0, batch=40)
     index = dataset.index(0, 0, 40)
     assert torch.equal(y, torch.from_numpy(labels)[index])
     assert np.array_equal(data.to_uint8(x1).numpy(), images[index])    # exact there and back
 
 
 def test_each_sample_once_an_epoch_whatever_the_pieces():
-    dataset = data.load("glyphs", 12, n=30)
-    whole = torch.cat([dataset.index(3, step, 8) for step in range(15)])           # four epochs
+    """World 1 and 2, accumulation 1 and 4, from any step on: the same samples."""
+    dataset = data.Glyphs(30, 12, seed=0)
+    whole = torch.cat([dataset.index(3, first, 8) for first in range(0, 120, 8)])          # four epochs
     for epoch in whole.view(4, 30):
         assert epoch.sort().values.tolist() == list(range(30))
     assert not torch.equal(whole[:30], whole[30:60])
-    pieces = torch.cat([dataset.index(3, step, 8, slice(first, first + 2))
-                        for step in range(15) for first in (0, 2, 4, 6)])
-    assert torch.equal(whole, pieces)
-    assert torch.equal(dataset.index(3, 7, 8), whole[56:64])           # addressed, not iterated
-    assert not torch.equal(whole, torch.cat([dataset.index(4, step, 8) for step in range(15)]))
+    for pieces in (2, 4, 8):
+        size = 8 // pieces
+        parts = torch.cat([dataset.index(3, first, 8, slice(k * size, (k + 1) * size))
+                           for first in range(0, 120, 8) for k in range(pieces)])
+        assert torch.equal(whole, parts)
+    assert torch.equal(dataset.index(3, 56, 8), whole[56:64])          # addressed, not iterated
+    assert torch.equal(dataset.index(3, 56, 16), whole[56:72])         # and by images, whatever the batch
+    assert not torch.equal(whole, torch.cat([dataset.index(4, first, 8) for first in range(0, 120, 8)]))
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 12, 12, 3), dtype=np.uint8)
+
+
+def write_images(folder, names):
+    for name, image in zip(names, PIXELS):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+    return folder
+
+
+def all_images(dataset, flip=False):
+    n = len(dataset.labels)
+    return data.to_uint8(dataset.items(torch.arange(n), torch.full((n,), flip))).numpy()
+
+
+NAMES = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/sub/1.png", "eel/0.png", "eel/1.png", "eel/2.png"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip in a folder", "npz", "npz as ADM's"])
+def test_one_set_of_images_in_every_form(tmp_path, kind):
+    labels = [0, 0, 1, 1, 2, 2, 2]
+    folder = write_images(tmp_path / "images", NAMES)
+    path = folder
+    if kind.startswith("zip"):
+        path = tmp_path / "images.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in NAMES:
+                archive.write(folder / name, f"top/{name}" if "folder" in kind else name)
+    elif kind.startswith("npz"):
+        path = tmp_path / "images.npz"
+        names = ("arr_0", "arr_1") if "ADM" in kind else ("images", "labels")
+        np.savez(path, **dict(zip(names, (PIXELS, np.array(labels)))))
+    dataset = data.load(str(path))
+    assert dataset.shape == (3, 12, 12) and dataset.num_classes == 3 and dataset.labels.tolist() == labels
+    assert np.array_equal(all_images(dataset), PIXELS)
+    assert np.array_equal(all_images(dataset, flip=True), PIXELS[:, :, ::-1])
+    assert data.load(str(path), num_classes=5).num_classes == 5
+    assert data.load(str(path), uncond=True, num_classes=2).num_classes == 0
+    with pytest.raises(ValueError, match="--num-classes 2"):
+        data.load(str(path), num_classes=2)
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    dataset = data.load(str(write_images(tmp_path, [f"{i}.png" for i in range(7)])))
+    assert dataset.num_classes == 0 and np.array_equal(all_images(dataset), PIXELS)
+
+
+def test_xflip_mirrors_one_half_and_follows_from_the_address(tmp_path):
+    plain = data.Images(PIXELS, np.zeros(7), 0)
+    dataset = data.Images(PIXELS, np.zeros(7), 0, xflip=True)
+    mirrored = []
+    for first in range(0, 700, 7):
+        x, straight = dataset.batch(0, first, 7)[0], plain.batch(0, first, 7)[0]
+        flips = [torch.equal(a, b.flip(2)) for a, b in zip(x, straight)]
+        assert all(f or torch.equal(a, b) for f, a, b in zip(flips, x, straight))
+        assert torch.equal(dataset.batch(0, first, 7, slice(2, 4))[0], x[2:4])
+        mirrored += flips
+    assert 0.4 < np.mean(mirrored) < 0.6
+
+
+def test_batches_made_ahead_are_those_that_are_asked_for(tmp_path):
+    dataset = data.load(str(write_images(tmp_path, NAMES)), xflip=True)
+    fresh = data.load(str(tmp_path), xflip=True)
+    fresh.ahead = False
+    for first in (0, 4, 8, 100, 4, 8, 12):                             # in order, and jumping about
+        for rows in (slice(0, 2), slice(2, 4)):
+            assert torch.equal(dataset.batch(1, first, 4, rows)[0], fresh.batch(1, first, 4, rows)[0])
+
+
+def test_center_crop():
+    x, y = np.meshgrid(np.arange(100.0), np.arange(60.0))
+    ramp = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
+    crop = data.center_crop(ramp, 30)                                  # halved to 50x30, then cut at 10
+    assert crop.shape == (30, 30, 3)
+    assert np.abs(crop[5:-5, 5:-5, 0] - (2 * np.arange(10, 40) + 0.5)[None, 5:-5]).max() <= 1
+    assert np.abs(crop[5:-5, 5:-5, 1] - (2 * np.arange(30) + 0.5)[5:-5, None]).max() <= 1
+    assert np.array_equal(data.center_crop(Image.fromarray(PIXELS[0]), 12), PIXELS[0])
+
+
+def damage(folder, what):
+    """A data set with one fault, and the word of the error."""
+    if what == "broken image":
+        write_images(folder, NAMES)
+        (folder / "dog/0.png").write_bytes((folder / "dog/0.png").read_bytes()[:60])
+        return folder, "dog/0.png"
+    if what == "mixed sizes":
+        Image.new("RGB", (9, 9)).save(write_images(folder, NAMES) / "eel/9.png")
+        return folder, "eel/9.png"
+    if what == "image beside the class folders":
+        Image.new("RGB", (12, 12)).save(write_images(folder, NAMES) / "9.png")
+        return folder, "9.png"
+    if what == "empty folder":
+        folder.mkdir()
+        return folder, "no images"
+    if what == "no zip":
+        (folder.with_suffix(".zip")).write_bytes(b"PK")
+        return folder.with_suffix(".zip"), "zip"
+    path = folder.with_suffix(".npz")
+    content = {"objects in an npz": dict(images=np.array([PIXELS[0], PIXELS[0][:5]], dtype=object)),
+               "floats in an npz": dict(images=PIXELS / 255), "no images in an npz": dict(pictures=PIXELS),
+               "too few labels": dict(images=PIXELS, labels=np.arange(6)),
+               "a negative label": dict(images=PIXELS, labels=np.arange(7) - 1)}[what]
+    np.savez(path, **content)
+    return path, path.name
+
+
+@pytest.mark.parametrize("what", [
+    "broken image", "mixed sizes", "image beside the class folders", "empty folder", "no zip", "objects in an npz",
+    "floats in an npz", "no images in an npz", "too few labels", "a negative label"])
+def test_faults_name_the_file(tmp_path, what):
+    path, word = damage(tmp_path / "set", what)
+    with pytest.raises(ValueError, match=re.escape(word)):
+        all_images(data.load(str(path)))
+
+
+def test_skip_broken_lists_what_it_leaves_out(tmp_path, capsys):
+    path, word = damage(tmp_path / "set", "broken image")
+    dataset = data.load(str(path), skip_broken=True)
+    assert np.array_equal(all_images(dataset), PIXELS[[0, 1, 3, 4, 5, 6]])
+    assert dataset.labels.tolist() == [0, 0, 1, 2, 2, 2]
+    assert "1 broken" in (said := capsys.readouterr().out) and word in said
+
+
+def test_cifar10_says_what_to_do_without_a_network(tmp_path, monkeypatch):
+    def offline(*args, **options):
+        raise OSError("no route")
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(ValueError, match="cifar-10-python.tar.gz"):
+        data.load("cifar10", 32, str(tmp_path))
+
+
+# Latents
+
+def write_shards(folder, sizes=(5, 3, 4), shape=(4, 4, 4), stats=True, **change):
+    """Shards in the published layout; returns all latents, mirrored latents and labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    g = torch.Generator().manual_seed(0)
+    everything = []
+    for k, n in enumerate(sizes):
+        shard = dict(latents=2 + 3 * torch.randn(n, *shape, generator=g), labels=torch.randint(0, 6, (n,), generator=g),
+                     latents_flip=2 + 3 * torch.randn(n, *shape, generator=g))
+        everything.append(shard)
+        shard = dict(shard)
+        if k == 1:
+            for name, new in change.items():
+                shard.pop(name) if new is None else shard.update({name: new})
+        safetensors.torch.save_file(shard, folder / f"latents_rank00_shard{k:03d}.safetensors",
+                                    metadata={"total_size": str(n)})
+    if stats:
+        data.save_stats(folder)
+    return everything and [torch.cat([shard[name] for shard in everything]) for name in ("latents", "latents_flip", "labels")]
+
+
+def test_latents_are_normalised_as_published(tmp_path):
+    z, mirrored, labels = write_shards(tmp_path)
+    dataset = data.load("imagenet_latents", data_dir=str(tmp_path))
+    assert dataset.shape == (4, 4, 4) and torch.equal(dataset.labels, labels)
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)
+    index, flip = torch.tensor([0, 4, 5, 7, 8, 11, 3]), torch.tensor([0, 1, 0, 1, 0, 1, 1]).bool()
+    expected = torch.where(flip[:, None, None, None], mirrored[index], z[index])
+    assert torch.equal(dataset.raw(index, flip), expected)
+    assert torch.allclose(dataset.items(index, flip), (expected - mean) / std, atol=1e-5)
+    (tmp_path / "latents_stats.pt").unlink()
+    assert torch.allclose(data.load(str(tmp_path)).items(index, flip), 0.18215 * expected)     # the SD-VAE's
+
+
+@pytest.mark.parametrize("options, word", [
+    (dict(latents_flip=None), "shard001.safetensors has no latents_flip"),
+    (dict(labels=torch.zeros(2, dtype=torch.int64)), "shard001.safetensors: .*unequal"),
+    (dict(latents=torch.zeros(3, 4, 2, 2), latents_flip=torch.zeros(3, 4, 2, 2)), "several shapes"),
+    (dict(shape=(32, 2, 2), stats=False), "latents_stats.pt is missing"), (dict(sizes=()), r"no \*.safetensors")])
+def test_faults_of_shards(tmp_path, options, word):
+    write_shards(tmp_path, **({"stats": False} | options))
+    with pytest.raises(ValueError, match=word):
+        data.load("imagenet_latents", data_dir=str(tmp_path))
+
+
+def test_a_truncated_shard(tmp_path):
+    write_shards(tmp_path)
+    path = tmp_path / "latents_rank00_shard001.safetensors"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="shard001"):
+        data.load(str(tmp_path))
+
+
+def small_vae(folder):
+    """An autoencoder with formula weights, f = 4, saved as a public checkpoint."""
+    vae = fill(models.create("AutoencoderKL", z_channels=4, mult=(1, 2, 4), width=32, blocks=1, attention=(2,)))
+    torch.save(vae.state_dict(), folder / "vae.pt")
+    return vae
+
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
+    data.main()
+
+
+def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    vae, folder = small_vae(tmp_path), write_images(tmp_path / "images", NAMES)
+    flags = ["encode", "--images", folder, "--vae", tmp_path / "vae.pt", "--out", tmp_path / "z", "--resolution", 16,
+             "--shard", 3, "--batch", 2, "--device", "cpu"]
+    command(monkeypatch, *flags)
+    dataset, images = data.load(str(tmp_path / "z")), data.load(str(folder), 16)
+    assert dataset.labels.tolist() == images.labels.tolist() and len(dataset.shards) == 3
+    index = torch.arange(7)
+    for flip in (False, True):
+        mean, std = vae.encode(images.items(index, torch.full((7,), flip)))
+        noise = [torch.randn(4, 4, 4, generator=data.generator("cpu", 0, i, flip)) for i in range(7)]
+        direct = mean + std * torch.stack(noise)
+        stored = dataset.raw(index, torch.full((7,), flip))
+        assert torch.allclose(stored, direct, atol=1e-5)
+        normalised = dataset.items(index, torch.full((7,), flip))
+        assert torch.allclose(vae.decode(normalised * dataset.std + dataset.mean), vae.decode(direct), atol=1e-4)
+    second = tmp_path / "z/latents_rank00_shard001.safetensors"
+    content = second.read_bytes()
+    second.unlink()
+    old = (tmp_path / "z/latents_rank00_shard000.safetensors").stat().st_mtime_ns
+    command(monkeypatch, *flags)
+    assert second.read_bytes() == content
+    assert (tmp_path / "z/latents_rank00_shard000.safetensors").stat().st_mtime_ns == old
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *flags, "--seed", 1)
+    assert "another --out" in capsys.readouterr().err
+
+
+def test_inspect(tmp_path, monkeypatch, capsys):
+    write_shards(tmp_path / "z", stats=False)
+    command(monkeypatch, "inspect", tmp_path / "z", "--grid", tmp_path / "grid.png", "--save-stats")
+    said = capsys.readouterr().out
+    assert "12 samples of shape [4, 4, 4]" in said and "3 shards" in said
+    assert (tmp_path / "z/latents_stats.pt").exists() and Image.open(tmp_path / "grid.png").size == (640, 128)
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "inspect", tmp_path / "nowhere")
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: unknown data set")
+
+
+# EDM's augmentation
+
+def test_augmentation_does_nothing_but_mirror_when_p_is_0():
+    x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    out, labels = data.augment(x, torch.Generator().manual_seed(1), p=0)
+    mirror = labels[:, 0] == 1
+    assert labels.shape == (16, 9) and not labels[:, 1:].any() and 0 < mirror.sum() < 16
+    expected = torch.where(mirror[:, None, None, None], x.flip(3), x)
+    assert (out - expected).abs().max() < 0.02 * x.abs().max()         # up, bilinear at the grid, and down again
+
+
+def test_augmentation_moves_a_blob_as_its_labels_say():
+    """The centre of a round blob after scaling, turning, stretching, shifting, from the labels alone."""
+    n, size = 64, 32
+    place = torch.tensor([5.0, 3.0])                                   # right of and below the centre
+    grid = torch.arange(size) - (size - 1) / 2
+    blob = torch.exp(-((grid[None, :] - place[0]) ** 2 + (grid[:, None] - place[1]) ** 2) / 4)
+    x, labels = data.augment(blob.expand(n, 1, size, size), torch.Generator().manual_seed(0), p=1.0)
+    mirror, down, scale, cos, sin, along, across, tx, ty = labels.double().T
+    at = torch.stack([torch.where(mirror > 0, -1, 1) * place[0], torch.where(down > 0, -1, 1) * place[1]], 1).double()
+    turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).reshape(-1, 2, 2)  # noqa: E731
+    sign = torch.randn((4, n), generator=torch.Generator().manual_seed(0))[1].sign()       # which these labels lack
+    stretch, axis = sign * (along ** 2 + across ** 2).sqrt(), torch.atan2(sign * across, sign * along)
+    stretched = torch.diag_embed(torch.stack([2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)], 1))
+    forward = (turn(-axis) @ stretched @ turn(axis) @ turn(-torch.atan2(sin, cos + 1))
+               * (2 ** (0.2 * scale))[:, None, None])
+    expected = (forward @ at[:, :, None])[..., 0] + 0.125 * size * torch.stack([tx, ty], 1)
+    near = ((grid - expected[:, :1, None]) ** 2 + (grid[:, None] - expected[:, 1:, None]) ** 2) < 9    # reflections apart
+    mass = x[:, 0].double().clamp(min=0) * near
+    centre = torch.stack([(mass * grid).sum((1, 2)), (mass * grid[:, None]).sum((1, 2))], 1) / mass.sum((1, 2))[:, None]
+    inside = expected.abs().max(1).values < 10
+    assert inside.sum() > 30 and (centre - expected)[inside].abs().max() < 0.4
+    assert mass.amax((1, 2))[inside].min() > 0.7
 
 
 def test_rounding_to_8_bits():
