@@ -132,8 +132,10 @@ class Images(Dataset):
         super().__init__(labels, self.images.shape[1:], num_classes, xflip)
 
     def items(self, index, flip):
-        x = self.images[index].float() / 127.5 - 1
-        return torch.where(flip[:, None, None, None], x.flip(3), x)
+        x = self.images[index]
+        if flip.any():
+            x[flip] = x[flip].flip(3)
+        return x.float().div_(127.5).sub_(1)
 
 
 class Glyphs(Images):
@@ -226,8 +228,8 @@ class Files(Dataset):
 
     def items(self, index, flip):
         images = np.stack(list(self.decoders.map(self.decode, [self.names[i] for i in index])))
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return torch.where(flip[:, None, None, None], x.flip(3), x)
+        images[flip.numpy()] = images[flip.numpy(), :, ::-1]
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class Latents(Dataset):
@@ -270,15 +272,15 @@ class Latents(Dataset):
 
     def raw(self, index, flip):
         """Latents as they lie in the shards, float32 [b, C, H, W]."""
-        z = torch.empty(len(index), *self.shape)
+        z = np.empty((len(index), *self.shape), np.float32)
         shard = torch.searchsorted(self.start, index, right=True) - 1
-        for k, (i, s, mirrored) in enumerate(zip(index.tolist(), shard.tolist(), flip.tolist())):
-            tensor = self.shards[s]["latents_flip" if mirrored else "latents"]
-            z[k] = torch.from_numpy(tensor[i - int(self.start[s])].astype(np.float32))
-        return z
+        rows = (index - self.start[shard]).tolist()
+        for k, (s, row, mirrored) in enumerate(zip(shard.tolist(), rows, flip.tolist())):
+            z[k] = self.shards[s]["latents_flip" if mirrored else "latents"][row]
+        return torch.from_numpy(z)
 
     def items(self, index, flip):
-        return (self.raw(index, flip) - self.mean) / self.std
+        return self.raw(index, flip).sub_(self.mean).div_(self.std)
 
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
@@ -296,8 +298,8 @@ def _map_shard(path):
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length))
-        arrays = {name: np.memmap(path, kinds[t["dtype"]], "r", 8 + length + t["data_offsets"][0],
-                                  tuple(t["shape"]))
+        arrays = {name: np.asarray(np.memmap(
+            path, kinds[t["dtype"]], "r", 8 + length + t["data_offsets"][0], tuple(t["shape"])))
                   for name, t in header.items() if name != "__metadata__"}
     except (ValueError, OSError, KeyError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is no readable shard, truncated or foreign ({e})") from None
@@ -502,9 +504,9 @@ def generator(device, *key):
 # --------------------------------------------------------------------------------------------------
 # Command lines and processes.
 
-def fail(message):
-    """Ends the program by a user's mistake: one line, on process 0, and exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(message, always=False):
+    """Ends the program by a user's mistake: one line, on process 0 or always, and exit code 2."""
+    if always or os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -410,7 +410,11 @@ def main():
         for part in range(args.accum):
             # Batch
             rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
-            x1, y = (a.to(device) for a in dataset.batch(args.seed, first, batch, rows))
+            try:
+                x1, y = (a.to(device) for a in dataset.batch(args.seed, first, batch, rows))
+            except ValueError as e:
+                bar.close()
+                data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
             x0, t = x0_all[rows], sample_t(normal[rows], *P)
             if teacher is None:
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_data import NAMES, PIXELS, write_images, write_shards
 
 import data
 import facm
@@ -20,8 +21,8 @@ import models
 import sample
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
-        "--batch", "8", "--pretrain-batch", "16", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000",
-        "--jvp", "exact"]
+        "--batch", "8", "--pretrain-batch", "16", "--warmup", "2", "--lr-final", "1", "--log-every", "1",
+        "--preview-every", "1000", "--jvp", "exact"]
 
 
 def call(monkeypatch, module, *argv):
@@ -202,6 +203,53 @@ def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, con
     if options.get("prediction"):
         capsys.readouterr()
         assert "auxiliary" in refused(monkeypatch, capsys, facm, *command, "--fresh")
+
+
+DATA = ["--device", "cpu", "--batch", 4, "--pretrain", 2, "--steps", 1, "--warmup", 1, "--jvp", "fd"]
+UNET = ["--net", "width=8", "mult=1,1", "blocks=1", "attention=()"]
+
+
+def test_trains_on_latents(tmp_path, monkeypatch):
+    write_shards(tmp_path / "z")
+    call(monkeypatch, facm, *DATA, "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--out", tmp_path / "run",
+         "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=4", "qknorm=True")
+    net = data.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
+    assert (net["input_size"], net["in_channels"], net["num_classes"]) == (4, 4, 6)
+    assert len(rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_trains_on_images_of_ones_own(tmp_path, monkeypatch, capsys, kind):
+    path = write_images(tmp_path / "set", NAMES)
+    if kind == "npz":
+        path = tmp_path / "set.npz"
+        np.savez(path, images=PIXELS)
+    command = [*DATA, "--data", path, "--resolution", 8, *UNET, "--out", tmp_path / "run"]
+    call(monkeypatch, facm, *command, "--preset", "cifar10")           # unconditional, w = 1
+    args = data.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]
+    assert args["net"]["num_classes"] == 0 and args["net"]["dropout"] == 0.1 and args["P_mean"] == -1.0
+    capsys.readouterr()
+    assert "--preset" in refused(monkeypatch, capsys, facm, *command)
+
+
+def test_an_image_that_disappears_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    path, calls = write_images(tmp_path / "set", NAMES), []
+    honest = data.Files.items
+
+    def items(self, index, flip):
+        calls.append(1)
+        if len(calls) == 4:
+            shutil.rmtree(path / "eel")
+            (path / "cat/1.png").unlink()
+            (path / "dog/0.png").unlink()
+        return honest(self, index, flip)
+    monkeypatch.setattr(data.Files, "items", items)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, facm, *DATA, "--data", path, "--preset", "cifar10", "--resolution", 8, *UNET,
+             "--pretrain", 20, "--save-every", 1, "--out", tmp_path / "run")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("error: step 3: ") and "no readable image" in line
+    assert data.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3
 
 
 def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, capsys):
