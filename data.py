@@ -68,14 +68,14 @@ def _glyph(index, size, seed):
     return np.rint(paper + blend * (ink - paper)).astype(np.uint8)
 
 
-def glyphs(n, size=16, seed=0):
+def glyphs(n, size=16, seed=0, first=0):
     """n coloured digits in Pillow's bundled TrueType font; image i shows the digit i % 10.
 
-    Deterministic by (seed, i), so any amount of the true distribution can be had.
-    Returns images uint8 [n, size, size, 3] and labels int64 [n]. About 0.3 ms an image.
+    Deterministic by (seed, i), so any amount of the true distribution can be had; i runs from
+    `first` on. Returns images uint8 [n, size, size, 3] and labels int64 [n]. About 0.3 ms an image.
     """
-    images = np.stack([_glyph(i, size, seed) for i in range(n)])
-    return images, np.arange(n, dtype=np.int64) % 10
+    images = np.stack([_glyph(i, size, seed) for i in range(first, first + n)])
+    return images, np.arange(first, first + n, dtype=np.int64) % 10
 
 
 # --------------------------------------------------------------------------------------------------

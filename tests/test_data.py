@@ -21,6 +21,8 @@ def test_glyphs_are_deterministic_and_labelled():
     assert labels.dtype == np.int64 and labels.tolist() == [i % 10 for i in range(30)]
     again, _ = data.glyphs(12, size=16, seed=5)
     assert np.array_equal(images[:12], again)                          # by (seed, index), whatever n
+    part, digits = data.glyphs(9, size=16, seed=5, first=21)
+    assert np.array_equal(images[21:], part) and np.array_equal(labels[21:], digits)
     assert not np.array_equal(images, data.glyphs(30, size=16, seed=6)[0])
     assert data.glyphs(1, size=32)[0].shape == (1, 32, 32, 3)
 
