@@ -180,6 +180,6 @@ def test_what_an_autoencoder_needs_in_training_alone_is_left_out(tmp_path, extra
 
 
 def test_every_golden_file_is_used():
-    used = "".join((GOLDEN.parent / f"test_{name}.py").read_text() for name in ("golden", "load"))
+    used = "".join((GOLDEN.parent / f"test_{name}.py").read_text() for name in ("golden", "load", "fid"))
     for path in GOLDEN.iterdir():
         assert f'"{path.stem}"' in used, path

@@ -11,6 +11,7 @@ from torch.distributed.run import get_args_parser
 
 import data
 import facm
+import fid
 import sample
 
 SCRIPTS = [ROOT / name for name in ("facm.py", "decm.py", "gcm.py") if (ROOT / name).exists()]
@@ -87,7 +88,8 @@ def flags_of(script, monkeypatch):
     original = data.Parser.add_argument
     monkeypatch.setattr(data.Parser, "add_argument", lambda self, *names, **kw: (
         seen.extend(names), original(self, *names, **kw))[1])
-    monkeypatch.setattr(sys, "argv", ["x", "--ckpt", "x", "--out", "x"] if script is sample else ["x"])
+    monkeypatch.setattr(sys, "argv", ["x", "--ckpt", "x", "--out", "x"] if script is sample
+                        else ["x", "samples"] if script is fid else ["x"])
     script.parse_args()
     return {name for name in seen if name.startswith("--")}
 
@@ -95,8 +97,8 @@ def flags_of(script, monkeypatch):
 def test_torchrun_leaves_our_flags_alone(monkeypatch):
     """torchrun reads any beginning of its own flags as that flag, also behind the script's name."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings if o.startswith("--")]
-    for script in (facm, sample):
-        for flag in flags_of(script, monkeypatch) - {"--help", "--n"}:
+    for script in (facm, sample, fid):
+        for flag in flags_of(script, monkeypatch) - {"--help", "--n", "--pr"}:
             assert not any(other.startswith(flag) for other in theirs), flag
 
 
@@ -112,7 +114,7 @@ def test_every_command_parses(command, monkeypatch):
     words = shlex.split(command.split("&&")[-1])
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists()
-    module = {"facm.py": facm, "sample.py": sample}.get(script)
+    module = {"facm.py": facm, "sample.py": sample, "fid.py": fid}.get(script)
     if module:
         monkeypatch.setattr(sys, "argv", words[words.index(script):])
         args = module.parse_args()
