@@ -1,0 +1,93 @@
+"""How much does the figure of a checkpoint vary with the seed of its samples? Mean and deviation.
+
+    python benchmarks/fid_repeat.py runs/facm-glyphs/ckpt.pt --ref glyphs:2 --features net.pt
+    python benchmarks/fid_repeat.py CKPT --ref cifar10-32x32.npz --n 50000 --nfe 1 2 --seeds 3
+
+For each NFE and each seed, --n samples (labels in turn, as sample.py draws them by default) are
+measured by fid.py: FID, or with --features the Frechet distance of a TorchScript network's
+features. The reference is read once. The deviation is over seeds, with n - 1; it tells what a
+difference between two checkpoints has to exceed. The bias of few samples is in all of them alike.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import shlex
+import statistics
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import data
+import fid
+import sample
+
+
+def distances(args, device):
+    """{NFE: a distance for every seed}, and what the distance is called.
+
+    Raises ValueError for a checkpoint, reference or network that can not be read.
+    """
+    net, checkpoint = sample.load(args.ckpt, device)
+    train = checkpoint["args"]
+    sampler = "euler" if checkpoint["step"] <= train["pretrain"] else "cm"
+    labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
+    size = train["net"]["input_size"]
+    reference = fid.open_source(args.ref, args.ref_n, size)
+    extract, name = fid.load_extractor(args, device)
+    moments = reference.statistics
+    if not moments:
+        moments = fid.collect(reference, extract, batch=args.batch, device=device)
+    if moments.get("features", name) != name:
+        raise ValueError(f"{args.ref}: statistics of {moments['features']}, not of {name}")
+    found = {nfe: [] for nfe in args.nfe}
+    for nfe in args.nfe:
+        for seed in range(args.seed, args.seed + args.seeds):
+            with torch.no_grad():
+                images = sample.draw(net, train, sampler, nfe, labels, seed, batch=args.batch)
+            source = fid.Source(f"seed {seed}", len(images), lambda i, j: np.ascontiguousarray(images[i:j]))
+            these = fid.collect(source, extract, width=len(moments["mu"]), batch=args.batch, device=device)
+            found[nfe].append(fid.frechet_distance(these["mu"], these["sigma"], moments["mu"], moments["sigma"]))
+            print(f"NFE {nfe}, seed {seed}: {found[nfe][-1]:.4f}", flush=True)
+    return found, "FID" if name == fid.INCEPTION else f"Frechet distance ({name})"
+
+
+def main():
+    p = data.Parser(description="Mean and deviation of a checkpoint's FID over the seeds of its samples.")
+    p.add_argument("ckpt", type=pathlib.Path, help="checkpoint of facm.py")
+    p.add_argument("--ref", required=True, help="reference, as fid.py takes it")
+    p.add_argument("--ref-n", type=int, default=20_000, help="number of glyphs, if they are the reference")
+    p.add_argument("--features", type=pathlib.Path, help="TorchScript file in place of Inception; it is executed")
+    p.add_argument("--inception", type=pathlib.Path, help="file of Inception's weights")
+    p.add_argument("--n", type=int, default=2000, help="samples for each figure")
+    p.add_argument("--nfe", type=int, nargs="+", default=[1, 2], help="function evaluations")
+    p.add_argument("--seeds", type=int, default=3, help="how many")
+    p.add_argument("--seed", type=int, default=0, help="the first of them")
+    p.add_argument("--batch", type=int, default=250, help="samples at once")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    args = p.parse_args()
+    if min(args.n, args.seeds, args.batch, *args.nfe) < 1 or args.seeds < 2:
+        data.fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
+    device, _, _ = data.start_processes(args.device)
+    try:
+        found, name = distances(args, device)
+    except ValueError as e:
+        data.fail(" ".join(str(e).split()))
+    print(f"{args.ckpt}: {name} to {args.ref}, {args.n} samples, {args.seeds} seeds from {args.seed} on")
+    figures = {}
+    for nfe, values in found.items():
+        figures[f"NFE {nfe}"] = dict(mean=statistics.mean(values), std=statistics.stdev(values), values=values)
+        print(f"NFE {nfe:<4}{statistics.mean(values):10.4f} +- {statistics.stdev(values):.4f}")
+    if args.json:
+        args.json.write_text(json.dumps(dict(
+            figures=figures, distance=name, ref=args.ref, n=args.n, seed=args.seed, torch=torch.__version__,
+            cores=os.cpu_count(), machine=platform.machine(), command=shlex.join(["python", *sys.argv])),
+            indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""How fast is fid.py? Images a second, and seconds for the distance, beside what is in common use.
+
+    python benchmarks/fid_speed.py
+    python benchmarks/fid_speed.py --size 256 --json fid_speed.json
+
+Features: fid.py's Inception beside pytorch-fid's class where that is installed, else beside
+torchvision's inception_v3 as a stand-in (nearly the same work, other weights); random weights, which
+take the same time as the public ones. Distance: fid.frechet_distance beside
+scipy.linalg.sqrtm, on two covariances of 2,048 features with a spectrum that falls. The two
+sides alternate, on the same device, after a warm-up; the figures are medians, with the range.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shlex
+import statistics
+import sys
+import time
+
+import numpy as np
+import scipy.linalg
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import data
+import fid
+
+
+def other_network(device):
+    """The network to compare with, as a function of uint8 images, and its name."""
+    try:
+        import pytorch_fid.inception
+    except ImportError:
+        import torchvision
+        net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
+        name = "torchvision inception_v3 (stand-in)"
+
+        def prepare(x):
+            return 2 * torch.nn.functional.interpolate(
+                x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+    else:
+        pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: fid.Inception().state_dict()
+        net, name = pytorch_fid.inception.InceptionV3(), "pytorch-fid"
+
+        def prepare(x):
+            return x.float() / 255         # its forward resizes
+    net = net.to(device).eval()
+    return lambda x: net(prepare(x)), name
+
+
+def alternate(functions, repeats, device):
+    """Seconds of every call: functions in turn, `repeats` times, after a warm-up of each."""
+    seconds = [[] for _ in functions]
+    for k in range(repeats + 1):
+        for taken, function in zip(seconds, functions):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [taken[1:] for taken in seconds]
+
+
+def spectrum(seed, d=2048):
+    """A covariance of d features whose eigenvalues fall by four orders of magnitude."""
+    x = np.random.default_rng(seed).standard_normal((3 * d, d))
+    return np.cov(x * np.exp(-4.6 * np.arange(d) / d), rowvar=False)
+
+
+def with_sqrtm(mu1, sigma1, mu2, sigma2):
+    """The distance in its textbook form."""
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+    return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
+
+
+def main():
+    p = data.Parser(description="Speed of fid.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--batch", type=int, default=16, help="images at once")
+    p.add_argument("--size", type=int, default=32, help="height and width of the images")
+    p.add_argument("--repeats", type=int, default=5, help="calls of each side")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    args = p.parse_args()
+    device, _, _ = data.start_processes(args.device)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+
+    ours = fid.fuse(fid.Inception()).to(device)
+    theirs, name = other_network(device)
+    images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8).to(device)
+    with torch.no_grad():
+        taken = alternate([lambda: ours(images), lambda: theirs(images)], args.repeats, device)
+    rates = [sorted(args.batch / s for s in side) for side in taken]
+    statistics_pair = [a for seed in (0, 1) for a in (np.full(2048, 0.1 * seed), spectrum(seed))]
+    distances = []
+    taken = alternate([lambda: distances.append(fid.frechet_distance(*statistics_pair)),
+                       lambda: distances.append(with_sqrtm(*statistics_pair))], min(args.repeats, 3), torch.device("cpu"))
+    seconds = [sorted(side) for side in taken]
+
+    figures = {}
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; median (least to most)")
+    for label, side, unit in (("features, fid.py", rates[0], "images/s"), (f"features, {name}", rates[1], "images/s"),
+                              ("distance, fid.py", seconds[0], "s"), ("distance, sqrtm", seconds[1], "s")):
+        figures[label] = statistics.median(side)
+        print(f"{label:48}{figures[label]:8.2f} {unit} ({side[0]:.2f} to {side[-1]:.2f})")
+    ratios = dict(features=statistics.median(rates[0]) / statistics.median(rates[1]),
+                  distance=statistics.median(seconds[0]) / statistics.median(seconds[1]))
+    print(f"features: {ratios['features']:.2f} times the speed; distance: {ratios['distance']:.3f} of the time, "
+          f"and they differ by {abs(distances[0] / distances[1] - 1):.1e} of it")
+    if args.json:
+        args.json.write_text(json.dumps(dict(
+            figures=figures, ratios=ratios, batch=args.batch, size=args.size, device=str(device),
+            threads=torch.get_num_threads(), torch=torch.__version__, cores=os.cpu_count(),
+            machine=platform.machine(), command=shlex.join(["python", *sys.argv])), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
