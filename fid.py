@@ -53,7 +53,8 @@ SCORE_PART = 5000                          # ADM: the Inception Score is a mean 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 SIGMA = {"mu": "sigma", "mu_s": "sigma_s"}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "n", "features")
-DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,     # on reading
+          zipfile.BadZipFile, zlib.error)
 
 
 def parse_args():
@@ -208,18 +209,21 @@ def _check_statistics(name, given):
     """The statistics as float64 tensors mu [D], sigma [D, D]; ValueError if they are none."""
     if not {"mu", "sigma"} <= given.keys():
         raise ValueError(f"{name}: no mu and sigma in it")
-    checked = {key: int(given[key]) for key in ("n",) if key in given}
-    checked |= {key: str(given[key]) for key in ("features",) if key in given}
+    kinds = dict.fromkeys(STATISTICS, lambda a: torch.as_tensor(a, dtype=torch.float64))
+    kinds |= dict(n=int, features=str)
+    try:
+        given = {key: kinds[key](given[key]) for key in STATISTICS if key in given}
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: mu, sigma or n is no number") from None
     for mu, sigma in SIGMA.items():
         if mu in given and sigma in given:
-            a, b = (torch.as_tensor(given[key], dtype=torch.float64) for key in (mu, sigma))
+            a, b = given[mu], given[sigma]
             if a.dim() != 1 or b.shape != (len(a), len(a)):
                 raise ValueError(f"{name}: {mu} {list(a.shape)}, {sigma} {list(b.shape)}; want [D] "
                                  f"and [D, D]")
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"{name}: {mu} or {sigma} is not finite")
-            checked |= {mu: a, sigma: b}
-    return checked
+    return given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,10 +231,10 @@ def _check_statistics(name, given):
 
 # Branches of every block: (width, kernel), a third number is the stride; a kernel "fork" is a
 # 1 x 3 and a 3 x 1 convolution side by side. The last branch begins by pooling.
-A = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-         branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
-E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fork")],
-         branch3x3dbl=[(448, 1), (384, 3), (384, "fork")], branch_pool=[(192, 1)])
+BLOCK_A = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+               branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+BLOCK_E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fork")],
+               branch3x3dbl=[(448, 1), (384, 3), (384, "fork")], branch_pool=[(192, 1)])
 
 
 def _block_c(c):
@@ -240,9 +244,9 @@ def _block_c(c):
 
 
 BLOCKS = {                                                                       # [N, C, H, W]
-    "Mixed_5b": (192, "average", A | dict(branch_pool=[(32, 1)])),               # 256, 35, 35
-    "Mixed_5c": (256, "average", A | dict(branch_pool=[(64, 1)])),               # 288
-    "Mixed_5d": (288, "average", A | dict(branch_pool=[(64, 1)])),
+    "Mixed_5b": (192, "average", BLOCK_A | dict(branch_pool=[(32, 1)])),         # 256, 35, 35
+    "Mixed_5c": (256, "average", BLOCK_A | dict(branch_pool=[(64, 1)])),         # 288
+    "Mixed_5d": (288, "average", BLOCK_A | dict(branch_pool=[(64, 1)])),
     "Mixed_6a": (288, "stride", dict(branch3x3=[(384, 3, 2)], branch3x3dbl=[     # 768, 17, 17
         (64, 1), (96, 3), (96, 3, 2)], branch_pool=[])),
     "Mixed_6b": (768, "average", _block_c(128)),
@@ -251,8 +255,8 @@ BLOCKS = {                                                                      
     "Mixed_6e": (768, "average", _block_c(192)),
     "Mixed_7a": (768, "stride", dict(branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[
         (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])),  # 1280, 8, 8
-    "Mixed_7b": (1280, "average", E),                                            # 2048
-    "Mixed_7c": (2048, "max", E)}                    # max: a slip of 2015 that the weights rely on
+    "Mixed_7b": (1280, "average", BLOCK_E),                                      # 2048
+    "Mixed_7c": (2048, "max", BLOCK_E)}              # max: a slip of 2015; the weights rely on it
 
 POOLS = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
          "max": lambda x: F.max_pool2d(x, 3, 1, 1), "stride": lambda x: F.max_pool2d(x, 3, 2)}
@@ -490,8 +494,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
     rank = int((cross > cross.max() * len(cross) * torch.finfo(cross.dtype).eps).sum())
     if rank < len(cross):
-        print(f"note: the covariances share rank {rank} of {len(cross)} (too few images, or features "
-              f"that never vary); eigenvalues below 0 by rounding count as 0", file=sys.stderr)
+        print(f"note: the covariances share rank {rank} of {len(cross)} (too few images, or constant "
+              f"features); eigenvalues below 0 by rounding count as 0", file=sys.stderr)
     distance = ((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace()
     return float(distance - 2 * cross.clamp_min(0).sqrt().sum())
 
@@ -637,9 +641,10 @@ def main():
         dist.destroy_process_group()
     if rank:
         return
-    counts = [side.get("n") for side in sides] + [None]
-    print(f"{args.samples}: {counts[0] or 'unknown'} images; reference {args.ref}: "
-          f"{counts[1] or 'unknown'} images; features {name}")
+    counts = [side.get("n") for side in sides] + [None]          # of statistics it may be unknown
+    for role, source, count in zip(("samples", "reference"), (args.samples, args.ref), counts):
+        print(f"{role:12}{source or 'none'}" + (f" ({count:,} images)" if count else ""))
+    print(f"{'features':12}{name}")
     for key, figure in figures.items():
         print(f"{key:40}{figure:12.6f}")
     for path in filter(None, (args.save_stats, args.json)):

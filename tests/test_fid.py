@@ -437,6 +437,9 @@ def spoil(folder, kind):
     elif kind == "other pt":
         path = folder / "bad.pt"
         torch.save([1, 2], path)
+    elif kind == "no numbers":
+        path = folder / "bad.pt"
+        torch.save(dict(mu="one", sigma=[[1.0]]), path)
     elif kind == "zip without images":
         path = folder / "bad.zip"
         with zipfile.ZipFile(path, "w") as archive:
@@ -461,7 +464,7 @@ class Harm:
 @pytest.mark.parametrize("kind", [
     "broken image", "cut image", "mixed sizes", "deep image", "empty", "float", "channels first", "objects",
     "unknown key", "one image", "cut npz", "rotten npz", "shapes", "not finite", "dimension", "features", "text",
-    "code", "other pt", "zip without images", "no zip"])
+    "code", "other pt", "no numbers", "zip without images", "no zip"])
 def test_bad_files_end_in_one_line_that_names_them(net, files, tmp_path, monkeypatch, capsys, kind, place):
     path, named = spoil(tmp_path, kind)
     both = [path, "--ref", files / "b.npz"] if place == "samples" else [files / "b.npz", "--ref", path]
