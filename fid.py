@@ -7,10 +7,11 @@
     torchrun --nproc_per_node=8 fid.py samples.npz --ref statistics.npz
 
 SAMPLES and REF are each a folder (searched to its depth) or a zip of images, an npz of images
-(arr_0 or images, uint8 [N, H, W, 3]), glyphs or glyphs:SEED, or a file of statistics: npz with mu
-and sigma (ours, pytorch-fid's, EDM's, or ADM's with mu_s and sigma_s for sFID, and images for --pr
-and --kid), or torch-fidelity's .pt. All figures are the same whatever --batch and the number of
-processes, up to the rounding of float32 features; sums are float64, covariances have N - 1.
+(arr_0 or images, uint8 [N, H, W, 3]), glyphs, glyphs:SEED or cifar10 (its 50,000 training images),
+or a file of statistics: npz with mu and sigma (ours, pytorch-fid's, EDM's, or ADM's with mu_s and
+sigma_s for sFID, and images for --pr and --kid), or torch-fidelity's .pt. All figures are the same
+whatever --batch and the number of processes, up to the rounding of float32 features; sums are
+float64, covariances have N - 1.
 
 Features: the Inception network of 2015-12-05, no other; torchvision's own gives another number.
 Images are resized to 299 as TensorFlow 1 did (source = i * size / 299, without half pixels) and
@@ -60,7 +61,7 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,
 def parse_args():
     p = data.Parser(description="FID and its relatives, from one pass over the images.")
     a = p.add_argument
-    a("samples", help="folder, zip, npz, statistics (.npz, .pt), glyphs or glyphs:SEED")
+    a("samples", help="folder, zip, npz, statistics (.npz, .pt), glyphs, glyphs:SEED or cifar10")
     a("--ref", help="the reference, of the same kinds; not needed for --is and --save-stats")
     a("--is", action="store_true", dest="score", help="Inception Score, parts of 5,000 images")
     a("--sfid", action="store_true", help="FID of the 7 x 17 x 17 spatial features")
@@ -74,6 +75,7 @@ def parse_args():
     a("--n", "--images", type=int, default=20_000, help="number of glyphs; torchrun takes only the "
       "long name, because it reads --n and --pr as the beginning of its own flags")
     a("--resolution", type=int, default=16, help="height and width of the glyphs")
+    a("--data-dir", help="where cifar10 lies, or is downloaded to (default: data)")
     a("--batch", type=int, default=64, help="images at once in each process")
     a("--save-stats", type=pathlib.Path, help="NAME.npz for the statistics of SAMPLES")
     a("--json", type=pathlib.Path, help="write the figures to this file, too")
@@ -93,8 +95,8 @@ class Source(NamedTuple):
     statistics: dict = {}                  # mu, sigma, mu_s, sigma_s, n, features: what it has
 
 
-def open_source(text, n=20_000, resolution=16):
-    """The Source that SAMPLES or REF names; n and resolution are those of glyphs.
+def open_source(text, n=20_000, resolution=16, data_dir=None):
+    """The Source that SAMPLES or REF names. n, resolution: of glyphs; data_dir: of cifar10.
 
     Raises ValueError, in one line with the name, for whatever can not be read.
     """
@@ -105,10 +107,13 @@ def open_source(text, n=20_000, resolution=16):
             raise ValueError(f"{text}: want glyphs or glyphs:SEED, --n >= 1, --resolution >= 12")
         seed = int(seed)
         return Source(text, n, lambda i, j: data.glyphs(j - i, resolution, seed, first=i)[0])
+    if text == "cifar10":
+        images = data.load(text, data_dir=data_dir).images
+        return Source(text, len(images), lambda i, j: images[i:j].permute(0, 2, 3, 1).numpy())
     if path.is_dir():
         return _open_images(text, sorted(p for p in path.rglob("*") if _is_image(p)), lambda p: p)
     if not path.exists():
-        raise ValueError(f"{text}: no such file or folder, and no data set but glyphs")
+        raise ValueError(f"{text}: no such file or folder; data sets are glyphs, cifar10")
     try:
         if path.suffix == ".npz":
             return _open_npz(text, zipfile.ZipFile(path))
@@ -120,7 +125,7 @@ def open_source(text, n=20_000, resolution=16):
             return Source(text, statistics=_check_statistics(text, _read_torch(path)))
     except zipfile.BadZipFile:
         raise ValueError(f"{text}: damaged, or no {path.suffix} file") from None
-    raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, or glyphs")
+    raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, glyphs or cifar10")
 
 
 def _is_image(path):
@@ -494,8 +499,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
     rank = int((cross > cross.max() * len(cross) * torch.finfo(cross.dtype).eps).sum())
     if rank < len(cross):
-        print(f"note: the covariances share rank {rank} of {len(cross)} (too few images, or constant "
-              f"features); eigenvalues below 0 by rounding count as 0", file=sys.stderr)
+        print(f"note: the covariances share rank {rank} of {len(cross)}, by few images or constant "
+              "features; eigenvalues below 0 by rounding count as 0", file=sys.stderr)
     distance = ((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace()
     return float(distance - 2 * cross.clamp_min(0).sqrt().sum())
 
@@ -577,7 +582,8 @@ def measure(args, device, rank=0, world=1):
         raise ValueError("--sfid and --is are measures of Inception, --features has neither")
     if args.batch < 1 or args.save_stats and args.save_stats.suffix != ".npz":
         raise ValueError("--batch wants at least 1, --save-stats NAME.npz")
-    sources = [open_source(s, args.n, args.resolution) for s in (args.samples, args.ref) if s]
+    sources = [open_source(text, args.n, args.resolution, args.data_dir)
+               for text in (args.samples, args.ref) if text]
     wants = []                             # of each source: moments, Inception Score, features kept
     for k, source in enumerate(sources):
         keep, score = (KEPT_REFERENCE, False) if k else (source.count, args.score)

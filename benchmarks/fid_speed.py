@@ -94,10 +94,10 @@ def main():
     with torch.no_grad():
         taken = alternate([lambda: ours(images), lambda: theirs(images)], args.repeats, device)
     rates = [sorted(args.batch / s for s in side) for side in taken]
-    statistics_pair = [a for seed in (0, 1) for a in (np.full(2048, 0.1 * seed), spectrum(seed))]
+    moments = [a for seed in (0, 1) for a in (np.full(2048, 0.1 * seed), spectrum(seed))]
     distances = []
-    taken = alternate([lambda: distances.append(fid.frechet_distance(*statistics_pair)),
-                       lambda: distances.append(with_sqrtm(*statistics_pair))], min(args.repeats, 3), torch.device("cpu"))
+    taken = alternate([lambda: distances.append(fid.frechet_distance(*moments)),
+                       lambda: distances.append(with_sqrtm(*moments))], min(args.repeats, 3), torch.device("cpu"))
     seconds = [sorted(side) for side in taken]
 
     figures = {}

@@ -322,6 +322,12 @@ def test_images_come_in_any_piece(files, images):
             assert np.array_equal(source.read(i, j), images[0][i:j])
 
 
+def test_cifar10_is_the_training_images(images, monkeypatch):
+    monkeypatch.setattr(data, "_cifar10", lambda folder: (images[0][:7], np.arange(7)) if folder == "here" else None)
+    source = fid.open_source("cifar10", data_dir="here")
+    assert source.count == 7 and np.array_equal(source.read(2, 5), images[0][2:5])
+
+
 def test_grey_images_become_rgb(net, tmp_path, monkeypatch):
     grey = np.rint(127.5 + 127.5 * uniform("grey", (8, 12, 12, 1))).astype(np.uint8)
     np.savez(tmp_path / "grey.npz", arr_0=grey)
@@ -354,7 +360,8 @@ def test_statistics_of_every_kind(files, net, tmp_path, monkeypatch, capsys):
     assert list(both) == [NAME] and abs(both[NAME]) < 1e-9             # no network is needed, and the name is known
     flags = ["--features", net, "--pr"]
     plain = figures(monkeypatch, tmp_path, files / "a.npz", "--ref", files / "b.npz", *flags)
-    assert figures(monkeypatch, tmp_path, files / "a.npz", "--ref", tmp_path / "adm.npz", *flags) == pytest.approx(plain)
+    found = figures(monkeypatch, tmp_path, files / "a.npz", "--ref", tmp_path / "adm.npz", *flags)
+    assert found == pytest.approx(plain)
 
 
 def test_all_measures_of_inception(weights, inception, tmp_path, monkeypatch, capsys):
@@ -364,7 +371,8 @@ def test_all_measures_of_inception(weights, inception, tmp_path, monkeypatch, ca
         sum((torch.as_tensor(p) - torch.as_tensor(q)).abs().sum() for p, q in ((mu1, mu2), (sigma1, sigma2)))))
     a, b = data.glyphs(6, 12, 5)[0], data.glyphs(5, 12, 6)[0]
     found = figures(monkeypatch, tmp_path, "glyphs:5", "--n", 6, "--resolution", 12,
-                    "--ref", save(tmp_path / "b.npz", b), "--is", "--sfid", "--pr", "--kid", "--inception", weights, "--batch", 4)
+                    "--ref", save(tmp_path / "b.npz", b), "--is", "--sfid", "--pr", "--kid", "--inception", weights,
+                    "--batch", 4)
     assert "FID   " in capsys.readouterr().out
     with torch.no_grad():
         outputs = [inception(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (a, b)]
