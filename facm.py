@@ -51,7 +51,7 @@ METHOD = "facm"
 # minutes on a laptop want high rates that fall, and fd is faster there than torch.func.jvp.
 PRESETS = {
     "glyphs": dict(
-        resolution=16, steps=1600, pretrain=2400, batch=8, lr=2.5e-3, lr_final=0.0, warmup=50,
+        resolution=16, steps=1600, pretrain=2000, batch=8, lr=2.5e-3, lr_final=0.0, warmup=200,
         pretrain_batch=16, pretrain_lr=8e-3, pretrain_P=(0.0, 1.2), betas=(0.9, 0.99),
         ema_sigma=0.1, jvp="fd",
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
