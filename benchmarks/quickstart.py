@@ -97,6 +97,8 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
+    if args.n < 100:
+        data.fail(f"--n {args.n}: 64 features want 100 samples or more")
     try:
         student, checkpoint = sample.load(args.run / "ckpt.pt")
         teacher, _ = sample.load(args.run / "teacher.pt")
