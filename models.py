@@ -289,7 +289,8 @@ class DDPMpp(nn.Module):
             if self.map_label is not None:
                 if y is None:
                     y = torch.full_like(t, self.num_classes, dtype=torch.int64)
-                onehot = F.one_hot(y, self.num_classes + 1)[:, :-1].to(emb)    # null label: zeros
+                classes = torch.arange(self.num_classes, device=y.device)
+                onehot = (y[:, None] == classes).to(emb)                       # null label: zeros
                 emb = emb + self.map_label(onehot * math.sqrt(self.num_classes))
             if self.map_augment is not None and augment is not None:
                 emb = emb + self.map_augment(augment.to(dtype))
