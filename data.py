@@ -364,13 +364,14 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     """The data set `name`: glyphs, cifar10, imagenet_latents, or the path of an npz, a zip archive,
     a folder of images or a folder of latents.
 
-    resolution: images are cropped and scaled to it (None: as they are); data_dir: where cifar10 and
-    imagenet_latents lie; num_classes: as many are meant, though not all need to occur; uncond:
-    labels are left out; xflip: half of the images come mirrored.
+    resolution: images are cropped and scaled to it (None: as they are; glyphs: 16); data_dir: where
+    cifar10 and imagenet_latents lie; num_classes: as many are meant, though not all need to occur;
+    uncond: labels are left out; xflip: half of the images come mirrored.
     Raises ValueError, naming the file, for what cannot be had.
     """
     path = pathlib.Path(name)
     if name == "glyphs":
+        resolution = 16 if resolution is None else resolution
         if resolution < 12:
             raise ValueError(f"glyphs of {resolution} pixels are not legible; take 12 or more")
         dataset = Glyphs(20_000, resolution, seed=0)
@@ -683,6 +684,8 @@ def _encode(args):
         note = out / "encode.json"
         if note.exists() and json.loads(note.read_text()) != setting:
             raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
+        if world > 1:
+            dist.barrier()                 # all have read it before it is written
         if rank == 0:
             note.write_text(json.dumps(setting))
         first, end = (len(images.labels) * k // world for k in (rank, rank + 1))

@@ -72,6 +72,11 @@ def load(path, device="cpu", raw=False):
     return net, checkpoint
 
 
+def is_teacher(checkpoint):
+    """Whether a checkpoint is a flow-matching network, not yet distilled."""
+    return checkpoint["step"] <= checkpoint["args"]["pretrain"]
+
+
 def draw_noise(seed, indices, count, shape):
     """[count, len(indices), *shape], standard normal: sample i's noise is drawn from (seed, i)."""
     return torch.stack([
@@ -120,9 +125,9 @@ def main():
         net, checkpoint = load(args.ckpt, device, args.raw)
         train = checkpoint["args"]
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
-        is_teacher = checkpoint["step"] <= train["pretrain"]
-        sampler = args.sampler or ("euler" if is_teacher else "cm")
-        if args.cfg != 1 and not (is_teacher and sampler == "euler" and net.num_classes):
+        teacher = is_teacher(checkpoint)
+        sampler = args.sampler or ("euler" if teacher else "cm")
+        if args.cfg != 1 and not (teacher and sampler == "euler" and net.num_classes):
             raise ValueError("--cfg guides a teacher with classes, by euler; a student is guided")
     except ValueError as e:
         data.fail(e)

@@ -33,7 +33,7 @@ def distances(args, device):
     """
     net, checkpoint = sample.load(args.ckpt, device)
     train = checkpoint["args"]
-    sampler = "euler" if checkpoint["step"] <= train["pretrain"] else "cm"
+    sampler = "euler" if sample.is_teacher(checkpoint) else "cm"
     labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
     size = train["net"]["input_size"]
     reference = fid.open_source(args.ref, args.ref_n, size)

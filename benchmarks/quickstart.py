@@ -9,6 +9,7 @@ recognised too, so the distance is the figure that counts. The teacher's 20 Eule
 guidance that was distilled are the yardstick.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
+import fid
 import sample
 
 
@@ -82,14 +84,6 @@ def judge(net, images, labels):
     return share, h.mean(0), np.cov(h, rowvar=False)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), by symmetric eigenvalues."""
-    values, vectors = np.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
-
-
 def main():
     p = data.Parser(description="Recognised share and Frechet distance of a glyphs run.")
     p.add_argument("run", type=pathlib.Path, help="run directory of facm.py --data glyphs")
@@ -121,7 +115,9 @@ def main():
         images = data.glyphs(args.n, size, seed=3)[0] if weights is None else sample.draw(
             weights, train, sampler, nfe, labels, args.seed, cfg=w)
         share, *moments = judge(net, images, labels)
-        figures[name] = dict(recognised=share, distance=frechet_distance(*moments, *reference))
+        with contextlib.redirect_stderr(None):     # the note that some features are 0 for all glyphs
+            distance = fid.frechet_distance(*moments, *reference)
+        figures[name] = dict(recognised=share, distance=distance)
         print(f"{name:32}{share:10.1%}{figures[name]['distance']:10.2f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(
