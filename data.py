@@ -6,7 +6,7 @@
     seed_of, generator     random numbers that follow from a key alone
     Parser, fail           command lines whose errors are one line and exit code 2
     start_processes        torchrun's processes and their devices
-    open_run, open_log     run directories, which the same command resumes, and their checkpoints
+    open_run, Log          run directories, which the same command resumes, and their checkpoints
 
     python data.py inspect DATA                                     # what is in a data set?
     python data.py encode --images DIR --vae CKPT --out LATENTS     # images -> latents
@@ -22,8 +22,10 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -652,11 +654,46 @@ def open_run(args, method, rank):
     return out, checkpoint
 
 
-def open_log(path, step):
-    """log.jsonl, opened to append to, without the lines that a killed run left past `step`."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(n for n in lines if n.endswith("\n") and json.loads(n)["step"] <= step))
-    return open(path, "a", buffering=1)
+class Log:
+    """log.jsonl and the progress bar: every `every` steps the means of the numbers since the last.
+
+    Lines of a run that was killed, past `step`, are dropped. Silent if `quiet` (other processes).
+    """
+
+    def __init__(self, path, step, total, every, quiet=False):
+        self.every, self.quiet, self.window, self.tick = every, quiet, [], time.perf_counter()
+        self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
+        if not quiet:
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            keep = [n for n in old if n.endswith("\n") and json.loads(n)["step"] <= step]
+            path.write_text("".join(keep))
+            self.file = open(path, "a", buffering=1)
+
+    def add(self, step, stage, images, values, now=False):
+        """Takes one step's images and dict of numbers; writes a line now, or when it is time."""
+        if self.quiet:
+            return
+        self.bar.update()
+        self.window.append([*values.values(), images])
+        if now or step % self.every == 0:
+            *means, images = np.mean(self.window, axis=0).round(6).tolist()
+            speed = len(self.window) * images / (time.perf_counter() - self.tick)
+            row = dict(zip(values, means)) | dict(images_per_s=round(speed, 1))
+            self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
+            self.bar.set_postfix(row)
+            self.window, self.tick = [], time.perf_counter()
+
+    def close(self):
+        """Ends the bar; the file is written through at each line."""
+        self.bar.close()
+
+
+def watch_signals():
+    """A list to which SIGTERM and SIGINT append their number: the loop then saves and exits."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,19 +28,15 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import math
-import os
 import signal
 import sys
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import models
@@ -270,16 +266,6 @@ SAMPLERS = {"cm": sample, "euler": sample_euler}
 # --------------------------------------------------------------------------------------------------
 # Blocks that stand to the letter in all three scripts, so that one can be copied away whole.
 
-# --- shared: signals ---
-def watch_signals():
-    """A list to which SIGTERM and SIGINT append their number: the loop then saves and exits."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    return caught
-# --- end shared ---
-
-
 # --- shared: dropout ---
 def same_dropout(net, rows, seed):
     """net with one and the same mask of nn.Dropout for every `rows` of its batch and every call."""
@@ -335,7 +321,7 @@ def preview(path, net, stage, noise, args):
 def main():
     args = parse_args()
     device, rank, world = data.start_processes(args.device)
-    stop = watch_signals()
+    stop = data.watch_signals()
 
     # Data, networks, and the step at which the run stands
     try:
@@ -382,10 +368,8 @@ def main():
     if args.compile and args.jvp == "exact":
         differentiate = compiled(differentiate)
 
-    log = data.open_log(out / "log.jsonl", step) if rank == 0 else None
-    window, tick = [], time.perf_counter()
     total = args.pretrain + args.steps
-    bar = tqdm(total=total, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    log = data.Log(out / "log.jsonl", step, total, args.log_every, quiet=rank > 0)
     while step < total:
         # The second stage begins with the averaged weights of the first, its teacher
         if step == args.pretrain > 0:
@@ -413,7 +397,7 @@ def main():
             try:
                 x1, y = (a.to(device) for a in dataset.batch(args.seed, first, batch, rows))
             except ValueError as e:
-                bar.close()
+                log.close()
                 data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
             x0, t = x0_all[rows], sample_t(normal[rows], *P)
             if teacher is None:
@@ -465,25 +449,16 @@ def main():
         step += 1
 
         # Log, preview, save
-        if rank == 0:
-            window.append([*losses, batch])
-            ends = step in (args.pretrain, total) or signalled
-            if step % args.log_every == 0 or ends:
-                L_fm, L_cm, norm, images = np.mean(window, axis=0).round(6).tolist()
-                speed = round(len(window) * images / (time.perf_counter() - tick), 1)
-                row = dict(L_fm=L_fm, L_cm=L_cm, grad_norm=norm, images_per_s=speed)
-                log.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
-                window, tick = [], time.perf_counter()
-                bar.set_postfix(row)
-            bar.update()
-            if step % args.preview_every == 0 or ends:
-                preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-            if step % args.save_every == 0 or ends:
-                save("ckpt.pt")
+        ends = step in (args.pretrain, total) or signalled > 0
+        log.add(step, stage, batch, dict(zip(("L_fm", "L_cm", "grad_norm"), losses)), now=ends)
+        if rank == 0 and (step % args.preview_every == 0 or ends):
+            preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
+        if rank == 0 and (step % args.save_every == 0 or ends):
+            save("ckpt.pt")
         if signalled:
             break
 
-    bar.close()
+    log.close()
     if world > 1:
         dist.destroy_process_group()
     if step < total:
