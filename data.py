@@ -670,15 +670,18 @@ class Log:
             self.file = open(path, "a", buffering=1)
 
     def add(self, step, stage, images, values, now=False):
-        """Takes one step's images and dict of numbers; writes a line now, or when it is time."""
+        """Takes a step's number of images and dict of figures, which may differ from step to step;
+        writes a line now, or when it is time."""
         if self.quiet:
             return
         self.bar.update()
-        self.window.append([*values.values(), images])
+        self.window.append(values | dict(images=images))
         if now or step % self.every == 0:
-            *means, images = np.mean(self.window, axis=0).round(6).tolist()
-            speed = len(self.window) * images / (time.perf_counter() - self.tick)
-            row = dict(zip(values, means)) | dict(images_per_s=round(speed, 1))
+            names = dict.fromkeys(name for numbers in self.window for name in numbers)
+            row = {name: round(float(np.mean([n[name] for n in self.window if name in n])), 6)
+                   for name in names}
+            speed = row.pop("images") * len(self.window) / (time.perf_counter() - self.tick)
+            row["images_per_s"] = round(speed, 1)
             self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
             self.bar.set_postfix(row)
             self.window, self.tick = [], time.perf_counter()

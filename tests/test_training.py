@@ -36,8 +36,8 @@ def call(monkeypatch, module, *argv):
             signal.signal(s, handler)
 
 
-def popen(*argv):
-    return subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / "facm.py"), *map(str, argv)], cwd=ROOT,
+def popen(*argv, script="facm.py"):
+    return subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / script), *map(str, argv)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,0 +1,340 @@
+"""decm.py against closed forms: the Gaussian oracle, the paper's misprints, mutants, samplers; and as a program."""
+
+import functools
+import pathlib
+import types
+
+import numpy as np
+import pytest
+import torch
+from oracle import Gaussian
+from test_training import (TINY, assert_same_run, call, first_gradient, popen, refused, rows, torchrun, wait_for_step)
+
+import data
+import decm
+
+SOURCE = pathlib.Path(decm.__file__).read_text()
+ORACLE = Gaussian()
+ENDS = [(0.5, 0.5), (0.3, 0.9), (1.0, 0.0), (0.0, 1.0)]
+
+
+class OracleNet:
+    """The ideal network: the average velocity from t to s, the velocity where s = t; a teacher has no s."""
+
+    num_classes = 0
+
+    def __init__(self, second_time=True):
+        self.second_time, self.passes = second_time, 0
+
+    def __call__(self, x, t, s=None, y=None):
+        self.passes += 1
+        assert (s is not None) == self.second_time
+        if s is None:
+            return ORACLE.velocity(x, t)
+        fm = (s - t).abs() < 1e-12
+        # Where the jump has length 0, its 0/0 must not leak into the velocity's derivative.
+        jump = ORACLE.average_velocity(x, t, torch.where(fm, s + 0.1, s))
+        return torch.where(ORACLE.expand(fm), ORACLE.velocity(x, t), jump)
+
+
+def draw():
+    """x1, x0, r near 0 and t > r."""
+    x1, x0, t = ORACLE.draw(64)
+    return x1, x0, 0.02 + 0.05 * t, 0.15 + 0.8 * t
+
+
+def consistency(module, mode="exact", teacher=True):
+    """L_FM and L_CM of the oracle network."""
+    (x1, x0, _, t), net = draw(), OracleNet()
+    derivative = functools.partial(module.total_derivative, net, mode=mode)
+    y = torch.ones(64, dtype=torch.int64)
+    return module.decm_loss(net, derivative, OracleNet(False) if teacher else None, x1, x0, t, y, 0, 1.0, None,
+                            torch.ones_like(t), 0.5, 1e-3)
+
+
+def noise_to_noisy(module, lam=0.3, gam=0.9, vpsi="model", mode="exact"):
+    """L_FM and L_N2N of the oracle network."""
+    (x1, x0, r, t), net = draw(), OracleNet()
+    derivative = functools.partial(module.total_derivative, net, mode=mode)
+    y = torch.ones(64, dtype=torch.int64)
+    return module.n2n_loss(net, derivative, OracleNet(False), x1, x0, r, t, y, 0, 1.0, None, lam, gam, vpsi,
+                           torch.ones_like(t), 0.5, 1e-3)
+
+
+def test_oracle_has_zero_residual():
+    assert max(consistency(decm)) < 1e-14
+    for lam, gam in ENDS:
+        assert max(noise_to_noisy(decm, lam, gam)) < 1e-14
+
+
+def test_oracle_has_zero_residual_with_the_finite_difference():
+    assert 0 < consistency(decm, "fd")[1] < 1e-6
+    assert 0 < noise_to_noisy(decm, mode="fd")[1] < 1e-6
+
+
+def test_errata_of_the_noise_to_noisy_objective():
+    """Eq. 15 and Algorithm 1, lines 22-23, as printed, against the form that follows from Eq. 14."""
+    x1, x0, r, t = draw()
+    net, xr, xt = OracleNet(), decm.interpolate(x1, x0, r), decm.interpolate(x1, x0, t)
+    v_r, v_t = ORACLE.velocity(xr, r), ORACLE.velocity(xt, t)
+    F = net(xr, r, t)
+    v_psi = ORACLE.velocity(xr + ORACLE.expand(t - r) * F, t)
+
+    def JVP(dx, dt, ds):
+        return decm.total_derivative(net, xr, r, t, None, dx, dt, ds)
+
+    def rms(g):
+        return g.square().mean().sqrt().item()
+
+    step = ORACLE.expand(t - r)
+    for lam, gam in ENDS:
+        ours = (lam + gam) * F - (gam * v_r + lam * v_psi) - step * JVP(gam * v_r, gam, -lam)
+        eq_15 = (lam + gam) * F - (gam * v_r + lam * v_psi) - step * JVP(lam * v_r, lam, -gam)
+        algorithm_1 = (lam + gam) * F - lam * (v_r + step * JVP(lam * v_r, lam, -gam)) - gam * v_t
+        assert rms(ours) < 1e-13
+        assert (rms(eq_15) < 1e-13) == (lam == gam)
+        assert rms(algorithm_1) > 0.1 or (lam, gam) == (1.0, 0.0)      # there only the left end is left, rightly
+        target = decm.n2n_target(F, v_r, v_psi, JVP(gam * v_r, gam, -lam), r, t, lam, gam, torch.ones_like(t))
+        assert torch.allclose(target, F - ours)
+
+
+MUTANTS = [
+    ("g = F_cm - v - (1 - t) * dF_dt", "g = F_cm - v + (1 - t) * dF_dt", "cm"),            # sign
+    ("g = F_cm - v - (1 - t) * dF_dt", "g = F_cm - v - t * dF_dt", "cm"),                  # factor
+    ("derivative(xt, t, one, y, v, 1, 0)", "derivative(xt, t, one, y, v, 1, 1)", "cm"),    # s moves, too
+    ("derivative(xt, t, one, y, v, 1, 0)", "derivative(xt, t, one, y, v, 0, 0)", "cm"),    # t does not move
+    ("derivative(xt, t, one, y, v, 1, 0)", "derivative(xt, t, one, y, -v, 1, 0)", "cm"),   # direction of the flow
+    ("(xt, t, one, y), (xt, t, t, y))", "(xt, t, t, y), (xt, t, one, y))", "both"),        # conditions swapped
+    ("derivative(xr, r, t, y, gam * v_r, gam, -lam)", "derivative(xr, r, t, y, lam * v_r, lam, -gam)", "n2n"),
+    ("derivative(xr, r, t, y, gam * v_r, gam, -lam)", "derivative(xr, r, t, y, gam * v_r, gam, lam)", "n2n"),
+    ("derivative(xr, r, t, y, gam * v_r, gam, -lam)", "derivative(xr, r, t, y, v_r, gam, -lam)", "n2n"),
+    ("(gam * v_r + lam * v_psi)", "(lam * v_r + gam * v_psi)", "n2n"),                     # lambda != gamma
+    ("g = (lam + gam) * F_n2n", "g = F_n2n", "n2n"),
+    ("v_psi) - (t - r) * dF", "v_psi) + (t - r) * dF", "n2n"),
+    ("f = xr + (t - r)", "f = xt + (t - r)", "n2n"),                                       # v_psi at the wrong point
+    ("guided_velocity(teacher, f, t, y", "guided_velocity(teacher, f, r, y", "n2n"),       # ... or time
+    ("torch.cat([xt, xr]), torch.cat([t, r])", "torch.cat([xr, xt]), torch.cat([r, t])", "n2n and its fm"),
+    ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),              # another point, still exact
+]
+
+
+@pytest.mark.parametrize("old, new, hurt", MUTANTS)
+def test_mutants_are_caught(old, new, hurt):
+    assert SOURCE.count(old) == 1, "the mutated line has changed; adapt the test"
+    mutant = types.ModuleType("mutant")
+    exec(compile(SOURCE.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    (fm, cm), (fm_too, n2n) = consistency(mutant), noise_to_noisy(mutant)
+    assert (cm > 1e-2) == (hurt in ("cm", "both"))
+    assert (fm > 1e-2) == (hurt == "both")
+    assert (n2n > 1e-2) == (hurt in ("n2n", "n2n and its fm"))
+    assert (fm_too > 1e-2) == (hurt == "n2n and its fm")
+
+
+def test_v_psi_on_the_data_path_is_another_velocity():
+    """Algorithm 1 takes the velocity at z_t: not the point where the model's own jump arrives."""
+    assert noise_to_noisy(decm, vpsi="data")[1] > 1e-2
+    assert noise_to_noisy(decm, 0.0, 1.0, vpsi="data")[1] < 1e-14      # without the right end it is not used
+
+
+def test_from_scratch_v_is_the_difference_and_v_psi_the_networks_own():
+    x1, x0, r, t = draw()
+    net, seen = OracleNet(), []
+
+    def derivative(x, t, s, y, dx, dt, ds):
+        seen.append((dx, dt, ds))
+        return decm.total_derivative(net, x, t, s, y, dx, dt, ds)
+    rest = (torch.ones_like(t), 0.5, 1e-3)
+    decm.decm_loss(net, derivative, None, x1, x0, t, None, 0, 1.0, None, *rest)
+    # On the flow's own line through x_r the difference is v_r, so that the residual is 0 there.
+    xr = decm.interpolate(x1, x0, r)
+    v_r = ORACLE.velocity(xr, r)
+    on_the_flow = xr + ORACLE.expand(1 - r) * v_r, xr - ORACLE.expand(r) * v_r
+    _, L_n2n = decm.n2n_loss(net, derivative, None, *on_the_flow, r, t, None, 0, 1.0, None, 0.3, 0.9, "model", *rest)
+    assert torch.equal(seen[0][0], x1 - x0) and seen[0][1:] == (1, 0)
+    assert torch.allclose(seen[1][0], 0.9 * v_r) and seen[1][1:] == (0.9, -0.3)
+    assert L_n2n < 1e-14
+
+
+def test_guidance_and_velocity_normalisation():
+    """Eq. 18, and Algorithm 1 line 6: the difference of the velocities gets the length eta over C, H, W."""
+    def teacher(x, t, s, y):
+        return torch.ones_like(x) * ORACLE.expand(y.double())          # velocity = label; null label 0
+    teacher.second_time = False
+    x, t, y = torch.zeros(3, 2, 3, 3, dtype=torch.float64), torch.full((3,), 0.5).double(), torch.tensor([3, 1, 0])
+    plain = decm.guided_velocity(teacher, x, t, y, 0, 1.75)
+    assert torch.allclose(plain[:, 0, 0, 0], torch.tensor([5.25, 1.75, 0]).double())
+    assert torch.equal(decm.guided_velocity(teacher, x, t, y, 0, 1.0, 2.0)[:, 0, 0, 0].double(), y.double())
+    even = decm.guided_velocity(teacher, x, t, y, 0, 1.75, 2.0)
+    D = (even - ORACLE.expand(y.double())) / 0.75
+    assert torch.allclose(D.square().sum((1, 2, 3)).sqrt(), torch.tensor([2.0, 2.0, 0.0]).double())
+
+
+def test_sampled_times():
+    """Table 3 (j) to (l): ends of N segments, all alike; FACM's Eq. 20; log-normal noise-to-data ratio."""
+    u = (torch.arange(1000).double() + 0.5) / 1000
+    ends, counts = decm.sample_t("nseg", None, u, 0, 0, 4).unique(return_counts=True)
+    assert ends.tolist() == [0, 0.25, 0.5, 0.75, 1] and counts.tolist() == [200] * 5
+    n = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    t = decm.sample_t("arctan", n, None, -0.8, 1.6, 0)
+    assert torch.allclose(torch.log(torch.tan((1 - t) * torch.pi / 2)), -0.8 + 1.6 * n)
+    t = decm.sample_t("lognorm", n, None, -0.4, 1.0, 0)
+    assert torch.allclose(torch.log((1 - t) / t), -0.4 + n)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_adaptive_weight_has_no_gradient(p):
+    F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
+    loss = decm.adaptive(F, torch.zeros_like(F), p, 1e-3)
+    e = (0.09 + 0.04) / 2
+    assert torch.allclose(loss.detach(), torch.tensor(e / (e + 1e-3) ** p).double())
+    loss.sum().backward()
+    assert torch.allclose(F.grad, F.detach() / (e + 1e-3) ** p)
+
+
+def error_of(sampler, nfe, **options):
+    """Mean distance from the flow map of the first noise, with the exact network."""
+    noise = torch.randn(nfe, 64, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    net = OracleNet()
+    result = decm.SAMPLERS[sampler](net, noise, None, nfe, **options)
+    assert net.passes == nfe
+    return (result - ORACLE.mu - ORACLE.sd * noise[0]).abs().mean().item()
+
+
+def test_samplers_against_the_flow_map():
+    """Euler and mix go to the exact map at first order, mix from a smaller error; a jump is exact at once."""
+    assert error_of("cm", 1) < 1e-14 and error_of("mix", 1) < 1e-14 and error_of("mix", 2) < 1e-14
+    for sampler in ("euler", "mix"):
+        assert 1.8 < error_of(sampler, 40) / error_of(sampler, 80) < 2.2
+    for nfe in (4, 8, 16):
+        assert error_of("mix", nfe) < error_of("euler", nfe)
+
+
+@pytest.mark.parametrize("n_ode", [0, 1, 3])
+def test_mix_jumps_from_the_noise_then_goes_on_as_cm(n_ode):
+    """Figure 5: after n_ode steps of the ODE every jump to the data meets fresh noise, each used once."""
+    nfe = 4
+    noise = torch.randn(nfe - n_ode, 16, 2, 3, 3, dtype=torch.float64)
+    x, fresh = noise[0], list(noise[1:])
+    for i in range(nfe):
+        t, t_next = i / nfe, (i + 1) / nfe
+        if i < n_ode:
+            x = ORACLE.flow_map(x, t, t_next) if i == 0 else x + ORACLE.velocity(x, torch.full((16,), t).double()) / nfe
+        else:
+            x1 = ORACLE.flow_map(x, t, 1.0)
+            x = t_next * x1 + (1 - t_next) * fresh.pop(0) if fresh else x1
+    assert torch.allclose(decm.sample_mix(OracleNet(), noise, None, nfe, n_ode), x)
+    if n_ode == 0:
+        assert torch.equal(decm.sample(OracleNet(), noise, None, nfe), decm.sample_mix(OracleNet(), noise, None, nfe, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a program.
+
+RUN = [*TINY, "--pretrain", 4, "--steps", 5, "--freq", 2, "--save-every", 3]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("decm") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, decm, *RUN, "--out", out)
+    return out
+
+
+def test_every_freq_steps_an_update_of_its_own(finished):
+    """Steps 0, 2 and 4 of 5 have the N2N update, so that the optimiser was called 8 times, after 4 of pretraining."""
+    assert [row["stage"] for row in rows(finished)] == ["pretrain"] * 4 + ["decm"] * 5
+    assert ["L_n2n" in row for row in rows(finished)] == [False] * 4 + [True, False, True, False, True]
+    optimizer = data.read_checkpoint(finished / "ckpt.pt")["optimizer"]
+    assert {float(entry["step"]) for entry in optimizer["state"].values()} == {8.0}
+
+
+def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
+    command = [*RUN, "--out", tmp_path / "run"]
+    process = popen(*command, script="decm.py")
+    wait_for_step(process, tmp_path / "run", 7)
+    process.kill()
+    process.communicate()
+    again = popen(*command, script="decm.py")
+    assert again.wait() == 0, again.communicate()[1]
+    again.communicate()
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_resume_is_exact_from_every_step(finished, tmp_path, monkeypatch):
+    for steps in range(6):
+        call(monkeypatch, decm, *RUN, "--steps", steps, "--out", tmp_path / "run")
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("objectives", [["fm", "cd"], ["fm", "n2n"]])
+def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, objectives):
+    """AdamW's first moment after one step, that is after the second update where N2N follows."""
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
+    common += ["--pretrain", 0, "--steps", 1, "--w", 1, "--lr", "1e-12", "--objectives", *objectives]
+    call(monkeypatch, decm, *common, "--out", tmp_path / "one")
+    call(monkeypatch, decm, *common, "--out", tmp_path / "accum", "--accum", 2)
+    torchrun(*common, "--out", tmp_path / "two", script="decm.py")
+    one = first_gradient(tmp_path / "one")
+    for other in ("accum", "two"):
+        assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
+    assert one.abs().max() > 0
+
+
+def test_the_student_starts_as_its_teacher(finished, tmp_path, monkeypatch):
+    """Also as one that knows no second time: its embedding is 0 before it is trained."""
+    call(monkeypatch, decm, *TINY, "--teacher", finished / "teacher.pt", "--steps", 1, "--lr", "1e-12",
+         "--out", tmp_path / "run")
+    student, teacher = data.read_checkpoint(tmp_path / "run/ckpt.pt"), data.read_checkpoint(finished / "teacher.pt")
+    assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
+
+    plain = {k: v for k, v in teacher["ema"].items() if not k.startswith("map_second")}
+    options = teacher["args"]["net"] | dict(second_time=False)
+    torch.save(teacher | dict(ema=plain, args=teacher["args"] | dict(net=options)), tmp_path / "plain.pt")
+    call(monkeypatch, decm, *TINY, "--teacher", tmp_path / "plain.pt", "--steps", 1, "--lr", "1e-12",
+         "--out", tmp_path / "two")
+    student = data.read_checkpoint(tmp_path / "two/ckpt.pt")["model"]
+    assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in plain.items())
+    assert any(k.startswith("map_second") for k in student)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--objectives", "fm"], ["--objectives", "cd"], ["--objectives", "fm", "n2n"], ["--vel-norm", "5"],
+    ["--times", "arctan"], ["--times", "lognorm"], ["--vpsi", "data", "--lam", "0.2"], ["--jvp", "fd"],
+    ["--bf16", "--batch", "2"], ["--w1", "1-t", "--w2", "1-sqrt", "--power", "1"], ["--w", "1", "--pretrain", "0"]],
+    ids=str)
+def test_every_option_trains(tmp_path, monkeypatch, flags):
+    call(monkeypatch, decm, *TINY, "--pretrain", 2, "--steps", 2, *flags, "--out", tmp_path / "run")
+    assert all(np.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
+
+
+def test_nan_in_either_update_stops_with_its_terms(tmp_path, monkeypatch):
+    monkeypatch.setattr(decm, "n2n_target", lambda F_n2n, *rest: F_n2n * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 2, process 0: L_fm 0\.\d+, L_n2n nan, gradient norm nan"):
+        call(monkeypatch, decm, *TINY, "--pretrain", 2, "--steps", 4, "--out", tmp_path / "run")
+    assert data.read_checkpoint(tmp_path / "run/teacher.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--w", "2", "--pretrain", "0"], "--w 1"), (["--freq", "0"], "--freq"), (["--segments", "0"], "--segments"),
+    (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"),
+    (["--times", "uniform"], "uniform"), (["--objectives"], "--objectives"), (["--vel-norm", "0"], "--vel-norm"),
+    (["--teacher", "nowhere.pt"], "nowhere.pt")])
+def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    assert words in refused(monkeypatch, capsys, decm, *TINY, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run/ckpt.pt").exists()
+
+
+def test_a_run_of_facm_is_refused(finished, tmp_path, monkeypatch, capsys):
+    checkpoint = data.read_checkpoint(finished / "ckpt.pt")
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint | dict(method="facm"), tmp_path / "run/ckpt.pt")
+    assert "facm" in refused(monkeypatch, capsys, decm, *RUN, "--out", tmp_path / "run")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--bf16", "--compile"]], ids=str)
+def test_trains_on_cuda(tmp_path, monkeypatch, flags):
+    on_gpu = ["cuda" if flag == "cpu" else flag for flag in RUN]
+    call(monkeypatch, decm, *on_gpu, *flags, "--out", tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == 9
