@@ -181,18 +181,19 @@ def total_derivative(net, x, t, s, y, dx, dt, ds, mode="exact", h=5e-3):
         return (ahead - behind) / (2 * h)
 
 
-def fm_loss(F_fm, v):
-    """Mean squared error plus cosine distance [B]: means over pixels, the cosine being that of a
-    pixel's channels. paper: does not say over what; here: as in FACM."""
-    mse = (F_fm - v).square().mean(dim=(1, 2, 3))
-    return mse + 1 - cosine_similarity(F_fm, v, dim=1).mean(dim=(1, 2))            # Eq. 17
-
-
 def adaptive(F_theta, v_tar, p, c):
     """e / (e+c)^p [B], e the mean of |F - v_tar|^2 over C, H, W; no gradient flows into the weight.
     p = 0.5 gives the gradient of the Pseudo-Huber loss (section 4.4)."""
     e = (F_theta - v_tar).square().mean(dim=(1, 2, 3))
     return e / (e + c).pow(p).detach()
+
+
+def fm_loss(F_fm, v, p, c):
+    """Squared error plus cosine distance [B]: that of a pixel's channels, mean over the pixels.
+    paper: Eq. 17 has no weight, section 4.4 one for losses in general; here: the adaptive weight on
+    the error, too, because the jumps' losses drown it otherwise (README.md)."""
+    cosine = cosine_similarity(F_fm, v, dim=1).mean(dim=(1, 2))
+    return adaptive(F_fm, v, p, c) + 1 - cosine                        # Eq. 17
 
 
 def cm_target(F_cm, v, dF_dt, t, w1):
@@ -225,7 +226,7 @@ def decm_loss(net, derivative, teacher, x1, x0, t, y, y_null, w, eta, w1, p, c):
     F_cm, F_fm = joint(net, (xt, t, one, y), (xt, t, t, y))
     dF_dt = derivative(xt, t, one, y, v, 1, 0)
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, w1)
-    return fm_loss(F_fm, v).mean(), adaptive(F_cm, v_tar, p, c).mean()
+    return fm_loss(F_fm, v, p, c).mean(), adaptive(F_cm, v_tar, p, c).mean()
 
 
 def n2n_loss(net, derivative, teacher, x1, x0, r, t, y, y_null, w, eta, lam, gam, vpsi, w2, p, c):
@@ -246,7 +247,7 @@ def n2n_loss(net, derivative, teacher, x1, x0, r, t, y, y_null, w, eta, lam, gam
                      guided_velocity(teacher, f, t, y, y_null, w, eta))
     dF = derivative(xr, r, t, y, gam * v_r, gam, -lam)
     v_tar = n2n_target(F_n2n.detach(), v_r, v_psi, dF, r, t, lam, gam, w2)
-    return fm_loss(F_fm, v_t).mean(), adaptive(F_n2n, v_tar, p, c).mean()
+    return fm_loss(F_fm, v_t, p, c).mean(), adaptive(F_n2n, v_tar, p, c).mean()
 
 
 def pretrain_loss(net, x1, x0, t, s, y):
@@ -294,6 +295,17 @@ def sample_mix(net, noise, y, nfe, n_ode=None):
 
 
 SAMPLERS = {"cm": sample, "euler": sample_euler, "mix": sample_mix}
+DETERMINISTIC = ("euler",)                 # one noise, whatever the NFE
+
+
+def default_sampler(nfe):
+    """The sampler that suits an NFE (section 4.5)."""
+    return "cm" if nfe < 4 else "mix" if nfe <= 16 else "euler"
+
+
+def sampler_options(args):
+    """What the samplers take from the flags of the training."""
+    return {}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -181,6 +181,12 @@ def test_sampled_times():
     assert torch.allclose(torch.log((1 - t) / t), -0.4 + n)
 
 
+def test_fm_loss_value():
+    a, b = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).reshape(2, 1, 2, 1, 1).unbind()
+    assert torch.isclose(decm.fm_loss(a, b, 0.0, 1e-3), torch.tensor(0.5 + 1 - 0.5 ** 0.5))
+    assert torch.isclose(decm.fm_loss(a, b, 0.5, 1e-3), torch.tensor(0.5 / 0.501 ** 0.5 + 1 - 0.5 ** 0.5))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_adaptive_weight_has_no_gradient(p):
     F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
