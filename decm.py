@@ -280,8 +280,8 @@ def sample_euler(net, noise, y, nfe):
 def sample_mix(net, noise, y, nfe, n_ode=None):
     """Begins as an ODE and ends as CM, at nfe equal steps of time (section 4.5, Figure 5c): a jump
     from the noise, Euler steps up to n_ode of both together, then jumps to the data with fresh
-    noise in between. n_ode: 0 to nfe - 1 (default); K = nfe - n_ode or more."""
-    n_ode, xt = nfe - 1 if n_ode is None else n_ode, noise[0]
+    noise in between. n_ode: 0 to nfe - 1, default nfe // 2; K = nfe - n_ode or more."""
+    n_ode, xt = nfe // 2 if n_ode is None else n_ode, noise[0]
     for i in range(nfe):
         t, t_next, one = (torch.full_like(noise[0, :, 0, 0, 0], time)
                           for time in (i / nfe, (i + 1) / nfe, 1))

@@ -207,12 +207,12 @@ def error_of(sampler, nfe, **options):
 
 
 def test_samplers_against_the_flow_map():
-    """Euler and mix go to the exact map at first order, mix from a smaller error; a jump is exact at once."""
-    assert error_of("cm", 1) < 1e-14 and error_of("mix", 1) < 1e-14 and error_of("mix", 2) < 1e-14
-    for sampler in ("euler", "mix"):
-        assert 1.8 < error_of(sampler, 40) / error_of(sampler, 80) < 2.2
-    for nfe in (4, 8, 16):
-        assert error_of("mix", nfe) < error_of("euler", nfe)
+    """A jump is exact at once. Euler goes to the exact map at first order, and so does mix as long as it takes no
+    fresh noise, from a smaller error."""
+    assert max(error_of(*case) for case in (("cm", 1), ("mix", 1), ("mix", 2))) < 1e-14
+    errors = {nfe: (error_of("euler", nfe), error_of("mix", nfe, n_ode=nfe - 1)) for nfe in (4, 8, 16, 40, 80)}
+    assert all(1.8 < a / b < 2.2 for a, b in zip(errors[40], errors[80]))
+    assert all(mix < euler for euler, mix in errors.values())
 
 
 @pytest.mark.parametrize("n_ode", [0, 1, 3])
