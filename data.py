@@ -257,20 +257,7 @@ class Latents(Dataset):
         self.start = torch.tensor([0, *sizes]).cumsum(0)
         labels = np.concatenate([shard["labels"] for shard in self.shards])
         super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip=True)
-        ones, stats = torch.ones(1, self.shape[0], 1, 1), pathlib.Path(folder) / "latents_stats.pt"
-        self.mean, self.std = 0 * ones, ones
-        if stats.exists():
-            try:
-                held = torch.load(stats, map_location="cpu", weights_only=True)
-                self.mean = held["mean"].float().reshape(ones.shape)
-                self.std = held["std"].float().reshape(ones.shape)
-            except Exception as e:
-                raise ValueError(f"{stats}: no statistics of these latents ({e})") from None
-        elif self.shape[0] == 4:
-            self.std = ones / 0.18215
-        else:
-            raise ValueError(f"{stats} is missing; `python data.py inspect {folder} --save-stats` "
-                             "writes it")
+        self.mean, self.std = read_stats(pathlib.Path(folder), self.shape[0])
 
     def raw(self, index, flip):
         """Latents as they lie in the shards, float32 [b, C, H, W]."""
@@ -313,6 +300,23 @@ def _map_shard(path):
         raise ValueError(f"{path}: latents, latents_flip and labels of unequal lengths, "
                          f"{[arrays[n].shape for n in ('latents', 'latents_flip', 'labels')]}")
     return arrays
+
+
+def read_stats(path, channels):
+    """mean and std [1, C, 1, 1] with which latents z are normalised, (z - mean) / std: those of a
+    latents_stats.pt, or of a folder; without one 4 channels are the SD-VAE's and become 0.18215 z.
+    """
+    ones, path = torch.ones(1, channels, 1, 1), path / "latents_stats.pt" if path.is_dir() else path
+    if path.exists():
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            return tuple(held[name].float().reshape(ones.shape) for name in ("mean", "std"))
+        except Exception as e:
+            raise ValueError(f"{path}: no statistics of these latents ({e})") from None
+    if channels != 4:
+        raise ValueError(f"{path} is missing; `python data.py inspect {path.parent} --save-stats` "
+                         "writes it")
+    return 0 * ones, ones / 0.18215
 
 
 def center_crop(image, size):
@@ -480,15 +484,24 @@ def to_uint8(x):
     return x.permute(0, 2, 3, 1).to(torch.uint8).cpu()
 
 
-def save_grid(path, images, columns, scale=1):
-    """A PNG of uint8 images [N, H, W, C], `columns` in a row, each pixel enlarged `scale` times."""
+def save_grid(path, images, columns, scale=1, labels=()):
+    """A PNG of uint8 images [N, H, W, C], `columns` in a row, each pixel enlarged `scale` times;
+    labels: a text for the left of each row."""
     images = np.asarray(images)
     n, h, w, c = images.shape
     rows = -(-n // columns)
     sheet = np.full((rows * columns, h, w, c), 255, np.uint8)
     sheet[:n] = images
     sheet = sheet.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
-    Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1)).save(path)
+    sheet = Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
+    if labels:
+        margin = int(max(_font(13).getlength(line) for t in labels for line in t.split("\n"))) + 12
+        grid, sheet = sheet, Image.new("RGB", (margin + sheet.width, sheet.height), "white")
+        sheet.paste(grid, (margin, 0))
+        for row, text in enumerate(labels):
+            at = (6, (row + 0.5) * h * scale)
+            ImageDraw.Draw(sheet).text(at, text, "black", _font(13), anchor="lm")
+    sheet.save(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,6 +515,14 @@ def seed_of(*key):
 def generator(device, *key):
     """A random generator on `device`, seeded by the key."""
     return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def fingerprint(tensors):
+    """A hash of a dict of tensors."""
+    digest = hashlib.sha256()
+    for name, w in tensors.items():
+        digest.update(name.encode() + w.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -522,6 +543,14 @@ def _literal(text):
         return text
 
 
+def options(items):
+    """{"width": 64, ...} from the words of --net, such as width=64 mult=1,2,2."""
+    try:
+        return {k: _literal(v) for k, v in (item.split("=") for item in items)}
+    except ValueError:
+        fail(f"--net {' '.join(items)}: want KEY=VALUE, as in width=64 mult=1,2,2")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
 
@@ -537,10 +566,7 @@ class Parser(argparse.ArgumentParser):
         if args.preset not in presets:
             fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
         row = dict(presets[args.preset])
-        try:
-            given = {k: _literal(v) for k, v in (item.split("=") for item in args.net)}
-        except ValueError:
-            fail(f"--net {' '.join(args.net)}: want KEY=VALUE, as in width=64 mult=1,2,2")
+        given = options(args.net)
         net = row.pop("net")               # its options are those of its network alone
         args.net = given if given.get("name", net["name"]) != net["name"] else net | given
         args.pretrain_batch = args.pretrain_batch or args.batch         # one given for both
@@ -594,6 +620,12 @@ def start_processes(device):
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def wait():
+    """All processes meet here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs: checkpoints, directories, logs.
 
@@ -627,6 +659,16 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def put(path, place, content):
+    """Writes bytes into a file from that place on, through to the disk. Not by a memory map, whose
+    pages would count as memory of the process."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.seek(place)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 MAY_CHANGE = "data_dir steps save_every log_every preview_every device accum fresh out".split()
 
 
@@ -640,8 +682,7 @@ def open_run(args, method, rank):
             old = out.rename(next(name for name in names if not name.exists()))
             print(f"--fresh: the old run is now {old}")
         out.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
+    wait()
     if not (out / "ckpt.pt").exists():
         return out, None
     checkpoint = read_checkpoint(out / "ckpt.pt")
@@ -724,8 +765,7 @@ def _encode(args):
         note = out / "encode.json"
         if note.exists() and json.loads(note.read_text()) != setting:
             raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
-        if world > 1:
-            dist.barrier()                 # all have read it before it is written
+        wait()                             # all have read it before it is written
         if rank == 0:
             note.write_text(json.dumps(setting))
         first, end = (len(images.labels) * k // world for k in (rank, rank + 1))
@@ -747,8 +787,7 @@ def _encode(args):
             tensors = {name: torch.cat(parts).contiguous() for name, parts in z.items()}
             safetensors.torch.save_file(tensors | {"labels": images.labels[rows]}, f"{path}.part")
             os.replace(f"{path}.part", path)
-        if world > 1:
-            dist.barrier()
+        wait()
         if rank == 0:
             save_stats(out)
             print(f"{out}: {len(images.labels)} images encoded")

@@ -261,6 +261,20 @@ def sample_euler(net, noise, y, nfe, condition="expanded", w=1.0, t_low=0.125):
 
 
 SAMPLERS = {"cm": sample, "euler": sample_euler}
+DETERMINISTIC = ("euler",)                 # these take noise of K = 1, the others K = nfe
+default_sampler = lambda nfe: "cm"  # noqa: E731
+
+
+def sampler_options(args):
+    """{sampler: its options} from the args of a checkpoint; args["net"] is enough."""
+    condition = "auxiliary" if args["net"].get("second_time") else "expanded"
+    return dict.fromkeys(SAMPLERS, dict(condition=condition))
+
+
+def velocity(net, args):
+    """v(x, t, y) of a network that is pretrained and not yet distilled."""
+    condition = sampler_options(args)["euler"]["condition"]
+    return lambda x, t, y: net(x, *conditions(t, condition)[1], y)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,18 +1,33 @@
 """Images from a checkpoint, at any number of function evaluations (NFE).
 
     python sample.py --ckpt runs/facm-glyphs/ckpt.pt --nfe 1 --n 64 --out grid.png
-    python sample.py --ckpt runs/facm-glyphs/ckpt.pt --nfe 2 --n 2000 --out samples.npz
-    python sample.py --ckpt runs/facm-glyphs/teacher.pt --nfe 20 --cfg 1.75 --n 100 --out folder
+    python sample.py --ckpt runs/facm-glyphs/ckpt.pt --grid 1 2 4 --n 10 --out grid.png
+    python sample.py --ckpt runs/facm-glyphs/teacher.pt --nfe 20 --cfg 1.75 --n 2000 --out folder
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 1 --samples 50000 --out samples.npz
+    python sample.py --ckpt SiT.pt --method flow --vae vae.pt --nfe 99 --sampler heun --out f.npz
 
 --out NAME.png is one grid; NAME.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 labels [N], as ADM's
-evaluator reads them; anything else is a folder, one PNG a sample. Sample i draws its noise from
-(--seed, i): it is the same image whatever the batch size and the number of processes. Pixels become
-8 bits by clip(round(127.5 x + 127.5)).
+evaluator reads them; anything else is a folder, one PNG a sample. The same command continues an
+interrupted npz or folder, with any --batch and number of processes.
+
+Sample i draws its noise from (--seed, i), and a network always sees the same ROWS samples at once,
+because other numbers of rows round otherwise: an image is the same to the last bit whatever --n,
+--batch and the processes, on one type of device. Pixels become 8 bits by clip(round(127.5 x +
+127.5)). DIRECTION OF TIME, for flow-matching networks: t=0 noise, t=1 data.
 """
 
+import functools
+import importlib
+import inspect
+import io
+import json
 import math
+import os
 import pathlib
+import shutil
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,26 +36,105 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import facm
 import models
+
+METHODS = ("facm", "decm", "gcm")
+ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoencoder's
 
 
 def parse_args():
     p = data.Parser(description="Images from a checkpoint.")
     a = p.add_argument
-    a("--ckpt", required=True, help="checkpoint of facm.py")
+    a("--ckpt", required=True, help="checkpoint of a script here or, with --method, a public one")
     a("--out", required=True, help="NAME.png (one grid), NAME.npz, or a folder of PNGs")
-    a("--nfe", type=int, default=1, help="function evaluations: steps of the sampler")
+    a("--nfe", type=int, default=1, help="function evaluations; a guided one counts once")
     a("--n", "--samples", type=int, default=64, help="number of samples; torchrun takes only the "
       "long name, because it reads --n as the beginning of its own flags")
-    a("--labels", default="all", help="all (i mod classes), random, or a list to repeat: 3,3,7")
+    a("--grid", type=int, nargs="+", metavar="NFE", help="NAME.png: a row for each, the same seeds")
+    a("--labels", default="all", help="all: sample i has class i mod classes, so that each has "
+      "n/classes (rounded down, or up for the first of them); random; or a list to repeat: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
-    a("--batch", type=int, default=250, help="samples at once in each process; no matter to them")
-    a("--sampler", choices=list(facm.SAMPLERS), help="default: cm; euler for a teacher")
-    a("--cfg", type=float, default=1.0, help="guidance of a teacher by euler, in 2 passes a step")
+    a("--batch", type=int, default=ROWS, help=f"samples between two writes, rounded up to {ROWS}s")
+    a("--sampler", help="facm: cm, euler; flow matching: euler, heun (default: the method's)")
+    a("--n-ode", type=int, help="steps along the flow (decm: mix)")
+    a("--times", type=float, nargs="+", help="times in between (gcm)")
+    a("--cfg", type=float, help="flow matching: guidance scale, in 2 passes (default: 1, none)")
+    a("--cfg-interval", type=float, nargs=2, metavar=("T0", "T1"), help="guide from time T0 to T1, "
+      "1 being data (default: from the --t-low of training, or 0, to 1)")
+    a("--cfg-channels", type=int, help="guide the first channels only (LightningDiT's, SiT's: 3)")
+    a("--shift", type=float, help="flow matching: LightningDiT's timestep_shift (default: 1, none)")
+    a("--method", choices=["flow", *METHODS], help="what a public network is: flow matching, ...")
+    a("--net", nargs="+", default=[], metavar="K=V", help="its options, such as prediction=noise")
+    a("--vae", help="checkpoint of the autoencoder that makes images of latents")
+    a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training data, "
+      "or the scale of the SD-VAE)")
     a("--raw", action="store_true", help="the weights themselves, not their average (EMA)")
     a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     return p.parse_args()
+
+
+# --------------------------------------------------------------------------------------------------
+# What is sampled: networks, autoencoders, labels.
+
+def load(path, device="cpu", raw=False, method=None, options=None):
+    """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
+
+    method: for a public file, "flow" or what distilled it; its checkpoint has method, step 1 and
+    args = dict(net=...). options: see models.load. Raises ValueError if the file is no checkpoint.
+    """
+    if method:
+        net = models.load(path, **(options or {})).to(device)
+        if raw or hasattr(net, "decode"):
+            raise ValueError(f"{path}: --raw is for our checkpoints, and autoencoders for --vae")
+        args = dict(net=models.infer(net.state_dict()) | (options or {}))
+        return net, dict(method=method, step=1, args=args)
+    try:
+        checkpoint = data.read_checkpoint(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; a public network needs --method: flow, facm, ...") from None
+    if checkpoint["method"] not in METHODS:
+        raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
+    if options:
+        raise ValueError(f"--net: {path} tells the options of its network itself")
+    net = models.create(**checkpoint["args"]["net"])
+    models.load_weights(net, checkpoint["model" if raw else "ema"], path)
+    return net.to(device).eval(), checkpoint
+
+
+def is_teacher(checkpoint):
+    """Whether a checkpoint is a flow-matching network, not (yet) distilled."""
+    pretrain = checkpoint["args"].get("pretrain", 0)
+    return checkpoint["method"] == "flow" or checkpoint["step"] <= pretrain
+
+
+def load_decoder(path, stats, checkpoint, device="cpu"):
+    """decode, factor, tensors: decode makes images [B, 3, factor H, factor W] in [-1, 1] of a
+    network's samples [B, C, H, W], latents (z - mean) / std; tensors: what it depends on.
+
+    path, stats: --vae, --latent-stats. Raises ValueError if they lack or do not fit.
+    """
+    args, channels = checkpoint["args"], checkpoint["args"]["net"]["in_channels"]
+    if channels == 3 and (path or stats):
+        raise ValueError("--vae and --latent-stats are for latents; this network draws pixels")
+    if channels == 3:
+        return lambda x: x, 1, {}
+    if not path:
+        raise ValueError(f"this network draws latents of {channels} channels; --vae CKPT, their "
+                         "autoencoder, makes images of them")
+    vae = models.load(path).to(device).requires_grad_(False)
+    if not hasattr(vae, "decode") or vae.z_channels != channels:
+        raise ValueError(f"--vae {path}: no autoencoder with latents of {channels} channels")
+    place = stats or args.get("data_dir") or args.get("data")
+    if place and not os.path.exists(place):
+        raise ValueError(f"{place}, for the latents' statistics, is not there; see --latent-stats")
+    if not place and vae.scale == 1:
+        raise ValueError("--latent-stats is needed: the latents_stats.pt of the network's latents")
+    mean, std = torch.zeros(()), torch.tensor(1 / vae.scale)
+    if place:
+        mean, std = data.read_stats(pathlib.Path(place), channels)
+    mean, std = mean.to(device), std.to(device)
+    tensors = vae.state_dict() | dict(mean=mean, std=std)
+    return lambda z: vae.decode(z * std + mean), vae.factor, tensors
 
 
 def choose_labels(labels, n, num_classes, seed):
@@ -59,23 +153,82 @@ def choose_labels(labels, n, num_classes, seed):
     return given[torch.arange(n) % len(given)]
 
 
-def load(path, device="cpu", raw=False):
-    """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
+# --------------------------------------------------------------------------------------------------
+# SAMPLERS of flow matching: x_t = (1-t) x_0 + t x_1, dx/dt = v(x, t, y). noise [1, B, C, H, W].
 
-    Raises ValueError if the file is no checkpoint, or of a method without a sampler here.
+@torch.no_grad()
+def integrate(v, noise, y, nfe, y_null=0, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
+              shift=1.0, heun=False):
+    """Euler steps along the velocity v(x, t, y), or Heun's: two evaluations a step and one in the
+    last, as EDM counts, so that nfe is odd. Returns [B, C, H, W].
+
+    cfg: v_uncond + cfg (v_cond - v_uncond) at the times of cfg_interval, in the first cfg_channels;
+    y_null: the null label. shift: equal steps in u become the times shift u / (1 + (shift-1) u),
+    and below 1 they are shorter near the noise. So does LightningDiT's timestep_shift; it is SD3's
+    (Esser et al. 2024, Eq. 23, where sigma = 1-t) with alpha = 1 / shift.
     """
-    checkpoint = data.read_checkpoint(path)
-    if checkpoint["method"] != facm.METHOD:
-        raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
-    net = models.create(**checkpoint["args"]["net"]).to(device).eval()
-    models.load_weights(net, checkpoint["model" if raw else "ema"], path)
-    return net, checkpoint
+    def velocity(x, t):
+        guided = cfg != 1 and cfg_interval[0] <= t <= cfg_interval[1]
+        t, c = torch.full_like(x[:, 0, 0, 0], t), cfg_channels or x.shape[1]
+        if not guided:
+            return v(x, t, y)
+        both = ((x, x), (t, t), (y, torch.full_like(y, y_null)))
+        v_cond, v_uncond = v(*map(torch.cat, both)).chunk(2)
+        v_cfg = v_uncond + cfg * (v_cond - v_uncond)
+        return torch.cat([v_cfg[:, :c], v_cond[:, c:]], dim=1)
+
+    steps = (nfe + 1) // 2 if heun else nfe
+    times = [shift * u / (1 + (shift - 1) * u) for u in (i / steps for i in range(steps + 1))]
+    xt = noise[0]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        per_time = 1 / (t_next - t)        # divided by, so that equal steps round as v / nfe does
+        vt = velocity(xt, t)
+        if heun and i + 1 < steps:
+            vt = (vt + velocity(xt + vt / per_time, t_next)) / 2
+        xt = xt + vt / per_time
+    return xt
 
 
-def is_teacher(checkpoint):
-    """Whether a checkpoint is a flow-matching network, not yet distilled."""
-    return checkpoint["step"] <= checkpoint["args"]["pretrain"]
+FLOW_SAMPLERS = {"euler": integrate, "heun": functools.partial(integrate, heun=True)}
 
+
+def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
+    """name, K, f, options: f(noise [K, B, C, H, W], y [B]) gives samples [B, C, H, W].
+
+    sampler: a name, or None for the default; given: options by hand, None where not given.
+    Raises ValueError for a sampler or an option that there is not.
+    """
+    args, method, flow = checkpoint["args"], checkpoint["method"], is_teacher(checkpoint)
+    try:
+        module = importlib.import_module(method) if method in METHODS else None
+        if flow:
+            samplers, name, role = FLOW_SAMPLERS, sampler or "euler", "a flow-matching network"
+            options = dict(y_null=net.num_classes, cfg_interval=(args.get("t_low", 0.0), 1.0))
+            v = (module.velocity(net, args) if hasattr(module, "velocity") else
+                 lambda x, t, y: net(x, t, t if net.second_time else None, y))
+        else:
+            samplers, name = module.SAMPLERS, sampler or module.default_sampler(nfe)
+            v, role = net, f"{method}'s distilled network (guidance is for its teacher)"
+            options = dict(module.sampler_options(args).get(name, {}))
+    except (ModuleNotFoundError, KeyError) as e:
+        raise ValueError(f"{method}.py can not sample this checkpoint: {e}") from None
+    if name not in samplers:
+        raise ValueError(f"--sampler {name}: {role} has {', '.join(samplers)}")
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given:
+        if key not in inspect.signature(samplers[name]).parameters:
+            raise ValueError(f"--{key.replace('_', '-')} is no option of {name} for {role}")
+    if given.get("cfg", 1) != 1 and not net.num_classes:
+        raise ValueError("--cfg: guidance needs a network with classes")
+    if flow and name == "heun" and nfe % 2 == 0:
+        raise ValueError(f"NFE {nfe}: heun takes two a step and one in the last, an odd number")
+    options |= given
+    count = 1 if flow or name in module.DETERMINISTIC else nfe
+    return name, count, lambda noise, y: samplers[name](v, noise, y, nfe, **options), options
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples: the same, however they are cut into batches.
 
 def draw_noise(seed, indices, count, shape):
     """[count, len(indices), *shape], standard normal: sample i's noise is drawn from (seed, i)."""
@@ -84,66 +237,163 @@ def draw_noise(seed, indices, count, shape):
         for i in indices], dim=1)
 
 
-def draw(net, train, sampler, nfe, labels, seed=0, first=0, batch=250, cfg=1.0, bar=False):
-    """Samples first, first+1, ... of the given labels int64 [n]: uint8 [n, H, W, C], NumPy.
+def in_rows(function, rows, *inputs):
+    """function(*inputs) [b, ...], called with exactly `rows` samples: the last are zeros."""
+    outputs = []
+    for parts in zip(*(x.split(rows) for x in inputs)):
+        missing = rows - len(parts[0])
+        parts = [torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in parts]
+        outputs.append(function(*parts)[:rows - missing])
+    return torch.cat(outputs)
 
-    train: the args that the checkpoint was trained with; sampler: a name of facm.SAMPLERS.
+
+@torch.no_grad()
+def draw_batch(net, checkpoint, chosen, seed, first, labels):
+    """The samples first, first+1, ... (first: a multiple of ROWS) of these labels by the sampler
+    `chosen`, [b, C, H, W] on the network's device. On CUDA it returns before they are computed."""
+    device, options = next(net.parameters()).device, checkpoint["args"]["net"]
+    shape = (options["in_channels"], options["input_size"], options["input_size"])
+    noise = draw_noise(seed, range(first, first + len(labels)), chosen[1], shape).transpose(0, 1)
+    inputs = noise.contiguous(), labels
+    if device.type == "cuda":
+        inputs = (a.pin_memory().to(device, non_blocking=True) for a in inputs)
+    return in_rows(lambda noise, y: chosen[2](noise.transpose(0, 1).contiguous(), y), ROWS, *inputs)
+
+
+def draw(net, checkpoint, nfe, labels, seed=0, decode=lambda x: x, **choice):
+    """The samples 0, 1, ... with labels int64 [n], in memory: uint8 [n, H, W, 3], NumPy.
+
+    choice: sampler and its options, see choose_sampler; decode: see load_decoder.
     """
-    device = next(net.parameters()).device
-    shape = (train["net"]["in_channels"], *[train["net"]["input_size"]] * 2)
-    count, options = nfe, dict(condition=train["condition"])
-    if sampler == "euler":
-        count, options = 1, options | dict(w=cfg, t_low=train["t_low"])
-    images = [torch.zeros((0, *shape[1:], shape[0]), dtype=torch.uint8)]
-    for i in tqdm(range(0, len(labels), batch), disable=not bar, unit="batch"):
-        y = labels[i:i + batch].to(device)
-        noise = draw_noise(seed, range(first + i, first + i + len(y)), count, shape).to(device)
-        images.append(data.to_uint8(facm.SAMPLERS[sampler](net, noise, y, nfe, **options)))
-    return torch.cat(images).numpy()
+    chosen = choose_sampler(net, checkpoint, nfe, **choice)
+    batches = (draw_batch(net, checkpoint, chosen, seed, i, labels[i:i + ROWS])
+               for i in range(0, len(labels), ROWS))
+    return torch.cat([data.to_uint8(in_rows(decode, DECODED_ROWS, x)) for x in batches]).numpy()
 
 
-def write(out, images, labels):
-    """uint8 images [N, H, W, C] and labels [N] as a grid, npz or PNGs, by the ending of `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
-        columns = min(len(images), 10 if len(images) % 10 == 0 else math.isqrt(len(images)))
-        data.save_grid(out, images, columns, scale=max(1, 64 // images.shape[1]))
-    elif out.suffix == ".npz":
-        np.savez(out, arr_0=images, arr_1=labels)
-    else:
-        out.mkdir(exist_ok=True)
-        for i, (image, label) in enumerate(zip(images, labels)):
-            Image.fromarray(image).save(out / f"{i:06d}-class{label}.png")
+# --------------------------------------------------------------------------------------------------
+# Streams to disk.
+
+def begin(folder, settings, shape, rank, npz):
+    """Makes the folder of a stream, or finds it begun with the same settings: which samples are
+    done, bool [N]. It holds settings.json, done, and for an npz the images, shape [N, H, W, 3].
+    Raises ValueError on all processes, before anything is written, if it is not of this command."""
+    note, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if note.exists():
+        old = json.loads(note.read_text())
+        for key in (key for key in settings if old.get(key) != settings[key]):
+            raise ValueError(f"{folder} was begun with {key} {old.get(key)}, not {settings[key]}; "
+                             "take another --out, or remove it")
+    elif folder.exists() and (not folder.is_dir() or any(folder.glob("*.png"))):
+        raise ValueError(f"{folder} is not of this command; take another --out")
+    data.wait()
+    if rank == 0 and not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if npz:
+            np.lib.format.open_memmap(folder / "arr_0.npy", "w+", np.uint8, shape)
+        (folder / "done").write_bytes(bytes(shape[0]))
+        note.with_suffix(".part").write_text(json.dumps(settings))
+        os.replace(note.with_suffix(".part"), note)
+    data.wait()
+    return np.frombuffer((folder / "done").read_bytes(), bool)
+
+
+def stream(out, settings, labels, size, batch, rank, world, sample, decode):
+    """Draws this process's share of the samples that are not done, sample(first, end); while the
+    next batch is drawn, a thread decodes and writes the last: images uint8 [b, size, size, 3].
+
+    out: NAME.npz, by way of NAME.npz.partial/, in which all processes write their rows in place
+    (twice the size of the images on the disk in the end), or a folder of NUMBER-classLABEL.png.
+    """
+    n, npz, batch = len(labels), out.suffix == ".npz", -(-batch // ROWS) * ROWS
+    folder = out.with_name(out.name + ".partial") if npz else out
+    done = begin(folder, settings, (n, size, size, 3), rank, npz)
+    todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
+    data.wait()                            # all have seen what is done before that changes
+    todo = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
+    offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
+
+    def keep(first, x):
+        pixels = data.to_uint8(in_rows(decode, DECODED_ROWS, x)).numpy()
+        if npz:
+            data.put(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
+        else:
+            for i, image in enumerate(pixels, first):
+                png = io.BytesIO()
+                Image.fromarray(image).save(png, "PNG")
+                data.put(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
+        data.put(folder / "done", first, bytes([1]) * len(pixels))
+
+    with tqdm(total=sum(j - i for i, j in todo), unit="image", disable=rank > 0) as bar, \
+            ThreadPoolExecutor(1) as thread:
+        kept = thread.submit(int)
+        for first, end in todo:
+            x = sample(first, end)
+            kept.result()                  # so that no more than two batches are held
+            kept = thread.submit(keep, first, x)
+            bar.update(end - first)
+        kept.result()
+    data.wait()
+    if npz and rank == 0:
+        np.save(folder / "arr_1.npy", labels.numpy())
+        with zipfile.ZipFile(folder / "npz", "w") as archive:
+            for name in ("arr_0.npy", "arr_1.npy"):
+                with archive.open(name, "w", force_zip64=True) as member:
+                    with open(folder / name, "rb") as source:
+                        shutil.copyfileobj(source, member, 2 ** 20)
+        data.put(folder / "npz", 0, b"")
+        os.replace(folder / "npz", out)
+        shutil.rmtree(folder)
 
 
 def main():
     args = parse_args()
-    if min(args.nfe, args.n, args.batch) < 1:
-        data.fail("--nfe, --n and --batch must be at least 1")
+    out, nfes, options = pathlib.Path(args.out), args.grid or [args.nfe], data.options(args.net)
+    if min(*nfes, args.n, args.batch, args.cfg_channels or 1) < 1:
+        data.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
+    if args.grid and out.suffix != ".png" or out.suffix in (".png", ".npz") and out.is_dir():
+        data.fail(f"--out {out}: want a file NAME.png or NAME.npz, or a folder; --grid: a .png")
+    if args.shift is not None and not 0 < args.shift < math.inf:
+        data.fail(f"--shift {args.shift}: want a positive number; 1 is none")
+    given = {key: getattr(args, key) for key in (
+        "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
     device, rank, world = data.start_processes(args.device)
     try:
-        net, checkpoint = load(args.ckpt, device, args.raw)
-        train = checkpoint["args"]
+        net, checkpoint = load(args.ckpt, device, args.raw, args.method, options)
+        decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
-        teacher = is_teacher(checkpoint)
-        sampler = args.sampler or ("euler" if teacher else "cm")
-        if args.cfg != 1 and not (teacher and sampler == "euler" and net.num_classes):
-            raise ValueError("--cfg guides a teacher with classes, by euler; a student is guided")
+        chosen = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
+        if args.times or args.n_ode is not None:           # which the method's sampler checks
+            for nfe in nfes:
+                draw(net, checkpoint, nfe, labels[:1], **given)
+        if out.suffix == ".png" and rank == 0:             # small: one process draws it alone
+            images = np.concatenate([draw(net, checkpoint, nfe, labels, args.seed, decode, **given)
+                                     for nfe in nfes])
+            columns = args.n if args.grid else 10 if args.n % 10 == 0 else math.isqrt(args.n)
+            rows = [f"NFE {nfe}\n{one[0]}" for nfe, one in zip(nfes, chosen)] if args.grid else ()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            data.save_grid(out, images, columns, max(1, 64 // images.shape[1]), rows)
+        elif out.suffix != ".png":
+            shape = checkpoint["args"]["net"]
+            settings = dict(
+                weights=data.fingerprint(net.state_dict()), decoder=data.fingerprint(decoder),
+                net=shape, method=checkpoint["method"], sampler=chosen[0][0], nfe=args.nfe,
+                n=args.n, options=chosen[0][3], seed=args.seed, labels=args.labels,
+                device=device.type)
+            stream(out, settings, labels, factor * shape["input_size"], args.batch, rank, world,
+                   lambda i, j: draw_batch(net, checkpoint, chosen[0], args.seed, i, labels[i:j]),
+                   decode)
     except ValueError as e:
         data.fail(e)
-
-    # Each process draws a contiguous part of the samples; process 0 writes them all
-    first, end = (args.n * k // world for k in (rank, rank + 1))
-    images = draw(net, train, sampler, args.nfe, labels[first:end], args.seed, first, args.batch,
-                  args.cfg, bar=rank == 0)
-    if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(images, parts)
-        images = np.concatenate(parts) if rank == 0 else None
-        dist.destroy_process_group()
+    except OSError as e:
+        data.fail(f"{e}; what is written stays, and the same command goes on", always=True)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     if rank == 0:
-        write(pathlib.Path(args.out), images, labels.numpy())
-        print(f"{args.out}: {args.n} samples by {sampler}, NFE {args.nfe}")
+        print(f"{out}: {args.n} samples, NFE {', '.join(map(str, nfes))}, by", chosen[0][0])
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

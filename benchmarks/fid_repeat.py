@@ -32,10 +32,8 @@ def distances(args, device):
     Raises ValueError for a checkpoint, reference or network that can not be read.
     """
     net, checkpoint = sample.load(args.ckpt, device)
-    train = checkpoint["args"]
-    sampler = "euler" if sample.is_teacher(checkpoint) else "cm"
     labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
-    size = train["net"]["input_size"]
+    size = checkpoint["args"]["net"]["input_size"]
     reference = fid.open_source(args.ref, args.ref_n, size)
     extract, name = fid.load_extractor(args, device)
     moments = reference.statistics
@@ -46,8 +44,7 @@ def distances(args, device):
     found = {nfe: [] for nfe in args.nfe}
     for nfe in args.nfe:
         for seed in range(args.seed, args.seed + args.seeds):
-            with torch.no_grad():
-                images = sample.draw(net, train, sampler, nfe, labels, seed, batch=args.batch)
+            images = sample.draw(net, checkpoint, nfe, labels, seed)
             source = fid.Source(f"seed {seed}", len(images), lambda i, j: np.ascontiguousarray(images[i:j]))
             these = fid.collect(source, extract, width=len(moments["mu"]), batch=args.batch, device=device)
             found[nfe].append(fid.frechet_distance(these["mu"], these["sigma"], moments["mu"], moments["sigma"]))
@@ -66,7 +63,7 @@ def main():
     p.add_argument("--nfe", type=int, nargs="+", default=[1, 2], help="function evaluations")
     p.add_argument("--seeds", type=int, default=3, help="how many")
     p.add_argument("--seed", type=int, default=0, help="the first of them")
-    p.add_argument("--batch", type=int, default=250, help="samples at once")
+    p.add_argument("--batch", type=int, default=250, help="images at once in the network of the features")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()

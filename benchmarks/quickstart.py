@@ -94,11 +94,11 @@ def main():
     if args.n < 100:
         data.fail(f"--n {args.n}: 64 features want 100 samples or more")
     try:
-        student, checkpoint = sample.load(args.run / "ckpt.pt")
-        teacher, _ = sample.load(args.run / "teacher.pt")
+        student = sample.load(args.run / "ckpt.pt")        # network and checkpoint
+        teacher = sample.load(args.run / "teacher.pt")
     except ValueError as e:
         data.fail(e)
-    train = checkpoint["args"]
+    train = student[1]["args"]
     size, labels = train["net"]["input_size"], torch.arange(args.n) % 10
     net = load_classifier(size)
     _, *reference = judge(net, *data.glyphs(20_000, size, seed=2))
@@ -106,14 +106,14 @@ def main():
     print(f"{args.run}: {args.n} samples a row, seed {args.seed}\n{'':32}recognised  distance")
     figures = {}
     for name, weights, sampler, nfe, w in (
-            ("student, NFE 1", student, "cm", 1, 1),
-            ("student, NFE 2", student, "cm", 2, 1),
+            ("student, NFE 1", student, "cm", 1, None),
+            ("student, NFE 2", student, "cm", 2, None),
             (f"teacher, 20 Euler steps, w {train['w']}", teacher, "euler", 20, train["w"]),
             ("teacher, 20 Euler steps", teacher, "euler", 20, 1),
             ("teacher, 1 Euler step", teacher, "euler", 1, 1),
             ("real glyphs", None, None, None, None)):
         images = data.glyphs(args.n, size, seed=3)[0] if weights is None else sample.draw(
-            weights, train, sampler, nfe, labels, args.seed, cfg=w)
+            *weights, nfe, labels, args.seed, sampler=sampler, cfg=w)
         share, *moments = judge(net, images, labels)
         with contextlib.redirect_stderr(None):     # the note that some features are 0 for all glyphs
             distance = fid.frechet_distance(*moments, *reference)

@@ -1,11 +1,24 @@
-"""sample.py: the same sample whatever the batch and the processes, its outputs, its errors."""
+"""sample.py: the same samples whatever the batch, the processes and the interruptions; what it writes; its errors."""
 
+import functools
+import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from formula import fill
+from oracle import Gaussian
 from PIL import Image
+from test_data import small_vae
 from test_training import TINY, call, refused, torchrun
 
 import data
@@ -22,11 +35,22 @@ def run(tmp_path_factory):
     return out
 
 
-def draw(monkeypatch, run, out, *flags, ckpt="ckpt.pt"):
-    call(monkeypatch, sample, "--ckpt", run / ckpt, "--out", out, "--device", "cpu", *flags)
-    with np.load(out) as f:
+def read(path):
+    with np.load(path) as f:
+        assert f.files == ["arr_0", "arr_1"]
         return f["arr_0"], f["arr_1"]
 
+
+def draw(monkeypatch, run, out, *flags, ckpt="ckpt.pt"):
+    call(monkeypatch, sample, "--ckpt", run / ckpt, "--out", out, "--device", "cpu", *flags)
+    return read(out)
+
+
+def pngs(folder):
+    return sorted(name for name in os.listdir(folder) if name.endswith(".png"))
+
+
+# The same samples
 
 def test_a_sample_does_not_depend_on_batch_or_processes(run, tmp_path, monkeypatch):
     images, labels = draw(monkeypatch, run, tmp_path / "a.npz", "--n", 11, "--nfe", 2)
@@ -44,23 +68,66 @@ def test_a_sample_does_not_depend_on_batch_or_processes(run, tmp_path, monkeypat
     assert not np.array_equal(images, draw(monkeypatch, run, tmp_path / "e.npz", "--n", 11, "--nfe", 2, "--seed", 1)[0])
 
 
+def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(run, tmp_path, monkeypatch):
+    """100 are two of the network's batches, the second one not full; 2 processes draw one each."""
+    flags = ["--n", 100, "--nfe", 2]
+    images, labels = draw(monkeypatch, run, tmp_path / "7.npz", *flags, "--batch", 7)
+    assert images.shape[0] == 100 and np.bincount(labels).tolist() == [10] * 10
+    assert np.array_equal(images, draw(monkeypatch, run, tmp_path / "64.npz", *flags, "--batch", 64)[0])
+    assert np.array_equal(images[:70], draw(monkeypatch, run, tmp_path / "70.npz", "--n", 70, "--nfe", 2)[0])
+    for name in ("two.npz", "two"):
+        torchrun("--ckpt", run / "ckpt.pt", "--out", tmp_path / name, "--samples", 100, "--nfe", 2, "--batch", 7,
+                 "--device", "cpu", script="sample.py")
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "7.npz").read_bytes()
+    assert np.array_equal(images, [np.asarray(Image.open(tmp_path / "two" / name)) for name in pngs(tmp_path / "two")])
+
+
+@pytest.mark.parametrize("options", [
+    dict(name="DDPM++", input_size=8, in_channels=4, num_classes=4, width=32, mult=(1, 2), blocks=1, attention=(4,)),
+    dict(name="DiT", input_size=8, num_classes=4, width=64, depth=2, heads=4),
+    dict(name="LightningDiT", input_size=4, num_classes=4, patch=1, width=96, depth=2, heads=3)], ids=lambda o: o["name"])
+def test_every_network_gives_the_same_floats_whatever_the_number(options):
+    """Alone, these networks do not: other numbers of rows are rounded otherwise."""
+    net = fill(models.create(**options))
+    checkpoint = dict(method="flow", step=1, args=dict(net=models.infer(net.state_dict())))
+    chosen = sample.choose_sampler(net, checkpoint, 2, cfg=2.0)
+    labels = torch.arange(130) % 4
+    whole = sample.draw_batch(net, checkpoint, chosen, 0, 0, labels)
+    for first, n in ((0, 1), (0, 7), (64, 64), (64, 9), (128, 2)):
+        assert torch.equal(whole[first:first + n],
+                           sample.draw_batch(net, checkpoint, chosen, 0, first, labels[first:first + n]))
+
+
 def test_more_steps_share_the_first_noise():
     assert torch.equal(sample.draw_noise(0, [4, 9], 3, (1, 2, 2))[0], sample.draw_noise(0, [4, 9], 1, (1, 2, 2))[0])
 
 
+# Which weights, samplers, options
+
 def test_weights_and_samplers_are_the_ones_asked_for(run, tmp_path, monkeypatch):
+    labels = torch.arange(64) % 10
     for flags, weights, ckpt, sampler in (
             ([], "ema", "ckpt.pt", facm.sample),
             (["--raw"], "model", "ckpt.pt", facm.sample),
             (["--sampler", "euler"], "ema", "ckpt.pt", facm.sample_euler),
-            ([], "ema", "teacher.pt", facm.sample_euler)):
+            ([], "ema", "teacher.pt", facm.sample_euler),
+            (["--cfg", "1.75"], "ema", "teacher.pt", functools.partial(facm.sample_euler, w=1.75, t_low=0.125))):
         checkpoint = data.read_checkpoint(run / ckpt)
         net = models.create(**checkpoint["args"]["net"]).eval()
         net.load_state_dict(checkpoint[weights])
-        noise = sample.draw_noise(0, range(4), 3, (3, 12, 12))
-        expected = sample.data.to_uint8(sampler(net, noise, torch.arange(4), 3)).numpy()
-        images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 4, "--nfe", 3, *flags, ckpt=ckpt)
+        noise = sample.draw_noise(0, range(64), 3, (3, 12, 12))
+        expected = sample.data.to_uint8(sampler(net, noise, labels, 3)).numpy()
+        images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 64, "--nfe", 3, *flags, ckpt=ckpt)
         assert np.array_equal(images, expected), flags
+
+
+@pytest.mark.parametrize("nfe", [1, 3, 7, 20])
+@pytest.mark.parametrize("w", [1.0, 1.75])
+def test_euler_of_a_teacher_is_facms_to_the_last_bit(run, nfe, w):
+    net, checkpoint = sample.load(run / "teacher.pt")
+    noise, y = sample.draw_noise(0, range(64), 1, (3, 12, 12)), torch.arange(64) % 10
+    _, _, euler, _ = sample.choose_sampler(net, checkpoint, nfe, cfg=w)
+    assert torch.equal(euler(noise, y), facm.sample_euler(net, noise, y, nfe, "expanded", w, checkpoint["args"]["t_low"]))
 
 
 def test_guidance_of_the_teacher(run, tmp_path, monkeypatch):
@@ -69,34 +136,345 @@ def test_guidance_of_the_teacher(run, tmp_path, monkeypatch):
     assert not np.array_equal(plain, guided)
 
 
+def test_orders_of_euler_and_heun_and_their_evaluations():
+    """On Gaussian data, whose flow is known: the error falls as 1/steps and as 1/steps^2."""
+    gaussian, calls = Gaussian(), []
+    noise = torch.randn((1, 16, 2, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = gaussian.flow_map(noise[0], 0.0, 1.0)
+
+    def v(x, t, y):
+        calls.append(t)
+        return gaussian.velocity(x, t)
+
+    for name, order in (("euler", 1), ("heun", 2)):
+        for shift in (1.0, 0.5):
+            errors = []
+            for nfe in (39, 79):
+                calls.clear()
+                found = sample.FLOW_SAMPLERS[name](v, noise, torch.zeros(16, dtype=torch.int64), nfe, shift=shift)
+                errors.append((found - exact).abs().max())
+                assert len(calls) == nfe
+            assert 0.7 < (errors[0] / errors[1]).log2() / order < 1.3
+
+
+def test_shift_interval_and_channels_of_guidance():
+    seen = []
+
+    def v(x, t, y):
+        seen.append((round(t[0].item(), 6), len(t) > 2))
+        return y[:, None, None, None].to(x) * torch.ones_like(x)               # 1: conditional, 9: not
+
+    noise, y = torch.zeros(1, 2, 4, 2, 2), torch.ones(2, dtype=torch.int64)
+    x = sample.integrate(v, noise, y, 4, y_null=9, cfg=2.0, cfg_interval=(0.1, 0.5), cfg_channels=3, shift=0.3)
+    u = np.arange(4) / 4
+    times = 0.3 * u / (1 + (0.3 - 1) * u)                                      # LightningDiT's, noise at 0
+    assert [t for t, _ in seen] == times.round(6).tolist()
+    assert [g for _, g in seen] == [False, False, True, True] == [0.1 <= t <= 0.5 for t in times]
+    sigma = (1 / 0.3) * (1 - u) / (1 + (1 / 0.3 - 1) * (1 - u))                # SD3's Eq. 23
+    assert np.allclose(1 - times, sigma)
+    guided = 1 - times[2]                                                      # 9 + 2 (1 - 9) = -7, from there on
+    assert torch.allclose(x[:, :3], torch.tensor(times[2] - 7 * guided).float())
+    assert torch.allclose(x[:, 3], torch.ones(()))
+
+
+def test_a_methods_own_samplers_and_their_options(run, tmp_path, monkeypatch, capsys):
+    """The interface of a method's script, with one that is made up."""
+    def restart(net, noise, y, nfe, times=(0.5,), scale=1.0):
+        if len(times) != nfe - 1:
+            raise ValueError(f"--times: {nfe - 1} are needed")
+        return scale * noise[:nfe].sum(0) * times[0]
+
+    module = types.ModuleType("gcm")
+    module.SAMPLERS = {"restart": restart, "one": lambda net, noise, y, nfe: noise[0] * 0 + len(noise)}
+    module.DETERMINISTIC, module.default_sampler = ("one",), lambda nfe: "one" if nfe == 1 else "restart"
+    module.sampler_options = lambda args: {"restart": dict(scale=args["seed"] + 0.25), "one": {}}
+    monkeypatch.setitem(sys.modules, "gcm", module)
+    checkpoint = data.read_checkpoint(run / "ckpt.pt") | dict(method="gcm")
+    data.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+
+    images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 3, "--nfe", 2, "--times", 0.75)
+    noise = sample.draw_noise(0, range(3), 2, (3, 12, 12))
+    assert np.array_equal(images, data.to_uint8(0.25 * 0.75 * noise.sum(0)))
+    assert (draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 3)[0] == 255).all()
+    flags = ["--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "y.npz", "--device", "cpu"]
+    capsys.readouterr()
+    assert "--times: 1 are" in refused(monkeypatch, capsys, sample, *flags, "--nfe", 2, "--times", 0.2, 0.1)
+    assert "--times" in refused(monkeypatch, capsys, sample, *flags, "--times", 0.2)
+    assert "--n-ode" in refused(monkeypatch, capsys, sample, *flags, "--nfe", 2, "--n-ode", 1)
+    assert not list(tmp_path.glob("y*"))
+    del module.SAMPLERS["restart"]
+    assert "restart" in refused(monkeypatch, capsys, sample, *flags, "--nfe", 2)
+
+
+def test_a_method_without_its_script(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "decm", None)
+    data.save_checkpoint(tmp_path / "ckpt.pt", data.read_checkpoint(run / "ckpt.pt") | dict(method="decm"))
+    assert "decm.py" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "x.npz")
+    data.save_checkpoint(tmp_path / "ckpt.pt", data.read_checkpoint(run / "ckpt.pt") | dict(method="os"))
+    assert "'os'" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "x.npz")
+
+
 def test_labels(run, tmp_path, monkeypatch):
     _, labels = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 5, "--labels", "3,3,7")
     assert labels.tolist() == [3, 3, 7, 3, 3]
     _, labels = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 50, "--labels", "random")
     assert 1 < len(set(labels.tolist())) <= 10 and labels.max() < 10
+    _, labels = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 43)
+    assert np.bincount(labels).tolist() == [5, 5, 5, 4, 4, 4, 4, 4, 4, 4]
 
+
+# Public networks, latents
+
+SMALL = dict(name="LightningDiT", input_size=3, in_channels=4, num_classes=4, patch=1, width=32, depth=1, heads=2)
+
+
+def public(folder, **options):
+    net = fill(models.create(**(SMALL | options)))
+    torch.save(dict(ema=net.state_dict()), folder / "public.pt")
+    return net
+
+
+def test_latents_of_a_public_network_become_images(tmp_path, monkeypatch, capsys):
+    net, vae = public(tmp_path), small_vae(tmp_path)
+    torch.save(dict(mean=torch.arange(4.0).view(1, 4, 1, 1) / 9, std=torch.full((1, 4, 1, 1), 0.5)), tmp_path / "stats.pt")
+    flags = ["--method", "flow", "--nfe", 3, "--n", 10, "--labels", "1", "--sampler", "heun", "--cfg", 1.5]
+    latents = ["--vae", tmp_path / "vae.pt", "--latent-stats", tmp_path / "stats.pt"]
+    images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", *flags, *latents, ckpt="public.pt")
+    with torch.no_grad():
+        noise, y = sample.draw_noise(0, range(10), 1, (4, 3, 3)), torch.ones(10, dtype=torch.int64)
+        z = sample.integrate(lambda x, t, y: net(x, t, None, y), noise, y, 3, 4, 1.5, heun=True)
+        expected = data.to_uint8(vae.decode(z * 0.5 + torch.arange(4.0).view(1, 4, 1, 1) / 9)).numpy()
+    assert images.shape == (10, 12, 12, 3)
+    assert np.abs(images.astype(int) - expected).max() <= 1                    # these saw 10 rows, not 64
+    flags = ["--ckpt", tmp_path / "public.pt", "--out", tmp_path / "y.npz", "--method", "flow"]
+    capsys.readouterr()
+    assert "--vae" in refused(monkeypatch, capsys, sample, *flags)
+    assert "--latent-stats" in refused(monkeypatch, capsys, sample, *flags, *latents[:2])
+    assert "nowhere" in refused(monkeypatch, capsys, sample, *flags, *latents[:3], tmp_path / "nowhere")
+    assert "autoencoder" in refused(monkeypatch, capsys, sample, *flags, "--vae", tmp_path / "public.pt")
+    assert "autoencoder" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "vae.pt", *flags[2:])
+    assert "--method" in refused(monkeypatch, capsys, sample, *flags[:4])
+    assert not list(tmp_path.glob("y*"))
+
+
+def test_latents_go_back_as_the_data_set_made_them(tmp_path):
+    """With the statistics of a run's own data, which its checkpoint names, and with the SD-VAE's scale."""
+    folder, vae = tmp_path / "z", small_vae(tmp_path)
+    folder.mkdir()
+    z = torch.randn(2, 4, 3, 3)
+    torch.save(dict(mean=torch.full((4,), 0.3), std=torch.full((4,), 2.0)), folder / "latents_stats.pt")
+    for args, stats in (({"data": "imagenet_latents", "data_dir": str(folder)}, None), ({"data": str(folder)}, None),
+                        ({"data": "gone"}, folder)):
+        checkpoint = dict(args=args | dict(net=dict(in_channels=4)))
+        decode, factor, _ = sample.load_decoder(tmp_path / "vae.pt", stats, checkpoint)
+        assert factor == 4 and torch.equal(decode((z - 0.3) / 2), vae.decode((z - 0.3) / 2 * 2 + 0.3))
+    (folder / "latents_stats.pt").unlink()
+    decode, _, _ = sample.load_decoder(tmp_path / "vae.pt", folder, checkpoint)
+    assert torch.allclose(decode(0.18215 * z), vae.decode(z), atol=1e-5)
+    with pytest.raises(ValueError, match="gone"):
+        sample.load_decoder(tmp_path / "vae.pt", None, checkpoint)
+
+
+def test_a_public_student_of_facm(tmp_path, monkeypatch):
+    """FACM's release knows its task by a second time; --method facm."""
+    net = public(tmp_path, in_channels=3, input_size=12, second_time=True)
+    images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 64, "--nfe", 2, "--method", "facm", ckpt="public.pt")
+    noise = sample.draw_noise(0, range(64), 2, (3, 12, 12))
+    expected = facm.sample(net, noise, torch.arange(64) % 4, 2, condition="auxiliary")
+    assert np.array_equal(images, data.to_uint8(expected))
+
+
+def test_options_that_a_public_file_does_not_tell(tmp_path, monkeypatch, capsys):
+    net = fill(models.create("DiT", input_size=12, in_channels=3, num_classes=4, width=32, depth=1, heads=2,
+                             prediction="noise"))
+    torch.save(net.state_dict(), tmp_path / "dit.pt")
+    flags = ["--n", 64, "--nfe", 2, "--method", "flow", "--net", "prediction=noise", "heads=2"]
+    images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", *flags, ckpt="dit.pt")
+    noise, y = sample.draw_noise(0, range(64), 1, (3, 12, 12)), torch.arange(64) % 4
+    assert np.array_equal(images, data.to_uint8(sample.integrate(lambda x, t, y: net(x, t, None, y), noise, y, 2)))
+    flags = ["--ckpt", tmp_path / "dit.pt", "--out", tmp_path / "y.npz", *flags[:-2]]
+    capsys.readouterr()
+    assert "hands" in refused(monkeypatch, capsys, sample, *flags, "hands=2")
+
+
+# What is written
 
 def test_grid_and_folder(run, tmp_path, monkeypatch):
     flags = ["--ckpt", run / "ckpt.pt", "--n", 20, "--device", "cpu", "--out"]
     call(monkeypatch, sample, *flags, tmp_path / "deep" / "grid.png")
     assert Image.open(tmp_path / "deep" / "grid.png").size == (10 * 60, 2 * 60)
     call(monkeypatch, sample, *flags, tmp_path / "folder")
-    names = sorted(os.listdir(tmp_path / "folder"))
+    names = pngs(tmp_path / "folder")
     assert len(names) == 20 and names[13] == "000013-class3.png"
     images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 20)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / names[13])), images[13])
 
 
+def test_a_grid_of_several_nfe_shows_the_same_seeds(run, tmp_path, monkeypatch):
+    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--grid", 1, 4, "--n", 6, "--device", "cpu", "--out",
+         tmp_path / "grid.png")
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    margin = sheet.shape[1] - 6 * 60
+    assert sheet.shape[0] == 2 * 60 and margin > 40
+    for row, nfe in enumerate((1, 4)):
+        images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 6, "--nfe", nfe)
+        strip = np.concatenate(images, axis=1).repeat(5, 0).repeat(5, 1)
+        assert np.array_equal(sheet[row * 60:(row + 1) * 60, margin:], strip)
+        assert 10 < (sheet[row * 60:(row + 1) * 60, :margin] < 128).sum() < 2000       # a label, black on white
+
+
+def test_a_new_npz_takes_the_place_of_an_old_one(run, tmp_path, monkeypatch):
+    first, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 4)
+    second, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 5, "--seed", 1)
+    assert len(second) == 5 and not np.array_equal(first, second[:4]) and os.listdir(tmp_path) == ["x.npz"]
+
+
+@pytest.mark.parametrize("name, processes", [("x.npz", 1), ("x", 2)])
+def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name, processes):
+    """kill -9 at some moment, continued by another number of processes, with other batches."""
+    flags = ["--ckpt", str(run / "teacher.pt"), "--out", str(tmp_path / name), "--samples", "640", "--nfe", "8",
+             "--cfg", "2", "--device", "cpu"]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    begun = [subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(ROOT / "sample.py"), *flags], cwd=ROOT, stderr=subprocess.PIPE,
+        env=os.environ if processes == 1 else os.environ | dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        for rank in range(processes)]
+    done = tmp_path / (f"{name}.partial" if name.endswith("npz") else name) / "done"
+    while not done.exists() or sum(done.read_bytes()) < 64:
+        for process in begun:
+            assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    for process in begun:
+        process.kill()
+    for process in begun:
+        process.communicate()
+    assert 64 <= sum(done.read_bytes()) < 640 and not (tmp_path / "x.npz").exists()
+
+    if processes == 1:
+        torchrun(*flags, "--batch", 100, script="sample.py")
+    else:
+        call(monkeypatch, sample, *flags, "--batch", 100)
+    whole, _ = draw(monkeypatch, run, tmp_path / "whole.npz", *flags[4:], ckpt="teacher.pt")
+    if name == "x":
+        assert len(pngs(tmp_path / name)) == 640
+        images = [np.asarray(Image.open(tmp_path / name / png)) for png in pngs(tmp_path / name)]
+    else:
+        images, _ = read(tmp_path / name)
+        assert not done.parent.exists()
+    assert np.array_equal(images, whole)
+
+
+def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch):
+    flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 640, "--nfe", 8, "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *map(str, flags)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    done = tmp_path / "x.npz.partial" / "done"
+    while not done.exists() or not any(done.read_bytes()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in said and "same command goes on" in said
+    assert 0 < sum(done.read_bytes()) < 640
+    call(monkeypatch, sample, *flags)
+    assert len(read(tmp_path / "x.npz")[0]) == 640
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+@pytest.mark.parametrize("change", [["--seed", 1], ["--nfe", 2], ["--n", 9], ["--labels", "1"], ["--sampler", "euler"],
+                                    ["--raw"]], ids=lambda c: c[0])
+def test_other_settings_are_not_mixed_in(run, tmp_path, monkeypatch, capsys, name, change):
+    flags = ["--ckpt", run / "ckpt.pt", "--out", tmp_path / name, "--n", 8, "--device", "cpu"]
+    folder = tmp_path / (f"{name}.partial" if name.endswith("npz") else name)
+
+    def full(*args):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(data, "put", full)
+        call(patch, sample, *flags)
+    assert "error: the disk is full; what is written stays" in capsys.readouterr().err
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "another --out" in refused(monkeypatch, capsys, sample, *flags, *change)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    call(monkeypatch, sample, *flags)
+
+
+def test_a_folder_of_others_is_left_alone(run, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (12, 12)).save(tmp_path / "mine.png")
+    line = refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path)
+    assert "another --out" in line and os.listdir(tmp_path) == ["mine.png"]
+
+
+def peak_memory(run, out, n):
+    """KiB, of a process that draws n samples."""
+    code = ("import resource, runpy, sys; sys.path.insert(0, '.'); sys.argv[0] = 'sample.py'\n"
+            "runpy.run_path('sample.py', run_name='__main__')\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    flags = ["--ckpt", run / "ckpt.pt", "--out", out, "--n", n, "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def test_memory_does_not_grow_with_the_number(tmp_path):
+    """30,000 images of 32x32 are 92 MB, and their noise four times that."""
+    net = models.create("DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2).eval()
+    args = dict(net=dict(name="DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2))
+    data.save_checkpoint(tmp_path / "ckpt.pt", dict(method="facm", args=args, step=1, model={}, ema=net.state_dict()))
+    few, many = (peak_memory(tmp_path, tmp_path / "x.npz", n) for n in (1000, 30_000))
+    assert len(read(tmp_path / "x.npz")[0]) == 30_000
+    assert many - few < 20_000, (few, many)
+
+
+# Errors
+
 @pytest.mark.parametrize("flags, words", [
     (["--nfe", "0"], "at least 1"),
     (["--n", "0"], "at least 1"),
+    (["--batch", "0"], "at least 1"),
+    (["--grid", "1", "0"], "at least 1"),
     (["--labels", "3,10"], "10 classes"),
     (["--labels", "-1"], "10 classes"),
     (["--labels", "cat"], "cat"),
     (["--cfg", "2"], "teacher"),
+    (["--shift", "2"], "--shift"),
+    (["--shift", "0"], "positive"),
+    (["--cfg-interval", "0", "0.5"], "--cfg-interval"),
+    (["--times", "0.5"], "--times"),
+    (["--n-ode", "1"], "--n-ode"),
     (["--sampler", "heun"], "heun"),
+    (["--vae", "vae.pt"], "pixels"),
+    (["--net", "heads=2"], "itself"),
+    (["--net", "heads"], "KEY=VALUE"),
+    (["--method", "flux"], "flux"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt"),
 ])
 def test_bad_flags_end_in_one_line(run, tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path / "x.png", *flags)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_bad_flags_of_a_teacher_and_of_the_output(run, tmp_path, monkeypatch, capsys):
+    for flags, words in ((["--out", tmp_path / "x.npz", "--sampler", "heun", "--nfe", 4], "odd"),
+                         (["--out", tmp_path / "x.npz", "--sampler", "cm"], "euler, heun"),
+                         (["--out", tmp_path / "x.npz", "--times", "0.5"], "--times"),
+                         (["--out", tmp_path / "x.npz", "--grid", 1], "NAME.png"),
+                         (["--out", run / "ckpt.pt"], "another --out"),
+                         (["--out", run / "ckpt.pt" / "x.npz"], "x.npz.partial")):
+        line = refused(monkeypatch, capsys, sample, "--ckpt", run / "teacher.pt", *flags)
+        assert re.search(words, line) and not list(tmp_path.iterdir())
+    (tmp_path / "x.npz").mkdir()
+    assert "folder" in refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path / "x.npz")
+
+
+def test_a_finished_folder_is_left_as_it_is(run, tmp_path, monkeypatch):
+    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / "f")
+    settings = json.loads((tmp_path / "f/settings.json").read_text())
+    assert settings["n"] == 3 and settings["options"] == dict(condition="expanded")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()}
+    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / "f", "--batch", 1)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()} == before and len(before) == 5
