@@ -71,8 +71,8 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def assert_same_run(a, b):
-    for name in ("ckpt.pt", "teacher.pt"):
+def assert_same_run(a, b, names=("ckpt.pt", "teacher.pt")):
+    for name in names:
         x, y = (data.read_checkpoint(out / name) for out in (a, b))
         for part in ("model", "ema", "optimizer", "step"):
             assert same(x[part], y[part]), (name, part)
