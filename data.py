@@ -418,17 +418,18 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
 
 
-def augment(x, generator, p=0.12):
+def augment(x, generator, p=0.12, batch=None, rows=slice(None)):
     """EDM's augmentation for CIFAR-10 (Karras et al. 2022, Appendix F.2): x [B, C, H, W] on any
     device -> augmented x and labels [B, 9], all zero where nothing was done but for the mirroring.
+    x may be the `rows` of a larger `batch`, for which the random numbers are then drawn.
 
     One half of the images is mirrored; each of these befalls a share p: upside down (one half of
     it), scaling by 2^(0.2 n), rotation by any angle, stretching by 2^(0.2 n) along an axis that is
     turned in half of the cases, translation by 0.125 n of the size; n standard normal.
     """
     B, C, H, W = x.shape
-    normal = torch.randn((4, B), generator=generator).to(x)
-    u = torch.rand((10, B), generator=generator).to(x)
+    normal = torch.randn((4, batch or B), generator=generator)[:, rows].to(x)
+    u = torch.rand((10, batch or B), generator=generator)[:, rows].to(x)
     done = lambda i, value: torch.where(u[i] < p, value, torch.zeros_like(value))  # noqa: E731
     mirror, down = (u[0] < 0.5).to(x), done(1, (u[2] < 0.5).to(x))
     scale, angle = done(3, normal[0]), done(4, (2 * u[5] - 1) * math.pi)
