@@ -91,8 +91,9 @@ def parse_args():
     a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     a("--skip-broken", action="store_true", help="list and leave out images that do not decode")
     a("--net", nargs="+", default=[], metavar="K=V", help="network options: width=64 dropout=0.1")
-    a("--betas", type=float, nargs=2, help="AdamW's beta_1 and beta_2 (Table 5)")
-    a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (Table 5)")
+    a("--optimizer", choices=["AdamW", "RAdam"], default="AdamW", help="optimiser (Table 5)")
+    a("--betas", type=float, nargs=2, help="the optimiser's beta_1 and beta_2 (Table 5)")
+    a("--weight-decay", type=float, default=0.0, help="the optimiser's weight decay (Table 5)")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
     a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
     a("--pretrain-batch", type=int, help="global batch of --pretrain (default: --batch)")
@@ -100,6 +101,7 @@ def parse_args():
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
     a("--clip", type=float, default=1.0, help="largest norm of the gradient")
     a("--ema-sigma", type=float, help="relative width sigma_rel of the EMA (Table 5)")
+    a("--ema-beta", type=float, help="constant rate of the EMA instead; 0: --ema-sigma's")
     a("--label-drop", type=float, default=0.1, help="share of null labels without a teacher")
     a("--log-every", type=int, default=20, help="steps between lines of log.jsonl")
     a("--preview-every", type=int, default=200, help="steps between preview grids")
@@ -300,8 +302,9 @@ def same_dropout(net, rows, seed):
 def start_stage(net, args):
     """The EMA (a copy of net) and the optimiser at the first step of a stage."""
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    return ema, torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas,
-                                  weight_decay=args.weight_decay, fused=True)
+    fused = dict(fused=True) if args.optimizer == "AdamW" else {}      # RAdam has no such form
+    return ema, getattr(torch.optim, args.optimizer)(
+        net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, **fused)
 
 
 def ema_gamma(sigma_rel):
@@ -312,9 +315,10 @@ def ema_gamma(sigma_rel):
 
 
 @torch.no_grad()
-def ema_update(ema, net, k, gamma):
-    """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma."""
-    beta = (1 - 1 / k) ** (gamma + 1)
+def ema_update(ema, net, k, gamma, beta=None):
+    """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma, or,
+    with a constant rate beta, beta^(k-j)."""
+    beta = beta or (1 - 1 / k) ** (gamma + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 # --- end shared ---
 
@@ -459,7 +463,7 @@ def main():
             group["lr"] = lr * min((k + 1) / max(args.warmup, 1), 1 - fall)
         optimizer.step()
         optimizer.zero_grad()
-        ema_update(ema, net, k + 1, gamma)
+        ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 
         # Log, preview, save
