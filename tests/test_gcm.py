@@ -1,0 +1,579 @@
+"""gcm.py against closed forms: the Gaussian oracle, mutants of the source, densities, steps, MMD, samplers; and runs."""
+
+import functools
+import math
+import pathlib
+import types
+
+import pytest
+import torch
+from oracle import Gaussian
+
+import data
+import gcm
+import models
+from test_training import assert_same_run, call, first_gradient, popen, refused, rows, torchrun, wait_for_step
+
+SOURCE = pathlib.Path(gcm.__file__).read_text()
+SIGMA_D = 0.5
+ORACLE = Gaussian()
+wide = Gaussian.expand
+
+
+class Reversed:
+    """The oracle in GCM's time (t=0 data, t=1 noise) with noise of deviation SIGMA_D: y = k x is a point of the
+    oracle's own path, at the same ratio of noise to data."""
+
+    def to_oracle(self, t):
+        k = 1 / (1 - t + SIGMA_D * t)
+        return k, (1 - t) * k
+
+    def flow_map(self, x, t, s):
+        (k, tau), (k_s, tau_s) = self.to_oracle(t), self.to_oracle(s)
+        return ORACLE.flow_map(wide(k) * x, tau, tau_s) / wide(k_s)
+
+    def velocity(self, x, t):
+        """E[z - x | x_t] = (x_t - E[x | x_t]) / t."""
+        k, tau = self.to_oracle(t)
+        return (x - ORACLE.posterior_mean(wide(k) * x, tau)) / wide(t)
+
+    def draw(self, batch, seed=0):
+        x, x0, _ = ORACLE.draw(batch, seed)
+        return x, SIGMA_D * x0
+
+
+FLOW = Reversed()
+
+
+def f_ideal(xt, t, s, y=None, aug=None):
+    """The average velocity from t to s; the velocity where they are equal."""
+    same = s == t
+    safe = torch.where(same, t + 1e-3, s)              # the other branch's singularity must not leak into a derivative
+    average = (FLOW.flow_map(xt, t, safe) - xt) / wide(safe - t)
+    return torch.where(wide(same), FLOW.velocity(xt, t), average)
+
+
+def times(variant, batch=64, seed=1):
+    u = torch.rand(4, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return gcm.sample_times(u, "gcm", variant, "sine", (1.0, 0.01), 4.0, 0.0, -0.4, 1.0, SIGMA_D)
+
+
+def loss(module, variant="VU", h=1e-3, exact=False, M=1, sigma=0.1, seed=0, t=None, s=None, reuse=True):
+    """The loss of the ideal network with u its velocity: 0 but for the difference's error. kappa = 1 with w = 2 makes
+    guidance give f(x_t, t, t) itself, so that the guided velocity is exact, too."""
+    x, z = FLOW.draw(64, seed)
+    if t is None:
+        t, s, _ = times(variant)
+    derivative = functools.partial(module.total_derivative, f_ideal) if exact else None
+    y = torch.ones(64, dtype=torch.int64)
+    return module.gcm_loss(f_ideal, f_ideal, derivative, x, z, t, s, torch.full_like(t, h), torch.ones_like(t), y, None,
+                           0, (2.0, 1.0, (0.0, 1.0)), M, sigma, reuse).item()
+
+
+@pytest.mark.parametrize("variant", ["CU", "VU"])
+def test_oracle_has_zero_residual_with_the_exact_derivative(variant):
+    assert loss(gcm, variant, exact=True) < 1e-12
+    t, _, _ = times(variant)
+    assert loss(gcm, t=t, s=t.clone()) < 1e-12                         # s = t: the plain velocity
+
+
+@pytest.mark.parametrize("variant", ["CU", "VU"])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_residual_of_the_difference_falls_linearly_in_h(variant, reuse):
+    residual = [loss(gcm, variant, h=h, reuse=reuse) for h in (4e-3, 1e-3, 2.5e-4)]
+    assert residual[0] < 0.05
+    for coarse, fine in zip(residual, residual[1:]):
+        assert 3.6 < coarse / fine < 4.4
+
+
+MUTANTS = [
+    ("target = u + slope * difference", "target = u - slope * difference", False),           # sign
+    ("target = u + slope * difference", "target = u + 2 * slope * difference", False),       # factor
+    ("slope = wide((s - r) / (t - r)", "slope = wide((s - r) / (t - s)", False),             # another pair
+    ("slope = wide((s - r) / (t - r)", "slope = wide((r - t) / (t - r)", False),
+    ("xr = xt + wide(r - t) * u", "xr = xt - wide(r - t) * u", False),                       # step in the wrong direction
+    ("F - f(xr, r, s, y, aug)", "F - f(xr, t, s, y, aug)", False),                           # its time
+    ("F - f(xr, r, s, y, aug)", "F - f(xt, r, s, y, aug)", False),                           # its place
+    ("F - f(xr, r, s, y, aug)", "f(xr, r, s, y, aug) - F", False),
+    ("target = u + wide(s - t) * derivative", "target = u + wide(t - s) * derivative", True),
+    ("target = u + wide(s - t) * derivative", "target = u + derivative", True),
+    ("tangents = (u, torch.ones_like(t))", "tangents = (u, -torch.ones_like(t))", True),
+    ("tangents = (u, torch.ones_like(t))", "tangents = (-u, torch.ones_like(t))", True),
+    ("tangents = (u, torch.ones_like(t))", "tangents = (u, torch.zeros_like(t))", True),
+]
+
+
+def mutant(old, new):
+    assert SOURCE.count(old) == 1, "the mutated line has changed; adapt the test"
+    module = types.ModuleType("mutant")
+    exec(compile(SOURCE.replace(old, new), "mutant", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("variant", ["CU", "VU"])
+@pytest.mark.parametrize("old, new, exact", MUTANTS)
+def test_mutants_are_caught(old, new, exact, variant):
+    assert loss(mutant(old, new), variant, exact=exact) > 20 * loss(gcm, variant, exact=exact)
+    assert loss(mutant(old, new), variant, exact=exact) > 2e-2
+
+
+@pytest.mark.parametrize("variant", ["CU", "VU"])
+def test_without_guidance_the_target_is_right_on_average(variant):
+    """u = z - x is only the mean of the posterior: over its two points x +- 0.1 the mean of f_tar must be f."""
+    t, s, _ = times(variant)
+    _, z = FLOW.draw(64)
+    xt = wide(1 - t) * ORACLE.mu + 0.4 * z
+    k, tau = FLOW.to_oracle(t)
+    mean, targets = ORACLE.posterior_mean(wide(k) * xt, tau), []
+    for offset in (-0.1, 0.1):
+        x = mean + offset
+        u = (xt - x) / wide(t)                                         # z - x with z = (x_t - (1-t) x) / t
+        targets.append(u + wide(s - t) * gcm.total_derivative(f_ideal, xt, t, s, None, None, u))
+    assert (sum(targets) / 2 - f_ideal(xt, t, s)).abs().max() < 1e-11
+    assert (targets[0] - f_ideal(xt, t, s)).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Steps, times, weights.
+
+GRID = (torch.arange(200_000).double() + 0.5) / 200_000
+
+
+@pytest.mark.parametrize("ht", sorted(gcm.H))
+def test_all_steps_have_the_integral_of_the_baseline(ht):
+    k = gcm.equal_integral(ht, 0.005, 3.5)
+    h = gcm.H[ht](GRID, k, 3.5)
+    assert math.isclose(h.mean().item(), 0.005 / 3, rel_tol=1e-4) and h.min() >= 0
+
+
+def test_constants_of_the_steps():
+    """Closed forms of C.3's condition: int eps (1-t)^2 = eps / 3."""
+    for ht, k in (("const", 0.005 / 3), ("linear", 0.01 / 3), ("quadratic", 0.005), ("cubic", 0.02 / 3), ("quad-inc", 0.005),
+                  ("quad-concave", 0.01), ("quad-convex", 0.02), ("exp", 0.005 / 3 * 3.5 / (1 - math.exp(-3.5)))):
+        assert math.isclose(gcm.equal_integral(ht, 0.005, 3.5), k, rel_tol=1e-6), ht
+
+
+def test_steps_of_others_follow_their_own_definition():
+    t = torch.linspace(0.05, 0.9, 9).double()
+    sigma = 0.5 * torch.tan(math.pi / 2 * t)                           # Eq. 24
+    sigma_r = sigma * (1 - 1e-3 * (1 + 8 * torch.sigmoid(-sigma)))     # Eq. 25, k = 8, b = 1
+    assert torch.allclose(gcm.H["ect"](t, 1e-3, 0), t - 2 / math.pi * torch.atan(sigma_r / 0.5), atol=1e-15)
+    eta = t / (1 - t) - 1e-3                                           # IMM: eta falls by a constant
+    assert torch.allclose(gcm.H["imm"](t, 1e-3, 0), t - eta / (1 + eta), atol=1e-15)
+    bell = gcm.H["edm"](GRID, 1e-3, 0)
+    assert 0.2 < GRID[bell.argmax()] < 0.8 and bell[0] < bell.max() / 2 and bell[-1] < bell.max() / 2
+
+
+def test_c_is_near_t_near_0_and_uniform_in_the_steps():
+    t = torch.tensor([1e-6, 1e-4]).double()
+    assert torch.allclose(gcm.C["exp"](t, 3.5) / t, torch.ones(2).double(), atol=1e-3)
+    t = torch.linspace(0.1, 0.9, 9).double()
+    h = gcm.H["exp"](t, 1e-5, 3.5)
+    assert torch.allclose(gcm.C["exp"](t, 3.5) - gcm.C["exp"](t - h, 3.5), torch.full_like(t, 1e-5), rtol=1e-3)  # Eq. 9
+
+
+@pytest.mark.parametrize("pt, ab", [("sine", (1, 0.1)), ("sine", (1, 0.01)), ("sine", (1, 0.001)), ("cosh", (1.5, 0))])
+def test_quantiles_invert_the_integral_of_the_density(pt, ab):
+    a, b = ab
+    density = {"sine": lambda t: torch.sin(math.pi / 2 * (a * t + b * (1 - t))),
+               "cosh": lambda t: torch.cosh(a * t + b * (1 - t))}[pt](GRID)          # Eqs. 15, 16 but for their factor
+    density /= density.mean()
+    cdf = density.cumsum(0) / len(GRID)
+    u = torch.linspace(0.01, 0.99, 50).double()
+    t, p = gcm.P[pt](u, a, b)
+    place = (t * len(GRID)).long()
+    assert torch.allclose(cdf[place], u, atol=1e-4)
+    assert torch.allclose(p, density[place], rtol=1e-3)
+
+
+@pytest.mark.parametrize("nu", [1.0, 4.0])
+def test_uniform_power_has_the_cdf_of_eq_17(nu):
+    """int_0^q p_up = 1 - int_q^1 (1 - q/tau)^nu dtau, from Eq. 17 with the order of integration changed."""
+    n = 1000
+    u, v = torch.meshgrid(*[(torch.arange(n).double() + 0.5) / n] * 2, indexing="ij")
+    s = gcm.uniform_power(u, v, nu)
+    for q in (0.01, 0.1, 0.3, 0.7):
+        tau = q + (1 - q) * GRID
+        assert abs((s < q).double().mean().item() - (1 - (1 - q) * ((1 - q / tau) ** nu).mean().item())) < 2e-3
+
+
+def test_t_given_s_is_uniform_on_what_is_left_and_on_all_for_s_near_0():
+    u = torch.rand(4, 100_000, generator=torch.Generator().manual_seed(0)).double()
+    t, s, density = gcm.sample_times(u, "gcm", "VU", "uniform", (1, 0), 4.0, 0.0, 0, 1, 0.5)
+    assert (s >= gcm.T0).all() and (s <= t).all() and (t <= gcm.TT).all() and (density == 1).all()
+    near = s < 0.02
+    assert 10_000 < near.sum() < 90_000
+    for part in (near, (s > 0.2) & (s < 0.5)):
+        tenths = torch.histc(((t - s) / (gcm.TT - s))[part], 10, 0, 1) / part.sum()
+        assert (tenths - 0.1).abs().max() < 0.01, tenths
+    tenths = torch.histc(t[near], 10, gcm.T0, gcm.TT) / near.sum()     # E.2: the uniform density as s -> 0
+    assert (tenths - 0.1).abs().max() < 0.012, tenths
+    u[0] = 0
+    assert torch.allclose(gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)[0],
+                          gcm.sample_times(u, "gcm", "CU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)[0])    # CU is kept
+
+
+def test_dividing_by_the_density_keeps_the_effective_weight():
+    """E_p[w(t)/p(t) q(t)] is the same number for every p(t)."""
+    u = (torch.arange(4 * 50_000).double().reshape(4, -1) % 50_000 + 0.5) / 50_000
+    means = []
+    for pt, ab in (("uniform", (1, 0)), ("sine", (1, 0.01)), ("cosh", (1.5, 0))):
+        t, s, density = gcm.sample_times(u, "gcm", "CU", pt, ab, 4.0, 0.0, 0, 1, 0.5)
+        means.append((gcm.W["gcm"](t, s, None, 1.0, 6.0) / density * t.cos()).mean().item())
+    assert max(means) - min(means) < 1e-3 * means[0]
+
+
+def test_times_and_weights_of_the_others():
+    u = torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0)).double()
+    drawn = {scheme: gcm.sample_times(u, scheme, "VU", "uniform", (1, 0), 4.0, equal, P_mean, P_std, 0.5) for scheme, equal,
+             P_mean, P_std in (("imm", 0.0, 0, 1), ("meanflow", 0.75, -2, 2), ("facm", 0.5, -1, 1.4), ("ect", 0.0, -1.1, 2))}
+    for scheme, (t, s, density) in drawn.items():
+        assert (gcm.T0 <= s).all() and (s <= t).all() and (t <= gcm.TT).all(), scheme
+        w = gcm.W[scheme](t, s, torch.full_like(t, 1e-3), 1.0, 6.0)
+        assert w.isfinite().all() and (w > 0).all() and (density == 1).all(), scheme
+    share = {scheme: (s == t).double().mean().item() for scheme, (t, s, _) in drawn.items()}
+    assert share["imm"] < 0.01 and abs(share["meanflow"] - 0.75) < 0.03 and abs(share["facm"] - 0.5) < 0.03
+    t, s, _ = drawn["facm"]
+    assert torch.allclose(gcm.W["facm"](t, s, None)[s < t], torch.cos((1 - t) * math.pi / 2)[s < t])       # FACM's beta
+    t, _, _ = drawn["ect"]
+    inner = (t > gcm.T0) & (t < gcm.TT)
+    ln_sigma = (0.5 * torch.tan(math.pi / 2 * t)).log()[inner]
+    assert abs(ln_sigma.median() + 1.1) < 0.05 and abs((ln_sigma > 0.9).double().mean() - 0.16) < 0.02
+    t = torch.tensor([0.2, 0.7], dtype=torch.float64, requires_grad=True)
+    logsnr = 2 * torch.log((1 - t) / t)
+    slope, = torch.autograd.grad(logsnr.sum(), t)
+    w = torch.sigmoid(5 - logsnr) * -slope * (1 - t) / ((1 - t) ** 2 + t ** 2) / 2                         # IMM's Eq. 13
+    assert torch.allclose(gcm.W["imm"](t, None, None), w)
+
+
+def test_g2_draws_equal_times_with_probability_three_quarters():
+    u = torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0)).double()
+    t, s, density = gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 1.0, 0.75, -0.4, 1.0, 1.0)
+    same = s == t
+    assert abs(same.double().mean() - 0.75) < 0.01 and (density[same] == 1).all()
+    assert abs(torch.logit(t[same]).median() + 0.4) < 0.03 and abs(torch.logit(t[same]).std() - 1) < 0.03
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Loss, guidance, preconditioning.
+
+def mmd(seed=0, M=2, sigma=0.1, F=None, target=None, base=None, h=1e-2, B=4):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    F, target, base = (draw(B, 2, 3, 3) if a is None else a for a in (F, target, base))
+    t, s = 0.5 + 0.1 * draw(B), 0.1 + 0 * draw(B)
+    h, w = torch.full((B,), h, dtype=torch.float64), torch.rand(B, generator=g, dtype=torch.float64)
+    args = (t, t - h, s, h, w, M, sigma)
+    return gcm.mmd_loss(F, target, base, *args), F, target, base, args
+
+
+def test_mmd_of_one_is_the_norm():
+    F = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    for sigma in (0.1, math.inf):
+        value, _, target, _, (t, r, s, h, w, *_) = mmd(M=1, sigma=sigma, F=F)
+        norm = w * (F - target).square().mean(dim=(1, 2, 3)).sqrt() * torch.exp(-h / sigma)
+        assert torch.allclose(value, norm, rtol=1e-9)
+        ours, theirs = (torch.autograd.grad(a.sum(), F)[0] for a in (value, norm))
+        assert torch.allclose(ours, theirs, rtol=1e-7)
+
+
+def test_mmd_is_eq_46_with_the_kernel_of_eq_44():
+    """Pair by pair, in Python."""
+    value, F, target, base, (t, r, s, h, w, M, sigma) = mmd(M=4, B=8)
+    a, b = base - wide(h) * F, base - wide(h) * target
+
+    def k(x1, t1, s1, x2, t2, s2):
+        return -(x1 - x2).square().mean().sqrt() * torch.exp(-((t1 - t2).abs() + (s1 - s2).abs()) / sigma)
+    for i in range(8):
+        group = range(i // 4 * 4, i // 4 * 4 + 4)
+        total = sum(k(a[i], t[i], s[i], a[j], t[j], s[j]) + k(b[i], r[i], s[i], b[j], r[j], s[j])
+                    - 2 * k(a[i], t[i], s[i], b[j], r[j], s[j]) for j in group)
+        assert math.isclose(value[i].item(), (w[i] / h[i] * total / 4 / 2).item(), rel_tol=1e-9)
+
+
+def test_mmd_of_a_set_with_itself_is_0_and_of_others_above():
+    """The energy distance: with equal times it is positive for two sets, however they lie."""
+    F = torch.randn(4, 2, 3, 3).double()
+    assert mmd(F=F, target=F, sigma=math.inf)[0].abs().max() < 1e-12
+    order = [1, 0, 3, 2]                                               # the same set, in another order
+    base = torch.randn(4, 2, 3, 3).double()
+    other = (base - base[order]) / 1e-2 + F[order]                     # base - h other = (base - h F)[order]
+    value, _, _, _, (*_, w, _, _) = mmd(F=F, target=other, base=base, sigma=math.inf)
+    assert (value / w).sum().abs() < 1e-9
+    for seed in range(20):
+        value, _, _, _, (*_, w, _, _) = mmd(seed, M=4, sigma=math.inf)
+        assert (value / w).sum() > 0
+
+
+@pytest.mark.parametrize("old, new", [
+    ("+ kernel(b, b, r, r) - 2 * kernel(a, b, t, r)", "+ kernel(b, b, r, r) - kernel(a, b, t, r)"),
+    ("kernel(a, a, t, t) + kernel(b, b, r, r)", "- kernel(a, a, t, t) - kernel(b, b, r, r)"),
+    ("return -apart * torch.exp(-times / sigma)", "return apart * torch.exp(-times / sigma)"),
+    ("return -apart * torch.exp(-times / sigma)", "return -apart * torch.exp(times / sigma)"),
+    ("base - wide(h) * f)", "base + wide(h) * f)"),
+])
+def test_mutants_of_the_mmd_are_caught(old, new):
+    honest = gcm.mmd_loss
+    try:
+        gcm.mmd_loss = mutant(old, new).mmd_loss
+        with pytest.raises(AssertionError):
+            test_mmd_is_eq_46_with_the_kernel_of_eq_44()
+    finally:
+        gcm.mmd_loss = honest
+
+
+def test_oracle_has_almost_no_mmd():
+    t, s, _ = times("VU")
+    t, s = (a.reshape(-1, 4)[:, :1].expand(-1, 4).flatten() for a in (t, s))
+    exact = loss(gcm, exact=True, M=4, t=t, s=s, sigma=math.inf)
+    assert abs(exact) < 1e-9
+    wrong = mutant("target = u + wide(s - t) * derivative", "target = u + wide(t - s) * derivative")
+    assert loss(wrong, exact=True, M=4, t=t, s=s, sigma=math.inf) > 1e-2
+
+
+def test_loss_of_no_residual_has_a_gradient():
+    F = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    gcm.rms(F, dim=(1, 2, 3)).sum().backward()
+    assert F.grad.isfinite().all()
+
+
+def test_guidance_mixes_as_meanflow_does():
+    def f(x, t, s, y, aug):
+        assert torch.equal(s, t)
+        return torch.ones_like(x) * wide(y.double())                   # velocity = label; null label 0
+    t, y = torch.tensor([0.1, 0.5, 0.9, 0.5]).double(), torch.tensor([3, 3, 3, 0])
+    x = torch.zeros(4, 2, 3, 3).double()
+    u = gcm.guided_velocity(f, x, x + 2, t, y, None, 0, 2.5, 0.92, (0.0, 0.8))
+    omega = 2.5 * 0.08
+    assert torch.allclose(u[:, 0, 0, 0], torch.tensor([omega * 2 + 0.92 * 3] * 2 + [2.0, 2.0]).double())
+    assert gcm.guided_velocity(None, x, x + 2, t, y, None, 0, 1.0, 0.0, (0, 1)) is not None                 # no pass
+
+
+def as_network(second_time):
+    """A network whose preconditioned output is the ideal f: all of 3.1's scalings undone."""
+    def net(x, c_t, c_s=None, y=None):
+        t = torch.log1p(3.5 * c_t) / 3.5
+        s = torch.log1p(3.5 * c_s) / 3.5 if second_time else torch.full_like(t, gcm.T0)
+        xt = x * SIGMA_D * wide(((1 - t) ** 2 + t ** 2).sqrt())
+        return f_ideal(xt, t, s) / (SIGMA_D * math.sqrt(2))
+    return net
+
+
+SCALING = dict(ct="exp", mu=3.5, sigma_d=SIGMA_D)
+
+
+def test_preconditioning_gives_inputs_and_outputs_unit_variance():
+    seen = []
+    g = torch.Generator().manual_seed(0)
+    x, z = SIGMA_D * torch.randn(2, 200_000, 1, 1, 1, generator=g)
+    f = gcm.precondition(lambda x, c, s, y: (seen.append(x), torch.ones_like(x))[1], **SCALING, second_time=False)
+    for t in (0.1, 0.5, 0.9):
+        t = torch.full((len(x),), t)
+        out = f(wide(1 - t) * x + wide(t) * z, t, t, None)
+        assert abs(seen[-1].std() - 1) < 0.01 and abs(out.flatten()[0] - (z - x).std()) < 0.01
+
+
+@pytest.mark.parametrize("sigma_d", [0.5, 1.0])
+def test_a_velocity_network_of_ours_becomes_that_of_this_flow(sigma_d):
+    """ORACLE.velocity in the repository's own time -> E[z - x | x_t] in GCM's, for s = t."""
+    f = gcm.precondition(lambda x, tau, s, y: ORACLE.velocity(x, tau), "exp", 3.5, sigma_d, False, velocity=True)
+    x, x0, t = ORACLE.draw(64)
+    xt = wide(1 - t) * x + wide(t) * sigma_d * x0
+    k = 1 / (1 - t + sigma_d * t)
+    mean = ORACLE.posterior_mean(wide(k) * xt, (1 - t) * k)
+    assert torch.allclose(f(xt, t, t, None), (xt - mean) / wide(t))
+
+
+def test_edm_denoiser_is_the_velocity_here():
+    """f = (x_t - D(x_t / (1-t), sigma)) / t for a network with EDM's preconditioning and c_noise."""
+    torch.manual_seed(0)
+    net = models.create(name="DDPM++", input_size=8, width=8, mult=(1, 1), blocks=1, attention=(), sigma_data=0.5,
+                        edm_time=True).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, t = torch.randn(5, 3, 8, 8).double(), torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99]).double()
+    sigma = wide(0.5 * t / (1 - t))
+    tau = 1 / (1 + sigma.flatten())
+    point = x / wide(1 - t)                                            # data + sigma noise
+    raw = models.create(name="DDPM++", input_size=8, width=8, mult=(1, 1), blocks=1, attention=()).double()
+    raw.load_state_dict(net.state_dict())
+    c_skip, c_out = 0.25 / (sigma ** 2 + 0.25), sigma * 0.5 / (sigma ** 2 + 0.25).sqrt()
+    D = c_skip * point + c_out * raw(point / (sigma ** 2 + 0.25).sqrt(), sigma.flatten().log() / 4)
+    f = gcm.precondition(net, **SCALING, second_time=False, velocity=True)
+    assert torch.allclose(f(x, t, t, None), (x - D) / wide(t), rtol=1e-9, atol=1e-9) and tau.min() > 0
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Samplers.
+
+@pytest.mark.parametrize("nfe, mid", [(1, (0.6,)), (2, (0.6,)), (3, (0.8, 0.3)), (4, (0.6,))])
+def test_samplers_follow_the_flow_map(nfe, mid):
+    noise = torch.randn(nfe, 16, 2, 3, 3, dtype=torch.float64)
+    at = [gcm.TT, *mid, gcm.T0] if len(mid) == nfe - 1 else torch.linspace(gcm.TT, gcm.T0, nfe + 1).tolist()
+    full = lambda t: torch.full((16,), t).double()  # noqa: E731
+    x = SIGMA_D * noise[0]
+    pushed = FLOW.flow_map(x, full(gcm.TT), full(gcm.T0))              # exact jumps compose to one
+    for i in range(nfe):
+        x = FLOW.flow_map(x, full(at[i]), full(gcm.T0))
+        if i + 1 < nfe:
+            x = (1 - at[i + 1]) * x + at[i + 1] * SIGMA_D * noise[i + 1]
+    options = dict(SCALING, mid=mid)
+    restart = gcm.SAMPLERS["restart"](as_network(False), noise, None, nfe, **options, second_time=False)
+    assert torch.allclose(restart, x, atol=1e-5)
+    pushforward = gcm.SAMPLERS["pushforward"](as_network(True), noise[:1], None, nfe, **options, second_time=True)
+    assert torch.allclose(pushforward, pushed, atol=1e-5)
+
+
+def test_samplers_take_their_options_from_the_run():
+    args = dict(variant="VU", ct="exp", mu=3.5, sigma_data=0.5, init=None, t_mid=[0.6])
+    assert gcm.default_sampler(2, args) == "pushforward" and set(gcm.sampler_options(args)) == set(gcm.SAMPLERS)
+    assert gcm.default_sampler(1, dict(args, variant="CU")) == "restart" and "restart" not in gcm.DETERMINISTIC
+    noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
+    for name, options in gcm.sampler_options(args).items():
+        assert gcm.SAMPLERS[name](as_network(True), noise, None, 2, **options).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# As a program.
+
+TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2", "--batch",
+        "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1", "--preview-every", "1000"]
+VU = ["--variant", "VU", "--group", "2", "--w", "2", "--kappa", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, gcm, *TINY, *VU, "--steps", 6, "--save-every", 2, "--out", out)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert [row["step"] for row in rows(finished)] == list(range(1, 7))
+    checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
+    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
+    assert checkpoint["method"] == "gcm" and (finished / "previews/0000006.png").exists()
+
+
+def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
+    command = [*TINY, *VU, "--steps", 6, "--save-every", 2, "--out", tmp_path / "run"]
+    process = popen(*command, script="gcm.py")
+    wait_for_step(process, tmp_path / "run", 3)
+    process.kill()
+    process.communicate()
+    again = popen(*command, script="gcm.py")
+    assert again.wait() == 0, again.communicate()[1]
+    again.communicate()
+    assert_same_run(finished, tmp_path / "run", ["ckpt.pt"])
+
+
+@pytest.mark.parametrize("flags", [["--augment"], VU], ids=str)
+def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
+    """Augmentation and groups, too: their random numbers and members are those of the global batch."""
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
+    common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
+    call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
+    call(monkeypatch, gcm, *common, "--out", tmp_path / "accum", "--accum", 2)
+    torchrun(*common, "--out", tmp_path / "two", script="gcm.py")
+    one = first_gradient(tmp_path / "one")
+    for other in ("accum", "two"):
+        assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
+    assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize("flags", [
+    ["--jvp", "exact"], ["--jvp", "exact", "--group", "4", "--share-time", "--kernel-sigma", "inf"],
+    ["--variant", "VU", "--bf16", "--equal", "0.75"], ["--curriculum", "1", "--ema-beta", "0.99"],
+    ["--augment", "--xflip"]], ids=str)
+def test_every_option_trains(tmp_path, monkeypatch, flags):
+    call(monkeypatch, gcm, *TINY, *flags, "--steps", 2, "--out", tmp_path / "run")
+    assert all(math.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("letter", list(gcm.configurations()))
+def test_every_row_trains_and_flags_beat_it(tmp_path, monkeypatch, letter):
+    call(monkeypatch, gcm, *TINY, "--row", letter, "--mu", 3, "--steps", 1, "--out", tmp_path / "run")
+    args = data.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]
+    assert args["mu"] == 3 and all(args[k] == v for k, v in gcm.configurations()[letter].items())
+
+
+def test_rows_say_what_tables_2_3_and_10_say():
+    rows = gcm.configurations()
+    baseline = dict(scheme="gcm", ht="const", ct="t", gamma=0.0, lam=0.0, pt="uniform", group=1, equal=0.0, w=1.0, curriculum=0)
+    assert rows["A"] == baseline | dict(variant="CU") and rows["G"] == baseline | dict(variant="VU")
+    for before, after, change in (("A", "B", {"ht"}), ("B", "C", {"ct"}), ("C", "D", {"gamma", "lam"}), ("D", "E", {"pt"}),
+                                  ("E", "F", {"group", "kernel_sigma"}), ("G", "H", {"ht"}), ("K", "L", {"group", "kernel_sigma"}),
+                                  ("D", "M", {"variant"}), ("M", "K", {"pt"})):
+        differ = {k for k in rows[before] | rows[after] if rows[before].get(k) != rows[after].get(k)}
+        assert differ == change, (before, after)
+
+
+@pytest.mark.parametrize("options", [dict(sigma_data=0.5, edm_time=True), dict(sigma_data=0.6, time_scale=8.0)], ids=str)
+def test_begins_with_a_velocity_network(tmp_path, monkeypatch, options):
+    """--init takes public weights and checkpoints of ours; VU adds a second time that changes nothing at first."""
+    small = dict(name="DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=())
+    net = models.create(**small, **options)
+    ours = {} if "edm_time" in options else dict(args=dict(net=small | options))
+    torch.save(ours | dict(model=net.state_dict()), tmp_path / "init.pt")
+    for variant in ("CU", "VU"):
+        out = tmp_path / variant
+        call(monkeypatch, gcm, *TINY, "--init", tmp_path / "init.pt", "--variant", variant, "--steps", 1, "--lr", "1e-12",
+             "--out", out)
+        trained, (weights, _) = data.read_checkpoint(out / "ckpt.pt"), models.read_weights(tmp_path / "init.pt")
+        assert all(torch.allclose(trained["model"][k], v, atol=1e-6) for k, v in weights.items())
+        assert trained["args"]["net"].get("edm_time", False) == options.get("edm_time", False)
+        assert gcm.sampler_options(trained["args"])["restart"]["velocity"]
+
+
+def test_a_short_run_fits_what_the_oracle_knows(tmp_path, monkeypatch):
+    """One step's jump of a trained CU model of Gaussian data follows the flow map: the method as a whole trains."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                 torch.nn.Linear(64, 1))
+
+    def net(x, c_t, c_s, y):
+        return layers(torch.cat([x.flatten(1), c_t[:, None]], 1))[:, :, None, None]
+    f = gcm.precondition(net, **SCALING, second_time=False)
+    optimizer = torch.optim.Adam(layers.parameters(), 3e-3)
+    g = torch.Generator().manual_seed(0)
+    for step in range(800):
+        x = 0.3 + 0.4 * torch.randn(256, 1, 1, 1, generator=g)
+        z = SIGMA_D * torch.randn(256, 1, 1, 1, generator=g)
+        t, s, density = gcm.sample_times(torch.rand(4, 256, generator=g), "gcm", "CU", "sine", (1, 0.01), 4., 0., 0, 1, 0.5)
+        h = gcm.H["exp"](t, 0.05, 3.5)
+        loss = gcm.gcm_loss(f, f, None, x, z, t, s, h, gcm.W["gcm"](t, s, h, 1., 3.) / density, None, None, 0,
+                            (1.0, 0.0, (0, 1)), 1, 0.1, True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noise = torch.randn(1, 4000, 1, 1, 1, generator=g)
+    x = gcm.SAMPLERS["restart"](net, noise, None, 1, **SCALING, mid=(), second_time=False)
+    assert abs(x.mean() - 0.3) < 0.06 and abs(x.std() - 0.4) < 0.06
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--group", "3"], "--group 3"), (["--group", "2", "--batch", "6", "--accum", "2"], "--group 2"),
+    (["--variant", "CU", "--w", "2"], "--variant VU"), (["--row", "A", "--scheme", "imm"], "--variant VU"),
+    (["--row", "Z"], "--row"),
+    (["--variant", "VU", "--w", "2", "--uncond"], "--w 2"), (["--pt-ab", "1", "1"], "--pt-ab"),
+    (["--epsilon", "0"], "--epsilon"), (["--t-mid", "0.6", "1.2"], "--t-mid"), (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
+    (["--steps", "0"], "both 0"), (["--teacher", "x.pt"], "--teacher"),
+])
+def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    assert words in refused(monkeypatch, capsys, gcm, *TINY, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_nan_stops_with_step_and_terms(tmp_path, monkeypatch):
+    honest, calls = gcm.rms, []
+
+    def broken(a, dim):
+        calls.append(1)
+        return honest(a, dim) * (float("nan") if len(calls) == 3 else 1)
+    monkeypatch.setattr(gcm, "rms", broken)
+    with pytest.raises(FloatingPointError, match=r"step 2, process 0: loss nan, gradient norm nan"):
+        call(monkeypatch, gcm, *TINY, "--steps", 4, "--save-every", 1, "--out", tmp_path / "run")
+    kept = data.read_checkpoint(tmp_path / "run/ckpt.pt")
+    assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["model"].values())
