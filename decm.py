@@ -92,8 +92,9 @@ def parse_args():
     a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     a("--skip-broken", action="store_true", help="list and leave out images that do not decode")
     a("--net", nargs="+", default=[], metavar="K=V", help="network options: width=64 dropout=0.1")
-    a("--betas", type=float, nargs=2, help="AdamW's beta_1 and beta_2")
-    a("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
+    a("--optimizer", choices=["AdamW", "RAdam"], default="AdamW", help="optimiser (section 5)")
+    a("--betas", type=float, nargs=2, help="the optimiser's beta_1 and beta_2")
+    a("--weight-decay", type=float, default=0.0, help="the optimiser's weight decay")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
     a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
     a("--pretrain-batch", type=int, help="global batch of --pretrain (default: --batch)")
@@ -101,6 +102,7 @@ def parse_args():
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
     a("--clip", type=float, default=1.0, help="largest norm of the gradient")
     a("--ema-sigma", type=float, help="relative width sigma_rel of the EMA")
+    a("--ema-beta", type=float, help="constant rate of the EMA instead; 0: --ema-sigma's")
     a("--label-drop", type=float, default=0.1, help="share of null labels without a teacher")
     a("--log-every", type=int, default=20, help="steps between lines of log.jsonl")
     a("--preview-every", type=int, default=200, help="steps between preview grids")
@@ -261,8 +263,7 @@ def pretrain_loss(net, x1, x0, t, s, y):
 
 @torch.no_grad()
 def sample(net, noise, y, nfe):
-    """The CM sampler: nfe jumps to the data at equal steps of time, fresh noise in between; K = nfe
-    (Figure 5b)."""
+    """nfe jumps to the data at equal steps of time, fresh noise in between; K = nfe (Figure 5b)."""
     return sample_mix(net, noise, y, nfe, n_ode=0)
 
 
@@ -298,13 +299,13 @@ SAMPLERS = {"cm": sample, "euler": sample_euler, "mix": sample_mix}
 DETERMINISTIC = ("euler",)                 # one noise, whatever the NFE
 
 
-def default_sampler(nfe):
-    """The sampler that suits an NFE (section 4.5)."""
+def default_sampler(nfe, args):
+    """The sampler that suits an NFE (section 4.5); args: the training's, a dict."""
     return "cm" if nfe < 4 else "mix" if nfe <= 16 else "euler"
 
 
 def sampler_options(args):
-    """What the samplers take from the flags of the training."""
+    """{sampler: keyword arguments from the training's args, a dict}."""
     return {}
 
 
@@ -331,8 +332,9 @@ def same_dropout(net, rows, seed):
 def start_stage(net, args):
     """The EMA (a copy of net) and the optimiser at the first step of a stage."""
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    return ema, torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas,
-                                  weight_decay=args.weight_decay, fused=True)
+    fused = dict(fused=True) if args.optimizer == "AdamW" else {}      # RAdam has no such form
+    return ema, getattr(torch.optim, args.optimizer)(
+        net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, **fused)
 
 
 def ema_gamma(sigma_rel):
@@ -343,9 +345,10 @@ def ema_gamma(sigma_rel):
 
 
 @torch.no_grad()
-def ema_update(ema, net, k, gamma):
-    """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma."""
-    beta = (1 - 1 / k) ** (gamma + 1)
+def ema_update(ema, net, k, gamma, beta=None):
+    """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma, or,
+    with a constant rate beta, beta^(k-j)."""
+    beta = beta or (1 - 1 / k) ** (gamma + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 # --- end shared ---
 
@@ -510,7 +513,7 @@ def main():
             optimizer.zero_grad()
 
         # EMA
-        ema_update(ema, net, k + 1, gamma)
+        ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 
         # Log, preview, save

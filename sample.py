@@ -207,7 +207,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
             v = (module.velocity(net, args) if hasattr(module, "velocity") else
                  lambda x, t, y: net(x, t, t if net.second_time else None, y))
         else:
-            samplers, name = module.SAMPLERS, sampler or module.default_sampler(nfe)
+            samplers, name = module.SAMPLERS, sampler or module.default_sampler(nfe, args)
             v, role = net, f"{method}'s distilled network (guidance is for its teacher)"
             options = dict(module.sampler_options(args).get(name, {}))
     except (ModuleNotFoundError, KeyError) as e:

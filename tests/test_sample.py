@@ -186,7 +186,7 @@ def test_a_methods_own_samplers_and_their_options(run, tmp_path, monkeypatch, ca
 
     module = types.ModuleType("gcm")
     module.SAMPLERS = {"restart": restart, "one": lambda net, noise, y, nfe: noise[0] * 0 + len(noise)}
-    module.DETERMINISTIC, module.default_sampler = ("one",), lambda nfe: "one" if nfe == 1 else "restart"
+    module.DETERMINISTIC, module.default_sampler = ("one",), lambda nfe, args: "one" if nfe == 1 else "restart"
     module.sampler_options = lambda args: {"restart": dict(scale=args["seed"] + 0.25), "one": {}}
     monkeypatch.setitem(sys.modules, "gcm", module)
     checkpoint = data.read_checkpoint(run / "ckpt.pt") | dict(method="gcm")
