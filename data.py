@@ -184,7 +184,9 @@ class Files(Dataset):
             if not self.names:
                 raise ValueError(f"{path}: every image in it is broken")
         folders = [pathlib.PurePosixPath(pathlib.Path(n).as_posix()).parts[:-1] for n in self.names]
-        common = len(os.path.commonprefix(folders)) if self.archive else 0     # a zip's top folder
+        common = 0
+        if self.archive:                   # folders around all of a zip's class folders
+            common = min(len(os.path.commonprefix(folders)), max(0, min(map(len, folders)) - 1))
         classes = sorted({f[common] for f in folders if len(f) > common})
         if classes and any(len(f) <= common for f in folders):
             raise ValueError(f"{path}: images both in class folders and beside them, such as "
@@ -532,7 +534,7 @@ def fingerprint(tensors):
 def fail(message, always=False):
     """Ends the program by a user's mistake: one line, on process 0 or always, and exit code 2."""
     if always or os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        print("\n" * always + f"error: {message}", file=sys.stderr)    # below another one's bar
     sys.exit(2)
 
 
@@ -622,9 +624,14 @@ def start_processes(device):
 
 
 def wait():
-    """All processes meet here."""
-    if dist.is_initialized():
-        dist.barrier()
+    """All processes meet here; one that ended before, and said why, ends the others, too."""
+    try:
+        if dist.is_initialized():
+            dist.barrier()
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        print(f"process {dist.get_rank()}: another one is gone ({reason})", file=sys.stderr)
+        sys.exit(2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -769,6 +776,9 @@ def _encode(args):
         wait()                             # all have read it before it is written
         if rank == 0:
             note.write_text(json.dumps(setting))
+    except (ValueError, OSError) as e:
+        fail(e)
+    try:
         first, end = (len(images.labels) * k // world for k in (rank, rank + 1))
         for number, start in enumerate(range(first, end, args.shard)):
             path = out / f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
@@ -792,8 +802,8 @@ def _encode(args):
         if rank == 0:
             save_stats(out)
             print(f"{out}: {len(images.labels)} images encoded")
-    except ValueError as e:
-        fail(e)
+    except (ValueError, OSError) as e:     # of this process's own images
+        fail(e, always=True)
     if world > 1:
         dist.destroy_process_group()
 

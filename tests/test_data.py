@@ -1,6 +1,7 @@
 """Data sets in every form and their faults, the addressing of batches, latents, EDM's augmentation, 8 bits."""
 
 import re
+import subprocess
 import sys
 import zipfile
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT
 from formula import fill
 from PIL import Image
 
@@ -108,6 +110,31 @@ def test_one_set_of_images_in_every_form(tmp_path, kind):
 
 def test_a_flat_folder_has_no_classes(tmp_path):
     dataset = data.load(str(write_images(tmp_path, [f"{i}.png" for i in range(7)])))
+    assert dataset.num_classes == 0 and np.array_equal(all_images(dataset), PIXELS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip in a folder"])
+@pytest.mark.parametrize("inner", ["", "sub/"])
+def test_one_class_folder_is_one_class(tmp_path, kind, inner):
+    """As ImageFolder has it; also where some of its images lie deeper."""
+    names = [f"cat/{inner if i % 2 else ''}{i}.png" for i in range(7)]
+    folder = path = write_images(tmp_path / "images", names)
+    if kind.startswith("zip"):
+        path = tmp_path / "images.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.write(folder / name, f"top/{name}" if "folder" in kind else name)
+    dataset = data.load(str(path))
+    assert dataset.num_classes == 1 and dataset.labels.tolist() == [0] * 7
+
+
+def test_a_flat_zip_has_no_classes(tmp_path):
+    names = [f"{i}.png" for i in range(7)]
+    write_images(tmp_path, names)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in names:
+            archive.write(tmp_path / name, name)
+    dataset = data.load(str(tmp_path / "images.zip"))
     assert dataset.num_classes == 0 and np.array_equal(all_images(dataset), PIXELS)
 
 
@@ -287,6 +314,43 @@ def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkey
     with pytest.raises(SystemExit):
         command(monkeypatch, *flags, "--seed", 1)
     assert "another --out" in capsys.readouterr().err
+
+
+def encode_in_two(*flags):
+    """`data.py encode` in two processes on the CPU, to its end."""
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*launch, str(ROOT / "data.py"), *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+
+
+def test_two_processes_encode_what_one_does(tmp_path, monkeypatch):
+    """One image at a time, so that the autoencoder rounds alike: to the last bit."""
+    small_vae(tmp_path)
+    flags = ["encode", "--images", write_images(tmp_path / "images", NAMES), "--vae", tmp_path / "vae.pt", "--resolution",
+             16, "--shard", 2, "--batch", 1, "--device", "cpu", "--out"]
+    command(monkeypatch, *flags, tmp_path / "one")
+    done = encode_in_two(*flags, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = (data.load(str(tmp_path / name)) for name in ("one", "two"))
+    assert [len(s["labels"]) for s in two.shards] == [2, 1, 2, 2]              # 3 and 4 images, in shards of 2
+    assert torch.equal(one.labels, two.labels)
+    for flip in (False, True):
+        index, flips = torch.arange(7), torch.full((7,), flip)
+        assert torch.equal(one.raw(index, flips), two.raw(index, flips))
+    assert torch.allclose(one.mean, two.mean) and torch.allclose(one.std, two.std)
+
+
+@pytest.mark.parametrize("broken", ["cat/0.png", "eel/2.png"])                 # of process 0, of process 1
+def test_a_broken_image_of_either_process_is_told_in_one_line(tmp_path, broken):
+    small_vae(tmp_path)
+    folder = write_images(tmp_path / "images", NAMES)
+    (folder / broken).write_bytes((folder / broken).read_bytes()[:60])
+    done = encode_in_two("encode", "--images", folder, "--vae", tmp_path / "vae.pt", "--resolution", 16, "--shard", 2,
+                         "--batch", 2, "--device", "cpu", "--out", tmp_path / "z")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and broken in lines[0] and "--skip-broken" in lines[0]
+    assert done.returncode and re.search(r"exitcode\s*: 2\b", done.stderr)     # torchrun's word on the one that failed
+    assert 'data.py", line' not in done.stderr                                   # no traceback but torchrun's own
 
 
 def test_inspect(tmp_path, monkeypatch, capsys):
