@@ -1,0 +1,111 @@
+"""What does the exact derivative cost? Time and memory of a GCM step, beside the finite difference.
+
+    python benchmarks/jvp.py                            # CPU: CIFAR-10's DDPM++ and DiT-B/4, batch 4
+    python benchmarks/jvp.py --device cuda --batch 512  # needs a GPU
+
+The comparison of GCM's Table 7j: a step is loss, backward pass and optimiser (VU, w = 1), and each
+of its cases runs in a process of its own. Time: the median of the steps after the first, for 1000
+images. Memory: the peak of what tensors hold on a GPU; on the CPU the peak of the whole process,
+of which the interpreter and PyTorch have the part that is printed as "before".
+"""
+
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import data
+import gcm
+import models
+
+NETWORKS = {
+    "DDPM++": dict(name="DDPM++", input_size=32, in_channels=3, dropout=0.2),
+    "DiT-B/4": dict(name="DiT-B/4", input_size=32, in_channels=4, num_classes=1000),
+}
+
+
+def parse_args():
+    p = data.Parser(description="Time and memory of the exact derivative and of the difference.")
+    p.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS),
+                   help="networks")
+    p.add_argument("--net", nargs="+", default=[], metavar="K=V", help="other options of theirs")
+    p.add_argument("--batch", type=int, default=4, help="images a step")
+    p.add_argument("--steps", type=int, default=5, help="steps that are timed, after one more")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--case", nargs=2, help="one case in this process: network and exact or fd")
+    args = p.parse_args()
+    if min(args.batch, args.steps) < 1:
+        data.fail("--batch and --steps: at least 1")
+    return args
+
+
+def peak(device):
+    """The highest memory so far, in bytes: of tensors on a GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name, jvp, args):
+    """Seconds for 1000 images and peak bytes of training steps with jvp "exact" or "fd"."""
+    device, before = torch.device(args.device), peak(torch.device(args.device))
+    given = {k: data._literal(v) for k, v in (item.split("=") for item in args.net)}
+    options = NETWORKS[name] | given
+    torch.manual_seed(0)
+    net = models.create(**options, second_time=True).to(device)
+    optimizer = torch.optim.RAdam(net.parameters(), 1e-4)
+    shape = (args.batch, options["in_channels"], *[options["input_size"]] * 2)
+    f = partial(gcm.precondition, ct="exp", mu=3.5, sigma_d=0.5, second_time=True)
+    seconds = []
+    for step in range(args.steps + 1):
+        start = time.perf_counter()
+        x, z = torch.randn((2, *shape), device=device)
+        u = torch.rand(4, args.batch, device=device)
+        t, s, density = gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)
+        h = gcm.H["exp"](t, 0.005, 3.5)
+        w = gcm.W["gcm"](t, s, h, 1.0, 6.0) / density
+        y = torch.zeros(args.batch, dtype=torch.int64, device=device)
+        same = gcm.same_dropout(net, args.batch, step)
+
+        def derivative(*inputs):
+            torch.manual_seed(step)
+            return gcm.total_derivative(f(net), *inputs)
+
+        gcm.gcm_loss(f(same), f(same), derivative if jvp == "exact" else None, x, 0.5 * z, t, s, h,
+                     w, y, None, net.num_classes, (1.0, 0.0, (0, 1)), 1, 0.1, True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return dict(sec_per_kimg=statistics.median(seconds[1:]) * 1000 / args.batch,
+                peak=peak(device), before=before)
+
+
+def main():
+    args = parse_args()
+    if args.case:
+        print(json.dumps(measure(*args.case, args)))
+        return
+    print(f"{args.device}, batch {args.batch}, torch {torch.__version__}\n"
+          f"{'network':10}{'derivative':>12}{'s/1000 images':>15}{'peak MiB':>10}{'before':>8}")
+    for name in args.nets:
+        for jvp in ("exact", "fd"):
+            done = subprocess.run([sys.executable, *sys.argv, "--case", name, jvp],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                data.fail(f"{name}, {jvp}: {done.stderr.strip().splitlines()[-1]}")
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name:10}{jvp:>12}{row['sec_per_kimg']:15.2f}{row['peak'] / 2 ** 20:10.0f}"
+                  f"{row['before'] / 2 ** 20:8.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
