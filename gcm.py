@@ -47,12 +47,12 @@ METHOD = "gcm"
 PAPER = dict(
     variant="CU", ht="exp", epsilon=0.005, mu=3.5, ct="exp", scheme="gcm", gamma=1.0, lam=6.0,
     pt="sine", pt_ab=(1.0, 0.01), nu_s=4.0, equal=0.0, P_mean=-0.4, P_std=1.0, group=1, jvp="fd",
-    kernel_sigma=0.1, w=1.0, kappa=0.0, guide=(0.0, 1.0), sigma_data=0.5, skip=False, lr=1e-4,
+    kernel_sigma=0.1, w=1.0, kappa=0.0, guide=(0.0, 1.0), sigma_data=0.5, lr=1e-4,
     lr_final=1.0, warmup=0, betas=(0.9, 0.999), optimizer="RAdam", ema_beta=0.9999, ema_sigma=0.1)
 PRESETS = {
     "glyphs": PAPER | dict(
         resolution=16, steps=5000, batch=8, lr=4e-3, lr_final=0.0, warmup=200, betas=(0.9, 0.99),
-        ema_beta=0.0, sigma_data=0.6, skip=True, epsilon=0.02, lam=3.0,
+        ema_beta=0.0, sigma_data=0.6, epsilon=0.02, lam=3.0,
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(),
                  adaptive_scale=True)),
     "cifar10": PAPER | dict(
@@ -140,7 +140,6 @@ def parse_args():
     a("--kernel-sigma", type=float, help="sigma of its kernel; inf: times do not matter (Eq. 44)")
     a("--share-time", action="store_true", help="one time for each group, as IMM (Table 7i)")
     a("--sigma-data", type=float, help="sigma_d, the data's standard deviation (3.1)")
-    a("--skip", action=argparse.BooleanOptionalAction, help="EDM's c_skip, too")
     a("--augment", action="store_true", help="EDM's augmentation (Tables 8, 9)")
     a("--tf32", action=argparse.BooleanOptionalAction, help="TF32 on a GPU (G.1)")
     a("--t-mid", type=float, nargs="+", default=[0.6], help="times between the steps (G.1)")
@@ -243,10 +242,8 @@ def sample_times(u, scheme, variant, pt, ab, nu, equal, P_mean, P_std, sigma_d):
     return t, torch.where(same, t, s.clamp(T0, TT)), density
 
 
-def precondition(net, ct, mu, sigma_d, second_time, skip=False, velocity=False):
+def precondition(net, ct, mu, sigma_d, second_time, velocity=False):
     """f(x_t, t, s, y, aug=None): c_out net(c_in x_t, c(t), c(s), y), c(s) if second_time (3.1).
-    paper: no more; here, by skip: EDM's c_skip x_t and c_out, because a small network then need not
-    give back the noise that it was fed.
     velocity: net is a velocity network as models.py has them (time from noise to data, noise of
     deviation 1): its answer at k x_t, where the ratio of noise to data is the same, becomes f."""
     def f(xt, t, s, y, aug=None):
@@ -257,10 +254,7 @@ def precondition(net, ct, mu, sigma_d, second_time, skip=False, velocity=False):
             return -wide(k) * ((1 - sigma_d) * xt + sigma_d * F)
         var = wide((1 - t) ** 2 + t ** 2)
         at = C[ct](t, mu), C[ct](s, mu) if second_time else None
-        F = net(var.rsqrt() / sigma_d * xt, *at, y, *more)
-        if skip:
-            return wide(2 * t - 1) / var * xt + sigma_d * var.rsqrt() * F
-        return sigma_d * math.sqrt(2) * F
+        return sigma_d * math.sqrt(2) * net(var.rsqrt() / sigma_d * xt, *at, y, *more)
     return f
 
 
@@ -376,7 +370,7 @@ def default_sampler(nfe, args):
 
 def sampler_options(args):
     """{name in SAMPLERS: its keyword arguments} for a run with these args (a dict)."""
-    options = dict(ct=args["ct"], mu=args["mu"], sigma_d=args["sigma_data"], skip=args["skip"],
+    options = dict(ct=args["ct"], mu=args["mu"], sigma_d=args["sigma_data"],
                    second_time=args["variant"] == "VU", velocity=args["init"] is not None)
     return {name: dict(options, mid=tuple(args["t_mid"])) for name in SAMPLERS}
 

@@ -373,20 +373,6 @@ def test_preconditioning_gives_inputs_and_outputs_unit_variance():
         assert abs(seen[-1].std() - 1) < 0.01 and abs(out.flatten()[0] - (z - x).std()) < 0.01
 
 
-def test_skip_is_the_velocity_of_gaussian_data_and_leaves_unit_variance():
-    """For x ~ N(0, sigma_d^2): c_skip x_t = E[z - x | x_t], and what the network has to give has variance 1."""
-    g = torch.Generator().manual_seed(0)
-    x, z = SIGMA_D * torch.randn(2, 100_000, 1, 1, 1, generator=g, dtype=torch.float64)
-    for time in (0.1, 0.5, 0.994):
-        t = torch.full((len(x),), time).double()
-        xt = wide(1 - t) * x + wide(t) * z
-        mean, out = (gcm.precondition(lambda x, c, s, y, v=v: v + 0 * x, **SCALING, second_time=False, skip=True)(
-            xt, t, t, None) for v in (0.0, 1.0))
-        slope = ((z - x) * xt).mean() / xt.square().mean()             # of the regression on x_t
-        assert (mean - slope * xt).std() < 0.01
-        assert abs(((z - x - mean) / (out - mean)).std() - 1) < 0.01
-
-
 @pytest.mark.parametrize("sigma_d", [0.5, 1.0])
 def test_a_velocity_network_of_ours_becomes_that_of_this_flow(sigma_d):
     """ORACLE.velocity in the repository's own time -> E[z - x | x_t] in GCM's, for s = t."""
@@ -439,7 +425,7 @@ def test_samplers_follow_the_flow_map(nfe, mid):
 
 
 def test_samplers_take_their_options_from_the_run():
-    args = dict(variant="VU", ct="exp", mu=3.5, sigma_data=0.5, skip=False, init=None, t_mid=[0.6])
+    args = dict(variant="VU", ct="exp", mu=3.5, sigma_data=0.5, init=None, t_mid=[0.6])
     assert gcm.default_sampler(2, args) == "pushforward" and set(gcm.sampler_options(args)) == set(gcm.SAMPLERS)
     assert gcm.default_sampler(1, dict(args, variant="CU")) == "restart" and "restart" not in gcm.DETERMINISTIC
     noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
