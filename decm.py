@@ -119,8 +119,7 @@ def parse_args():
     a("--freq", type=int, default=3, help="steps between N2N updates (Table 3 m to o)")
     a("--lam", type=float, default=0.5, help="lambda, weight of N2N's right end t (Eq. 14)")
     a("--gam", type=float, default=0.5, help="gamma, weight of N2N's left end r (Eq. 14)")
-    a("--vpsi", choices=["model", "data"], default="model", help="v_psi at f(x_r, r, t), as in Eq. "
-      "14, or at x_t, as in Algorithm 1")
+    a("--vpsi", choices=["model", "data"], default="model", help="v_psi at f(x_r, r, t), or at x_t")
     a("--r-max", type=float, default=0.02, help="r is uniform from 0 to this (r -> 0 in Eq. 12)")
     a("--w1", choices=list(WEIGHTS), default="1", help="w_1(t) (Algorithm 1, line 10)")
     a("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")
@@ -253,8 +252,7 @@ def n2n_loss(net, derivative, teacher, x1, x0, r, t, y, y_null, w, eta, lam, gam
 
 
 def pretrain_loss(net, x1, x0, t, s, y):
-    """Flow matching at any s, so that F is the velocity whatever s says, as in a teacher without
-    second time that is given one."""
+    """Flow matching at any s: F is the velocity, whatever s says, as if there were none."""
     return (net(interpolate(x1, x0, t), t, s, y) - (x1 - x0)).square().mean()      # Eq. 3
 
 
@@ -281,8 +279,10 @@ def sample_euler(net, noise, y, nfe):
 def sample_mix(net, noise, y, nfe, n_ode=None):
     """Begins as an ODE and ends as CM, at nfe equal steps of time (section 4.5, Figure 5c): a jump
     from the noise, Euler steps up to n_ode of both together, then jumps to the data with fresh
-    noise in between. n_ode: 0 to nfe - 1, default nfe // 2; K = nfe - n_ode or more."""
+    noise in between. n_ode: 0 to nfe - 1 (else ValueError), default nfe // 2; K = nfe - n_ode."""
     n_ode, xt = nfe // 2 if n_ode is None else n_ode, noise[0]
+    if not 0 <= n_ode < nfe:
+        raise ValueError(f"--n-ode {n_ode}: want 0 to {nfe - 1}, one less than the NFE")
     for i in range(nfe):
         t, t_next, one = (torch.full_like(noise[0, :, 0, 0, 0], time)
                           for time in (i / nfe, (i + 1) / nfe, 1))

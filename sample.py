@@ -55,7 +55,8 @@ def parse_args():
       "n/classes (rounded down, or up for the first of them); random; or a list to repeat: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
     a("--batch", type=int, default=ROWS, help=f"samples between two writes, rounded up to {ROWS}s")
-    a("--sampler", help="facm: cm, euler; flow matching: euler, heun (default: the method's)")
+    a("--sampler", help="facm: cm, euler; decm: cm, euler, mix; gcm: restart, pushforward; flow "
+      "matching: euler, heun (default: the method's)")
     a("--n-ode", type=int, help="steps along the flow (decm: mix)")
     a("--times", type=float, nargs="+", help="times in between (gcm)")
     a("--cfg", type=float, help="flow matching: guidance scale, in 2 passes (default: 1, none)")
@@ -391,7 +392,8 @@ def main():
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if rank == 0:
-        print(f"{out}: {args.n} samples, NFE {', '.join(map(str, nfes))}, by", chosen[0][0])
+        by = ", ".join(f"{one[0]} at NFE {nfe}" for nfe, one in zip(nfes, chosen))
+        print(f"{out}: {args.n} samples by {by}")
     if world > 1:
         dist.destroy_process_group()
 

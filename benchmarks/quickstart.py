@@ -10,6 +10,7 @@ guidance that was distilled are the yardstick.
 """
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -84,9 +85,32 @@ def judge(net, images, labels):
     return share, h.mean(0), np.cov(h, rowvar=False)
 
 
+def measure(net, images, labels, reference):
+    """The share recognised, and the Frechet distance to the reference (mean, covariance)."""
+    share, *moments = judge(net, images, labels)
+    with contextlib.redirect_stderr(io.StringIO()):    # a note that some features are 0 for all glyphs
+        return share, fid.frechet_distance(*moments, *reference)
+
+
+def provenance():
+    """What a file of figures says about where they come from."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return dict(torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine(),
+                command=shlex.join(["python", *sys.argv]),
+                commit=subprocess.run(git, text=True, capture_output=True).stdout.strip())
+
+
+# The samplers that are measured, with their NFE
+SAMPLERS = {
+    "facm": [("cm", 1), ("cm", 2)],
+    "decm": [("cm", 1), ("cm", 2), *((s, n) for n in (4, 8, 16) for s in ("cm", "mix", "euler")),
+             ("euler", 50)],
+    "gcm": [(None, 1), (None, 2)]}
+
+
 def main():
     p = data.Parser(description="Recognised share and Frechet distance of a glyphs run.")
-    p.add_argument("run", type=pathlib.Path, help="run directory of facm.py --data glyphs")
+    p.add_argument("run", type=pathlib.Path, help="run directory of a script's --data glyphs")
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
@@ -94,38 +118,36 @@ def main():
     if args.n < 100:
         data.fail(f"--n {args.n}: 64 features want 100 samples or more")
     try:
-        student = sample.load(args.run / "ckpt.pt")        # network and checkpoint
-        teacher = sample.load(args.run / "teacher.pt")
+        student, teacher = sample.load(args.run / "ckpt.pt"), None     # network and checkpoint
+        method, train = student[1]["method"], student[1]["args"]
+        if method != "gcm":
+            teacher = sample.load(train["teacher"] or args.run / "teacher.pt")
     except ValueError as e:
         data.fail(e)
-    train = student[1]["args"]
+    rows = [(f"student, NFE {nfe}" + (method == "decm") * f", {sampler}", student, sampler, nfe, None)
+            for sampler, nfe in SAMPLERS[method]]
+    if teacher:
+        w = train["w"]
+        rows += [(f"teacher, 20 Euler steps, w {w}", teacher, "euler", 20, w)]
+        rows += [(f"teacher, 50 Euler steps, w {w}", teacher, "euler", 50, w)] * (method == "decm")
+        rows += [("teacher, 20 Euler steps", teacher, "euler", 20, 1),
+                 ("teacher, 1 Euler step", teacher, "euler", 1, 1)]
     size, labels = train["net"]["input_size"], torch.arange(args.n) % 10
     net = load_classifier(size)
     _, *reference = judge(net, *data.glyphs(20_000, size, seed=2))
 
     print(f"{args.run}: {args.n} samples a row, seed {args.seed}\n{'':32}recognised  distance")
     figures = {}
-    for name, weights, sampler, nfe, w in (
-            ("student, NFE 1", student, "cm", 1, None),
-            ("student, NFE 2", student, "cm", 2, None),
-            (f"teacher, 20 Euler steps, w {train['w']}", teacher, "euler", 20, train["w"]),
-            ("teacher, 20 Euler steps", teacher, "euler", 20, 1),
-            ("teacher, 1 Euler step", teacher, "euler", 1, 1),
-            ("real glyphs", None, None, None, None)):
+    for name, weights, sampler, nfe, w in [*rows, ("real glyphs", None, None, None, None)]:
         images = data.glyphs(args.n, size, seed=3)[0] if weights is None else sample.draw(
             *weights, nfe, labels, args.seed, sampler=sampler, cfg=w)
-        share, *moments = judge(net, images, labels)
-        with contextlib.redirect_stderr(None):     # the note that some features are 0 for all glyphs
-            distance = fid.frechet_distance(*moments, *reference)
+        share, distance = measure(net, images, labels, reference)
         figures[name] = dict(recognised=share, distance=distance)
-        print(f"{name:32}{share:10.1%}{figures[name]['distance']:10.2f}", flush=True)
+        print(f"{name:32}{share:10.1%}{distance:10.2f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(
             figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
-            pretrain=train["pretrain"], torch=torch.__version__, cores=os.cpu_count(),
-            machine=platform.machine(), command=shlex.join(["python", *sys.argv]),
-            commit=subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
-                                  capture_output=True).stdout.strip()), indent=2) + "\n")
+            pretrain=train.get("pretrain"), **provenance()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

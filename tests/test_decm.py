@@ -12,6 +12,7 @@ from test_training import (TINY, assert_same_run, call, first_gradient, popen, r
 
 import data
 import decm
+import sample
 
 SOURCE = pathlib.Path(decm.__file__).read_text()
 ORACLE = Gaussian()
@@ -312,6 +313,19 @@ def test_the_student_starts_as_its_teacher(finished, tmp_path, monkeypatch):
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, decm, *TINY, "--pretrain", 2, "--steps", 2, *flags, "--out", tmp_path / "run")
     assert all(np.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
+
+
+def test_samples_by_the_sampler_that_suits_the_nfe(finished, tmp_path, monkeypatch, capsys):
+    """Section 4.5: CM at 1 and 2, mix from 4 to 16, Euler above; --n-ode where mix is, and below the NFE."""
+    command = ["--ckpt", finished / "ckpt.pt", "--n", 2, "--device", "cpu", "--out", tmp_path / "x.png"]
+    call(monkeypatch, sample, *command, "--grid", 1, 2, 4, 16, 17)
+    assert capsys.readouterr().out.split("by ")[-1].strip() == (
+        "cm at NFE 1, cm at NFE 2, mix at NFE 4, mix at NFE 16, euler at NFE 17")
+    call(monkeypatch, sample, *command, "--nfe", 4, "--n-ode", 3)
+    capsys.readouterr()
+    assert "--n-ode 4" in refused(monkeypatch, capsys, sample, *command, "--nfe", 4, "--n-ode", 4)
+    assert "--n-ode" in refused(monkeypatch, capsys, sample, *command, "--nfe", 2, "--n-ode", 1)
+    call(monkeypatch, sample, *command, "--ckpt", finished / "teacher.pt", "--nfe", 3, "--cfg", 1.75)
 
 
 def test_nan_in_either_update_stops_with_its_terms(tmp_path, monkeypatch):
