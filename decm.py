@@ -48,7 +48,7 @@ METHOD = "decm"
 # but neither N, eta, lam, gam, w_1, w_2 nor r, which are ours; batch, EMA and network are FACM's.
 PRESETS = {
     "glyphs": dict(
-        resolution=16, steps=1000, pretrain=2000, batch=8, lr=2.5e-3, lr_final=0.0, warmup=200,
+        resolution=16, steps=1200, pretrain=2000, batch=8, lr=6e-3, lr_final=0.0, warmup=200,
         pretrain_batch=16, pretrain_lr=8e-3, pretrain_P=(0.0, 1.2), betas=(0.9, 0.99),
         ema_sigma=0.1, jvp="fd",
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
