@@ -468,7 +468,7 @@ def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
     assert_same_run(finished, tmp_path / "run", ["ckpt.pt"])
 
 
-@pytest.mark.parametrize("flags", [["--augment"], VU], ids=str)
+@pytest.mark.parametrize("flags", [["--augment", "--row", "E"], VU], ids=str)
 def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
     """Augmentation and groups, too: their random numbers and members are those of the global batch."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
@@ -483,8 +483,8 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("flags", [
-    ["--jvp", "exact"], ["--jvp", "exact", "--group", "4", "--share-time", "--kernel-sigma", "inf"],
-    ["--variant", "VU", "--bf16", "--equal", "0.75"], ["--curriculum", "1", "--ema-beta", "0.99"],
+    ["--jvp", "exact"], ["--row", "F", "--jvp", "exact", "--share-time", "--kernel-sigma", "inf"],
+    ["--bf16", "--equal", "0.75"], ["--row", "E", "--bf16"], ["--curriculum", "1", "--ema-beta", "0.99"],
     ["--augment", "--xflip"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, gcm, *TINY, *flags, "--steps", 2, "--out", tmp_path / "run")
@@ -516,10 +516,9 @@ def test_begins_with_a_velocity_network(tmp_path, monkeypatch, options):
     net = models.create(**small, **options)
     ours = {} if "edm_time" in options else dict(args=dict(net=small | options))
     torch.save(ours | dict(model=net.state_dict()), tmp_path / "init.pt")
-    for variant in ("CU", "VU"):
-        out = tmp_path / variant
-        call(monkeypatch, gcm, *TINY, "--init", tmp_path / "init.pt", "--variant", variant, "--steps", 1, "--lr", "1e-12",
-             "--out", out)
+    for row in ("D", "J"):                                             # CU and VU
+        out = tmp_path / row
+        call(monkeypatch, gcm, *TINY, "--init", tmp_path / "init.pt", "--row", row, "--steps", 1, "--lr", "1e-12", "--out", out)
         trained, (weights, _) = data.read_checkpoint(out / "ckpt.pt"), models.read_weights(tmp_path / "init.pt")
         assert all(torch.allclose(trained["model"][k], v, atol=1e-6) for k, v in weights.items())
         assert trained["args"]["net"].get("edm_time", False) == options.get("edm_time", False)
@@ -554,9 +553,9 @@ def test_a_short_run_fits_what_the_oracle_knows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--group", "3"], "--group 3"), (["--group", "2", "--batch", "6", "--accum", "2"], "--group 2"),
-    (["--variant", "CU", "--w", "2"], "--variant VU"), (["--row", "A", "--scheme", "imm"], "--variant VU"),
+    (["--variant", "CU", "--w", "2"], "--variant CU"), (["--row", "A", "--scheme", "imm"], "--variant CU"),
     (["--row", "Z"], "--row"),
-    (["--variant", "VU", "--w", "2", "--uncond"], "--w 2"), (["--pt-ab", "1", "1"], "--pt-ab"),
+    (["--variant", "VU", "--w", "2", "--uncond"], "--w 2"), (["--pt", "cosh", "--pt-ab", "1", "1"], "--pt-ab"),
     (["--epsilon", "0"], "--epsilon"), (["--t-mid", "0.6", "1.2"], "--t-mid"), (["--init", "nowhere.pt"], "nowhere.pt"),
     (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
     (["--steps", "0"], "both 0"), (["--teacher", "x.pt"], "--teacher"),
