@@ -342,20 +342,22 @@ def gcm_loss(f, f_bare, derivative, x, z, t, s, h, w, y, aug, y_null, guidance, 
 # SAMPLERS. noise [K, B, C, H, W], standard normal; y [B] labels; -> images [B, C, H, W].
 
 @torch.no_grad()
-def sample(net, noise, y, nfe, restart, mid, sigma_d, **options):
-    """nfe jumps that start at t_T and the times `mid`, or at equal steps if these are not nfe - 1.
+def sample(net, noise, y, nfe, restart, mid, sigma_d, times=None, **options):
+    """nfe jumps, from t_T and nfe - 1 `times` (else ValueError; default: `mid`, or equal steps).
     restart: each to t_0, from where fresh noise leads back (CU; K = nfe); else: pushforward, from
     each time to the next and at last t_0 (VU; K = 1). options: those of `precondition`."""
     f = precondition(net, sigma_d=sigma_d, **options)
     equal = [TT + (T0 - TT) * i / nfe for i in range(1, nfe)]
-    times = [TT, *(mid if len(mid) == nfe - 1 else equal), T0]
-    xt = sigma_d * noise[0]
+    inner = times or (mid if len(mid) == nfe - 1 else equal)
+    if len(inner) != nfe - 1 or not all(T0 < t < TT for t in inner):
+        raise ValueError(f"--times: NFE {nfe} wants {nfe - 1}, each between {T0} and {TT}")
+    at, xt = [TT, *inner, T0], sigma_d * noise[0]
     for i in range(nfe):
-        end = T0 if restart else times[i + 1]
-        t, s = (torch.full_like(noise[0, :, 0, 0, 0], time) for time in (times[i], end))
+        end = T0 if restart else at[i + 1]
+        t, s = (torch.full_like(noise[0, :, 0, 0, 0], time) for time in (at[i], end))
         xt = xt + wide(s - t) * f(xt, t, s, y)                                     # Eq. 3
         if restart and i + 1 < nfe:
-            xt = (1 - times[i + 1]) * xt + times[i + 1] * sigma_d * noise[i + 1]
+            xt = (1 - at[i + 1]) * xt + at[i + 1] * sigma_d * noise[i + 1]
     return xt
 
 

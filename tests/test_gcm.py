@@ -406,6 +406,21 @@ def test_edm_denoiser_is_the_velocity_here():
 # ------------------------------------------------------------------------------------------------------------------
 # Samplers.
 
+def test_times_of_the_samplers_are_one_less_than_the_nfe():
+    noise = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+
+    def net(x, t, s, y):
+        return x + gcm.wide(t) - gcm.wide(s)
+
+    for sampler in gcm.SAMPLERS.values():
+        options = SCALING | dict(second_time=True)
+        given = sampler(net, noise, None, 3, mid=(0.6,), times=[0.8, 0.3], **options)
+        assert torch.equal(given, sampler(net, noise, None, 3, mid=(0.8, 0.3), **options))
+        for nfe, times in ((2, [0.8, 0.3]), (3, [0.5]), (2, [1.2]), (1, [0.6])):
+            with pytest.raises(ValueError, match=f"NFE {nfe} wants {nfe - 1}"):
+                sampler(net, noise, None, nfe, mid=(0.6,), times=times, **options)
+
+
 @pytest.mark.parametrize("nfe, mid", [(1, (0.6,)), (2, (0.6,)), (3, (0.8, 0.3)), (4, (0.6,))])
 def test_samplers_follow_the_flow_map(nfe, mid):
     noise = torch.randn(nfe, 16, 2, 3, 3, dtype=torch.float64)
