@@ -277,10 +277,10 @@ def sample_euler(net, noise, y, nfe):
 
 @torch.no_grad()
 def sample_mix(net, noise, y, nfe, n_ode=None):
-    """Begins as an ODE and ends as CM, at nfe equal steps of time (section 4.5, Figure 5c): a jump
-    from the noise, Euler steps up to n_ode of both together, then jumps to the data with fresh
-    noise in between. n_ode: 0 to nfe - 1 (else ValueError), default nfe // 2; K = nfe - n_ode."""
-    n_ode, xt = nfe // 2 if n_ode is None else n_ode, noise[0]
+    """Begins as an ODE and ends as CM, at nfe equal steps of time (4.5, Figure 5c): a jump from the
+    noise, Euler steps up to n_ode of both together, then jumps to the data with fresh noise in
+    between. n_ode: 0 to nfe - 1 (else ValueError; default: half, or all but 4); K = nfe - n_ode."""
+    n_ode, xt = max(nfe // 2, nfe - 4) if n_ode is None else n_ode, noise[0]
     if not 0 <= n_ode < nfe:
         raise ValueError(f"--n-ode {n_ode}: want 0 to {nfe - 1}, one less than the NFE")
     for i in range(nfe):
