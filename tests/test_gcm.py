@@ -12,6 +12,7 @@ from oracle import Gaussian
 import data
 import gcm
 import models
+from test_data import write_shards
 from test_training import assert_same_run, call, first_gradient, popen, refused, rows, torchrun, wait_for_step
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
@@ -564,6 +565,17 @@ def test_a_short_run_fits_what_the_oracle_knows(tmp_path, monkeypatch):
     noise = torch.randn(1, 4000, 1, 1, 1, generator=g)
     x = gcm.SAMPLERS["restart"](net, noise, None, 1, **SCALING, mid=(), second_time=False)
     assert abs(x.mean() - 0.3) < 0.06 and abs(x.std() - 0.4) < 0.06
+
+
+def test_trains_on_latents(tmp_path, monkeypatch):
+    """Three steps of the ImageNet preset (VU, MeanFlow's guidance, s = t for three quarters), with a small DiT."""
+    write_shards(tmp_path / "z")
+    call(monkeypatch, gcm, "--device", "cpu", "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--batch", 4,
+         "--steps", 3, "--log-every", 1, "--bf16", "--out", tmp_path / "run",
+         "--net", "name=DiT", "patch=2", "width=32", "depth=1", "heads=4")
+    net = data.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
+    assert (net["input_size"], net["in_channels"], net["num_classes"], net["second_time"]) == (4, 4, 6, True)
+    assert len(rows(tmp_path / "run")) == 3 and all(row["loss"] > 0 for row in rows(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("flags, words", [
