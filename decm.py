@@ -112,8 +112,7 @@ def parse_args():
     a("--jvp", choices=["exact", "fd"], help="forward mode or central difference (Eq. 11)")
     a("--objectives", nargs="+", choices=["fm", "cd", "n2n"], default=["fm", "cd", "n2n"],
       help="Table 3 (c) to (g)")
-    a("--vel-norm", type=float, metavar="ETA", help="length eta that D is given (Algorithm 1, line "
-      "6; Table 3 h); default: as it is, plain guidance (Table 3 i)")
+    a("--vel-norm", type=float, metavar="ETA", help="length of D (Table 3 h); default: its own")
     a("--times", choices=["nseg", "arctan", "lognorm"], default="nseg", help="Table 3 (j) to (l)")
     a("--segments", type=int, default=64, help="N, the segments at whose ends t lies (nseg)")
     a("--freq", type=int, default=3, help="steps between N2N updates (Table 3 m to o)")
@@ -129,7 +128,7 @@ def parse_args():
 
 
 # --------------------------------------------------------------------------------------------------
-# THE METHOD. Pure functions: x1, x0, xt, v, F_cm, ... [B, C, H, W]; t, s, alpha, beta [B].
+# THE METHOD. Pure functions: x1, x0, xt, v, F_cm, ... [B, C, H, W]; r, t, s, w1, w2 [B].
 
 WEIGHTS = {"1": torch.ones_like, "1-t": lambda t: 1 - t, "1-sqrt": lambda t: 1 - t.sqrt()}
 
@@ -146,12 +145,6 @@ def interpolate(x1, x0, t):
     """x_t on the straight line from noise x0 to data x1."""
     t = t[:, None, None, None]
     return (1 - t) * x0 + t * x1
-
-
-def joint(net, *inputs):
-    """The outputs of net for several inputs (x, t, s, y), from one pass, which costs less."""
-    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
-    return net(*joined).chunk(len(inputs))
 
 
 @torch.no_grad()
@@ -312,6 +305,14 @@ def sampler_options(args):
 # --------------------------------------------------------------------------------------------------
 # Blocks that stand to the letter in all three scripts, so that one can be copied away whole.
 
+# --- shared: joint ---
+def joint(net, *inputs):
+    """The outputs of net for several inputs (x, t, s, y, ...), from one pass, which costs less."""
+    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
+    return net(*joined).chunk(len(inputs))
+# --- end shared ---
+
+
 # --- shared: dropout ---
 def same_dropout(net, rows, seed):
     """net with one and the same mask of nn.Dropout for every `rows` of its batch and every call."""
@@ -405,10 +406,7 @@ def main():
     preview_noise = torch.randn((2, 20, *dataset.shape), generator=random).to(device)
 
     def save(name):
-        data.save_checkpoint(out / name, dict(
-            method=METHOD, args=vars(args), step=step, model=net.state_dict(),
-            ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            torch_version=str(torch.__version__)))
+        data.save_run(out / name, METHOD, args, step, net, ema, optimizer)
 
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
@@ -429,11 +427,11 @@ def main():
             net.load_state_dict(ema.state_dict())
             teacher, (ema, optimizer) = ema, start_stage(net, args)
         stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
-        P, batch, lr = (args.P_mean, args.P_std), args.batch, args.lr
+        times, P, batch, lr = args.times, (args.P_mean, args.P_std), args.batch, args.lr
         first = args.pretrain * args.pretrain_batch + k * batch        # images before this step
         if stage == "pretrain":
             P, batch, lr = args.pretrain_P or P, args.pretrain_batch, args.pretrain_lr or lr
-            first = k * batch
+            times, first = "arctan", k * batch
 
         # Seed: random numbers of the global batch; neither processes nor --accum change them
         random = data.generator(device, args.seed, "step", step)
@@ -441,21 +439,23 @@ def main():
         normal = torch.randn(batch, generator=random, device=device)
         drop, s_all, u, r_all = torch.rand((4, batch), generator=random, device=device)
 
+        # Batch, in pieces
+        piece = batch // (args.accum * world)
+        pieces = [slice(i * piece, (i + 1) * piece) for i in range(rank, args.accum * world, world)]
+        try:
+            batches = [dataset.batch(args.seed, first, batch, rows) for rows in pieces]
+        except ValueError as e:
+            log.close()
+            data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
+
         # Algorithm 1: the N2N objective is an update of its own, every --freq steps
         n2n_follows = stage == METHOD and "n2n" in args.objectives and k % args.freq == 0
         values, signalled = {}, 0
         for update in [stage, "n2n"] if n2n_follows else [stage]:
-            terms, piece = torch.zeros(2, device=device), batch // (args.accum * world)
-            for part in range(args.accum):
-                # Batch
-                rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
-                try:
-                    x1, y = (a.to(device) for a in dataset.batch(args.seed, first, batch, rows))
-                except ValueError as e:
-                    log.close()
-                    data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
+            terms = torch.zeros(2, device=device)
+            for part, rows in enumerate(pieces):
+                x1, y = (a.to(device) for a in batches[part])
                 x0, r = x0_all[rows], args.r_max * r_all[rows]
-                times = "arctan" if stage == "pretrain" else args.times
                 t = sample_t(times, normal[rows], u[rows], *P, args.segments)
                 if teacher is None:
                     y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)

@@ -147,12 +147,6 @@ def interpolate(x1, x0, t):
     return (1 - t) * x0 + t * x1
 
 
-def joint(net, *inputs):
-    """The outputs of net for several inputs (x, t, s, y), from one pass, which costs less."""
-    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
-    return net(*joined).chunk(len(inputs))
-
-
 @torch.no_grad()
 def guided_velocity(net, xt, t, c, y, y_null, w, t_low, v_cond=None):
     """The velocity at x_t, guided with scale w where t >= t_low (Eq. 9); c is net's condition. Net
@@ -286,6 +280,14 @@ def velocity(net, args):
 # --------------------------------------------------------------------------------------------------
 # Blocks that stand to the letter in all three scripts, so that one can be copied away whole.
 
+# --- shared: joint ---
+def joint(net, *inputs):
+    """The outputs of net for several inputs (x, t, s, y, ...), from one pass, which costs less."""
+    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
+    return net(*joined).chunk(len(inputs))
+# --- end shared ---
+
+
 # --- shared: dropout ---
 def same_dropout(net, rows, seed):
     """net with one and the same mask of nn.Dropout for every `rows` of its batch and every call."""
@@ -376,10 +378,7 @@ def main():
     preview_noise = torch.randn((2, 20, *dataset.shape), generator=random).to(device)
 
     def save(name):
-        data.save_checkpoint(out / name, dict(
-            method=METHOD, args=vars(args), step=step, model=net.state_dict(),
-            ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            torch_version=str(torch.__version__)))
+        data.save_run(out / name, METHOD, args, step, net, ema, optimizer)
 
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks

@@ -259,12 +259,6 @@ def precondition(net, ct, mu, sigma_d, second_time, velocity=False):
     return f
 
 
-def joint(f, *inputs):
-    """The outputs of f for several inputs (x, t, s, ...), from one pass, which costs less."""
-    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
-    return f(*joined).chunk(len(inputs))
-
-
 @torch.no_grad()
 def guided_velocity(f, xt, u, t, y, aug, y_null, w, kappa, guide):
     """MeanFlow's mixture (Geng et al. 2025, Eq. 19) of u and f(x_t, t, t) with label y and without,
@@ -381,6 +375,14 @@ def sampler_options(args):
 # --------------------------------------------------------------------------------------------------
 # Blocks that stand to the letter in all three scripts, so that one can be copied away whole.
 
+# --- shared: joint ---
+def joint(net, *inputs):
+    """The outputs of net for several inputs (x, t, s, y, ...), from one pass, which costs less."""
+    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
+    return net(*joined).chunk(len(inputs))
+# --- end shared ---
+
+
 # --- shared: dropout ---
 def same_dropout(net, rows, seed):
     """net with one and the same mask of nn.Dropout for every `rows` of its batch and every call."""
@@ -486,10 +488,7 @@ def main():
     preview_noise = torch.randn((2, 20, *dataset.shape), generator=random).to(device)
 
     def save(name):
-        data.save_checkpoint(out / name, dict(
-            method=METHOD, args=vars(args), step=step, model=net.state_dict(),
-            ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-            torch_version=str(torch.__version__)))
+        data.save_run(out / name, METHOD, args, step, net, ema, optimizer)
 
     # The network in its two roles: with gradient, and bare for the other point or the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks

@@ -364,9 +364,6 @@ def main():
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
         chosen = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
-        if args.times or args.n_ode is not None:           # which the method's sampler checks
-            for nfe in nfes:
-                draw(net, checkpoint, nfe, labels[:1], **given)
         if out.suffix == ".png" and rank == 0:             # small: one process draws it alone
             images = np.concatenate([draw(net, checkpoint, nfe, labels, args.seed, decode, **given)
                                      for nfe in nfes])
@@ -375,6 +372,8 @@ def main():
             out.parent.mkdir(parents=True, exist_ok=True)
             data.save_grid(out, images, columns, max(1, 64 // images.shape[1]), rows)
         elif out.suffix != ".png":
+            if args.times or args.n_ode is not None:       # the sampler checks them: before writing
+                draw(net, checkpoint, args.nfe, labels[:1], **given)
             shape = checkpoint["args"]["net"]
             settings = dict(
                 weights=data.fingerprint(net.state_dict()), decoder=data.fingerprint(decoder),

@@ -28,7 +28,8 @@ import quickstart
 import sample
 
 # A table: its script, the flags of all rows and of the teacher, the samplers that are its columns
-# (name, NFE), and its rows: label, flags, the paper's figure for each column.
+# (name, or None for the method's own, and NFE), and its rows: label, flags, the paper's figure for
+# each column.
 TABLES = {
     "decm": dict(
         script="decm.py", steps=400, flags=[], teacher=["--steps", "0"],
@@ -43,7 +44,18 @@ TABLES = {
         script="decm.py", steps=400, flags=[], teacher=["--steps", "0"],
         columns=[(name, nfe) for name in ("euler", "cm", "mix") for nfe in (4, 8, 16)],
         rows=[("Table 4", [], (76.15, 8.26, 2.38, 1.56, 2.37, 3.72, 1.41, 1.51, 1.42))]),
+    "gcm": dict(
+        script="gcm.py", steps=1000, flags=[], teacher=None, columns=[(None, 1), (None, 2)],
+        rows=[(f"({row})", ["--row", row], paper) for row, paper in dict(
+            A=(6.40, 4.28), B=(5.73, 4.40), C=(5.75, 4.31), D=(3.02, 2.24), E=(2.91, 2.20),
+            F=(2.91, 2.19), G=(6.59, 4.27), H=(5.50, 4.10), I=(5.49, 4.06), J=(2.94, 2.15),
+            K=(2.91, 2.15), L=(2.86, 2.11)).items()]),
 }
+
+
+def column(sampler, nfe):
+    """The name of a column."""
+    return f"{sampler or 'NFE'} {nfe}"
 
 
 def train(script, flags, out):
@@ -66,10 +78,10 @@ def figures_of(script, flags, out, columns, n):
     _, *reference = quickstart.judge(classifier, *data.glyphs(20_000, 16, seed=2))
     net, checkpoint = sample.load(out / "ckpt.pt")
     for sampler, nfe in columns:
-        if f"{sampler} {nfe}" not in figures:
+        if column(sampler, nfe) not in figures:
             images = sample.draw(net, checkpoint, nfe, labels, sampler=sampler)
             share, distance = quickstart.measure(classifier, images, labels, reference)
-            figures[f"{sampler} {nfe}"] = distance, share
+            figures[column(sampler, nfe)] = distance, share
     kept.write_text(json.dumps(figures))
     return figures
 
@@ -110,7 +122,7 @@ def main():
             print(f"{label}, seed {seed}: {run.result()}", file=sys.stderr)
 
     # Print: ours (mean, deviation over the seeds), the paper's FID below
-    names = [f"{sampler} {nfe}" for sampler, nfe in columns]
+    names = [column(*pair) for pair in columns]
     print(f"{args.table}: Frechet distance after {steps} steps, {args.n} samples, seeds {args.seeds}; "
           "the paper's FID below\n")
     print("| row | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))

@@ -10,19 +10,16 @@ difference between two checkpoints has to exceed. The bias of few samples is in 
 """
 
 import json
-import os
 import pathlib
-import platform
-import shlex
 import statistics
 import sys
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
 import fid
+import quickstart
 import sample
 
 
@@ -54,7 +51,7 @@ def distances(args, device):
 
 def main():
     p = data.Parser(description="Mean and deviation of a checkpoint's FID over the seeds of its samples.")
-    p.add_argument("ckpt", type=pathlib.Path, help="checkpoint of facm.py")
+    p.add_argument("ckpt", type=pathlib.Path, help="checkpoint of a script here")
     p.add_argument("--ref", required=True, help="reference, as fid.py takes it")
     p.add_argument("--ref-n", type=int, default=20_000, help="number of glyphs, if they are the reference")
     p.add_argument("--features", type=pathlib.Path, help="TorchScript file in place of Inception; it is executed")
@@ -81,9 +78,8 @@ def main():
         print(f"NFE {nfe:<4}{statistics.mean(values):10.4f} +- {statistics.stdev(values):.4f}")
     if args.json:
         args.json.write_text(json.dumps(dict(
-            figures=figures, distance=name, ref=args.ref, n=args.n, seed=args.seed, torch=torch.__version__,
-            cores=os.cpu_count(), machine=platform.machine(), command=shlex.join(["python", *sys.argv])),
-            indent=2) + "\n")
+            figures=figures, distance=name, ref=args.ref, n=args.n, seed=args.seed,
+            **quickstart.provenance()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

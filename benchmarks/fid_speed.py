@@ -13,10 +13,7 @@ the ratios medians of the ratios of neighbours.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -28,6 +25,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
 import fid
+import quickstart
 
 
 def other_network(device):
@@ -114,8 +112,7 @@ def main():
     if args.json:
         args.json.write_text(json.dumps(dict(
             figures=figures, ratios=ratios, batch=args.batch, size=args.size, device=str(device),
-            threads=torch.get_num_threads(), torch=torch.__version__, cores=os.cpu_count(),
-            machine=platform.machine(), command=shlex.join(["python", *sys.argv])), indent=2) + "\n")
+            threads=torch.get_num_threads(), **quickstart.provenance()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,7 @@ def peak(device):
 def measure(name, jvp, args):
     """Seconds for 1000 images and peak bytes of training steps with jvp "exact" or "fd"."""
     device, before = torch.device(args.device), peak(torch.device(args.device))
-    given = {k: data._literal(v) for k, v in (item.split("=") for item in args.net)}
-    options = NETWORKS[name] | given
+    options = NETWORKS[name] | data.options(args.net)
     torch.manual_seed(0)
     net = models.create(**options, second_time=True).to(device)
     optimizer = torch.optim.RAdam(net.parameters(), 1e-4)

@@ -8,7 +8,6 @@ Peak memory is that of a child process that reads one epoch of latents, for 2,50
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -25,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import quickstart  # noqa: E402
 
 
 def write_latents(folder, n, shard=2500):
@@ -110,8 +110,8 @@ def main():
           + ", ".join(f"{n} latents {m} MB" for n, m in memory.items()))
     if args.json:
         args.json.write_text(json.dumps(dict(
-            command="python benchmarks/loader.py", images_per_second=figures, latents_ratio=ratio, own_memory_MB=memory,
-            torch=str(torch.__version__), cores=os.cpu_count()), indent=2) + "\n")
+            images_per_second=figures, latents_ratio=ratio, own_memory_MB=memory, **quickstart.provenance()),
+            indent=2) + "\n")
 
 
 if __name__ == "__main__":

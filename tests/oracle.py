@@ -1,6 +1,16 @@
 """Gaussian data N(mu, sd^2) with the linear interpolant, t=0 noise and t=1 data: everything is closed-form."""
 
+import types
+
 import torch
+
+
+def mutant(source, old, new):
+    """The module that the source is with the one place `old` replaced by `new`."""
+    assert source.count(old) == 1, "the mutated line has changed; adapt the test"
+    module = types.ModuleType("mutant")
+    exec(compile(source.replace(old, new), "mutant", "exec"), module.__dict__)
+    return module
 
 
 class Gaussian:

@@ -3,17 +3,16 @@
 import functools
 import math
 import pathlib
-import types
 
 import pytest
 import torch
-from oracle import Gaussian
+from oracle import Gaussian, mutant
 
 import data
 import gcm
 import models
 from test_data import write_shards
-from test_training import assert_same_run, call, first_gradient, popen, refused, rows, torchrun, wait_for_step
+from test_training import assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, torchrun
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
 SIGMA_D = 0.5
@@ -104,18 +103,11 @@ MUTANTS = [
 ]
 
 
-def mutant(old, new):
-    assert SOURCE.count(old) == 1, "the mutated line has changed; adapt the test"
-    module = types.ModuleType("mutant")
-    exec(compile(SOURCE.replace(old, new), "mutant", "exec"), module.__dict__)
-    return module
-
-
 @pytest.mark.parametrize("variant", ["CU", "VU"])
 @pytest.mark.parametrize("old, new, exact", MUTANTS)
 def test_mutants_are_caught(old, new, exact, variant):
-    assert loss(mutant(old, new), variant, exact=exact) > 20 * loss(gcm, variant, exact=exact)
-    assert loss(mutant(old, new), variant, exact=exact) > 2e-2
+    assert loss(mutant(SOURCE, old, new), variant, exact=exact) > 20 * loss(gcm, variant, exact=exact)
+    assert loss(mutant(SOURCE, old, new), variant, exact=exact) > 2e-2
 
 
 @pytest.mark.parametrize("variant", ["CU", "VU"])
@@ -316,7 +308,7 @@ def test_mmd_of_a_set_with_itself_is_0_and_of_others_above():
 def test_mutants_of_the_mmd_are_caught(old, new):
     honest = gcm.mmd_loss
     try:
-        gcm.mmd_loss = mutant(old, new).mmd_loss
+        gcm.mmd_loss = mutant(SOURCE, old, new).mmd_loss
         with pytest.raises(AssertionError):
             test_mmd_is_eq_46_with_the_kernel_of_eq_44()
     finally:
@@ -328,7 +320,7 @@ def test_oracle_has_almost_no_mmd():
     t, s = (a.reshape(-1, 4)[:, :1].expand(-1, 4).flatten() for a in (t, s))
     exact = loss(gcm, exact=True, M=4, t=t, s=s, sigma=math.inf)
     assert abs(exact) < 1e-9
-    wrong = mutant("target = u + wide(s - t) * derivative", "target = u + wide(t - s) * derivative")
+    wrong = mutant(SOURCE, "target = u + wide(s - t) * derivative", "target = u + wide(t - s) * derivative")
     assert loss(wrong, exact=True, M=4, t=t, s=s, sigma=math.inf) > 1e-2
 
 
@@ -474,13 +466,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
     command = [*TINY, *VU, "--steps", 6, "--save-every", 2, "--out", tmp_path / "run"]
-    process = popen(*command, script="gcm.py")
-    wait_for_step(process, tmp_path / "run", 3)
-    process.kill()
-    process.communicate()
-    again = popen(*command, script="gcm.py")
-    assert again.wait() == 0, again.communicate()[1]
-    again.communicate()
+    kill_and_rerun(*command, step=3, out=tmp_path / "run", script="gcm.py")
     assert_same_run(finished, tmp_path / "run", ["ckpt.pt"])
 
 

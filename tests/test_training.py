@@ -62,6 +62,17 @@ def wait_for_step(process, out, step):
     raise AssertionError("the run made no progress")
 
 
+def kill_and_rerun(*command, step, out, script="facm.py"):
+    """The run `out`, killed by kill -9 at that step or a little later, then run again to its end."""
+    process = popen(*command, script=script)
+    wait_for_step(process, out, step)
+    process.kill()
+    process.communicate()
+    again = popen(*command, script=script)
+    assert again.wait() == 0, again.communicate()[1]
+    again.communicate()
+
+
 def same(a, b):
     """Equal to the last bit: nested dicts and lists of tensors and plain values."""
     if isinstance(a, dict):
@@ -105,13 +116,7 @@ def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path, stage):
     """Killed at a random step of the stage, with a checkpoint every 4 steps, then run again."""
     command = [*TINY, "--pretrain", 6, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
     step = random.randint(1, 5) + (6 if stage == "facm" else 0)
-    process = popen(*command)
-    wait_for_step(process, tmp_path / "run", step)
-    process.kill()
-    process.communicate()
-    again = popen(*command)
-    assert again.wait() == 0, again.communicate()[1]
-    again.communicate()
+    kill_and_rerun(*command, step=step, out=tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
 
 
