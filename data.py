@@ -648,11 +648,11 @@ def save_checkpoint(path, checkpoint):
     os.replace(part, path)
 
 
-def save_run(path, method, args, step, net, ema, optimizer):
-    """The checkpoint of a run at a step, as read_checkpoint gives it back."""
+def save_run(path, method, args, step, net, ema, optimizer, **more):
+    """The checkpoint of a run at a step, as read_checkpoint gives it back; more: tensors."""
     save_checkpoint(path, dict(
         method=method, args=vars(args), step=step, model=net.state_dict(), ema=ema.state_dict(),
-        optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)))
+        optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)) | more)
 
 
 def read_checkpoint(path):

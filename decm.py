@@ -299,7 +299,7 @@ def default_sampler(nfe, args):
 
 def sampler_options(args):
     """{sampler: keyword arguments from the training's args, a dict}."""
-    return {}
+    return {name: {} for name in SAMPLERS}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ one network on two tasks, told apart by the time it is conditioned on: the short
     g         = F(x_t, c_CM) - (v + (1-t) dF/dt)           residual, clamped to [-1, 1]   Eq. 11
     v_tar     = F(x_t, c_CM) - alpha(t) g                  relaxed target                 Eq. 12
     L_CM      = beta(t) e / sqrt(e+c), e = |F - v_tar|^2   accelerator                    Eq. 14, 18
+--objective scm, meanflow: the two methods that the paper compares with (A.3(c)).
 
     x1, x0, xt, t   x_1, x_0, x_t, t        c_cm, c_fm  conditions (t, s): (t, None), (2-t, None)
     F_cm, F_fm      F(x_t, c_CM), ...                   or, auxiliary, (t, 1), (t, t)   (3.2.2)
@@ -52,17 +53,17 @@ PRESETS = {
         ema_sigma=0.1, jvp="fd",
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
                  adaptive_scale=True, time_scale=8.0),
-        P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
+        P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125, tangent_warmup=100),
     "cifar10": dict(                       # the numbers of steps are ours
         resolution=32, steps=200_000, pretrain=400_000, batch=128, lr=1e-4, lr_final=1.0,
         warmup=1000, betas=(0.9, 0.995), ema_sigma=0.2, jvp="exact", xflip=True, uncond=True,
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
-        P_mean=-1.0, P_std=1.4, w=1.0, t_low=0.125),
+        P_mean=-1.0, P_std=1.4, w=1.0, t_low=0.125, tangent_warmup=10_000),
     "imagenet_latents": dict(              # 800 epochs, then 250 (Table 1)
         steps=313_000, pretrain=1_001_000, batch=1024, lr=1e-4, lr_final=1.0, warmup=1000,
         betas=(0.9, 0.999), ema_sigma=0.2, jvp="exact",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
-        P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
+        P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125, tangent_warmup=10_000),
 }
 
 
@@ -110,12 +111,21 @@ def parse_args():
     a("--w", type=float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
     a("--t-low", type=float, help="no guidance before this time (Table 5)")
     a("--jvp", choices=["exact", "fd"], help="forward mode or central difference (A.1)")
+    a("--objective", choices=["facm", "scm", "meanflow"], default="facm", help="Tables 2 and 3")
     a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2")
     a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
     a("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
     a("--power", type=float, default=0.5, help="the exponent p in 1-t^p (Table 4)")
     a("--c", type=float, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
-    return p.parse(METHOD, PRESETS)
+    a("--anchor", type=float, default=1.0, help="weight of L_FM; 0: without the anchor (Eq. 8)")
+    a("--tangent-warmup", type=int, help="scm: steps in which dF/dt comes in (A.3(c))")
+    a("--equal", type=float, help="meanflow: share of r = t (A.3(c): 0.75 from scratch, else 0)")
+    args = p.parse(METHOD, PRESETS)
+    if args.objective == "meanflow":
+        args.condition = "auxiliary"       # (t, 1) and (t, t) are two of its (t, r)
+    if args.equal is None:
+        args.equal = 0.0 if args.teacher or args.pretrain else 0.75
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,6 +142,12 @@ def sample_t(normal, P_mean, P_std):
     """Times in (0, 1), denser near the data, from standard normal draws [B]."""
     sigma = torch.exp(P_mean + P_std * normal)
     return 1 - 2 / math.pi * torch.atan(sigma)                         # Eq. 20
+
+
+def sample_t_r(normal, same, P_mean, P_std):
+    """MeanFlow's times t <= r from draws [2, B]; r = t where same [B] bool (A.3(c))."""
+    t, r = sample_t(normal, P_mean, P_std).sort(dim=0)[0]
+    return t, torch.where(same, t, r)
 
 
 def conditions(t, condition):
@@ -199,19 +215,20 @@ def norm_l2(F_cm, v_tar, c):
     return e / (e + c).sqrt().detach()                                 # Eq. 18
 
 
-def facm_loss(net, derivative, teacher, x1, x0, t, y, y_null, condition, w, t_low, alpha, beta, c):
-    """The two terms of Eq. 8, means over the batch (Algorithm 1). net: F_theta, with gradient;
-    derivative(xt, c_cm, y, v): dF/dt, without; teacher: F_delta, or None from scratch."""
-    xt = interpolate(x1, x0, t)
-    c_cm, c_fm = conditions(t, condition)
+@torch.no_grad()
+def flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, y_null, w, t_low):
+    """v at x_t, guided: the teacher's, or from scratch that of the pair (x0, x1) (Eq. 9)."""
     if teacher is None:
-        v = guided_velocity(net, xt, t, c_fm, y, y_null, w, t_low, v_cond=x1 - x0)
-    else:
-        # paper: the teacher sees c_FM; here: t, because every flow-matching network knows t, but
-        # 2 - t only one that was pretrained with the mixed conditions of A.3(a).
-        c_teacher = (t, t if teacher.second_time else None)
-        v = guided_velocity(teacher, xt, t, c_teacher, y, y_null, w, t_low)
+        return guided_velocity(net, xt, t, c_fm, y, y_null, w, t_low, v_cond=x1 - x0)
+    # paper: the teacher sees c_FM; here: t, because every flow-matching network knows t, but 2 - t
+    # only one that was pretrained with the mixed conditions of A.3(a).
+    c_teacher = (t, t if teacher.second_time else None)
+    return guided_velocity(teacher, xt, t, c_teacher, y, y_null, w, t_low)
 
+
+def facm_loss(net, derivative, xt, v, t, y, c_cm, c_fm, alpha, beta, c):
+    """The two terms of Eq. 8, means over the batch (Algorithm 1). net: F_theta, with gradient;
+    derivative(xt, c_cm, y, v): dF/dt, without."""
     F_cm, F_fm = joint(net, (xt, *c_cm, y), (xt, *c_fm, y))
     L_fm = fm_loss(F_fm, v)
 
@@ -219,6 +236,29 @@ def facm_loss(net, derivative, teacher, x1, x0, t, y, y_null, condition, w, t_lo
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, alpha)
     L_cm = beta * norm_l2(F_cm, v_tar, c)                              # Eq. 14
     return L_fm.mean(), L_cm.mean()
+
+
+def log_weight(t, phi):
+    """a(t) [B] of sCM's adaptive weight, a sum of cosines with the learned coefficients phi [K]."""
+    return torch.cos(math.pi * t[:, None] * torch.arange(len(phi), device=t.device)) @ phi
+
+
+def scm_loss(net, derivative, xt, v, t, y, c_cm, warm, phi):
+    """sCM (Lu & Song 2024) on the linear flow (A.3(c)). warm: the share of dF/dt, which rises to 1;
+    phi: see log_weight; the pixel normalisation is the network's."""
+    F_cm, dF_dt = net(xt, *c_cm, y), derivative(xt, c_cm, y, v)
+    g = F_cm.detach() - v - warm * (1 - t)[:, None, None, None] * dF_dt          # tangent, Eq. 11
+    g = g / (g.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.1)
+    e, a = (F_cm - (F_cm.detach() - g)).square().mean(dim=(1, 2, 3)), log_weight(t, phi)
+    return (e * torch.exp(-a) + a).mean()
+
+
+def meanflow_loss(net, derivative, xt, v, t, r, y, c, p=1.0):
+    """MeanFlow (Geng et al. 2025) with its adaptive weight: F(x_t, t, r) is the average velocity
+    from t to r >= t, therefore v + (r-t) dF/dt, which at r = t is flow matching."""
+    F_r, dF_dt = net(xt, t, r, y), derivative(xt, (t, r), y, v)
+    e = (F_r - v - (r - t)[:, None, None, None] * dF_dt).square().mean(dim=(1, 2, 3))
+    return (e / (e + c).pow(p).detach()).mean()
 
 
 def pretrain_loss(net, x1, x0, t, y, condition, mixed):
@@ -256,19 +296,30 @@ def sample_euler(net, noise, y, nfe, condition="expanded", w=1.0, t_low=0.125):
     return xt
 
 
-SAMPLERS = {"cm": sample, "euler": sample_euler}
-DETERMINISTIC = ("euler",)                 # these take noise of K = 1, the others K = nfe
+@torch.no_grad()
+def sample_jumps(net, noise, y, nfe):
+    """MeanFlow's: nfe jumps from t to r along the average velocity F(x_t, t, r); K = 1."""
+    xt = noise[0]
+    for i in range(nfe):
+        t, r = (torch.full_like(noise[0, :, 0, 0, 0], j / nfe) for j in (i, i + 1))
+        xt = xt + net(xt, t, r, y) / nfe
+    return xt
+
+
+SAMPLERS = {"cm": sample, "euler": sample_euler, "jumps": sample_jumps}
+DETERMINISTIC = ("euler", "jumps")         # these take noise of K = 1, the others K = nfe
 
 
 def default_sampler(nfe, args):
     """The sampler that suits an NFE (A.3(b)); args: the training's, a dict."""
-    return "cm"
+    return "jumps" if args.get("objective") == "meanflow" else "cm"
 
 
 def sampler_options(args):
-    """{sampler: its options} from the args of a checkpoint; args["net"] is enough."""
+    """{sampler: its options}, of those that a run with these args (a dict) has."""
     condition = "auxiliary" if args["net"].get("second_time") else "expanded"
-    return dict.fromkeys(SAMPLERS, dict(condition=condition))
+    meanflow = dict(jumps={}) if args.get("objective") == "meanflow" else {}
+    return dict(cm=dict(condition=condition), euler=dict(condition=condition)) | meanflow
 
 
 def velocity(net, args):
@@ -337,7 +388,9 @@ def preview(path, net, stage, noise, args):
     if stage == "pretrain":
         images = [sample_euler(net, noise, y, 20, args.condition, args.w, args.t_low)]
     else:
-        images = [sample(net, noise, y, nfe, args.condition) for nfe in (1, 2)]
+        name = default_sampler(1, vars(args))
+        options = sampler_options(vars(args))[name]
+        images = [SAMPLERS[name](net, noise, y, nfe, **options) for nfe in (1, 2)]
     path.parent.mkdir(exist_ok=True)
     data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
 
@@ -360,17 +413,22 @@ def main():
             raise ValueError(f"--w {args.w}: guidance needs a network with classes; take --w 1")
         if args.condition == "expanded" and not net.expandable:
             raise ValueError("this network's time ends at 1; take --condition auxiliary")
+        if args.objective == "scm" and args.w != 1 and not (args.pretrain or args.teacher):
+            raise ValueError("--objective scm from scratch knows no velocity to guide; take --w 1")
         out, checkpoint = data.open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
             unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
             teacher = models.load(path, **unseen).to(device).requires_grad_(False)
             models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+        phi = torch.zeros(8, device=device, requires_grad=True)        # sCM's a(t)
         ema, optimizer = start_stage(net, args)
+        optimizer.add_param_group(dict(params=[phi]))
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
             optimizer.load_state_dict(checkpoint["optimizer"])
+            phi.data.copy_(checkpoint.get("phi", phi))
     except (ValueError, OSError) as e:
         data.fail(e)
     gamma = ema_gamma(args.ema_sigma)
@@ -378,7 +436,7 @@ def main():
     preview_noise = torch.randn((2, 20, *dataset.shape), generator=random).to(device)
 
     def save(name):
-        data.save_run(out / name, METHOD, args, step, net, ema, optimizer)
+        data.save_run(out / name, METHOD, args, step, net, ema, optimizer, phi=phi.detach())
 
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
@@ -398,7 +456,10 @@ def main():
                 save("teacher.pt")
             net.load_state_dict(ema.state_dict())
             teacher, (ema, optimizer) = ema, start_stage(net, args)
-        stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
+            optimizer.add_param_group(dict(params=[phi]))
+        stage, k = "pretrain", step
+        if step >= args.pretrain:
+            stage, k = args.objective, step - args.pretrain
         P, batch, lr = (args.P_mean, args.P_std), args.batch, args.lr
         first = args.pretrain * args.pretrain_batch + k * batch        # images before this step
         if stage == "pretrain":
@@ -410,6 +471,8 @@ def main():
         x0_all = torch.randn((batch, *dataset.shape), generator=random, device=device)
         normal = torch.randn(batch, generator=random, device=device)
         drop, mix = torch.rand((2, batch), generator=random, device=device)
+        normal_r = torch.randn(batch, generator=random, device=device)
+        same = torch.arange(batch, device=device) < args.equal * batch
 
         terms, piece = torch.zeros(2, device=device), batch // (args.accum * world)
         for part in range(args.accum):
@@ -438,16 +501,32 @@ def main():
                         torch.manual_seed(seed)
                         return differentiate(F_bare, *inputs)
 
-                    L_fm, L_cm = facm_loss(
-                        F_theta, derivative, teacher, x1, x0, t, y, net.num_classes,
-                        args.condition, args.w, args.t_low, WEIGHTS[args.alpha](t, args.power),
-                        WEIGHTS[args.beta](t, args.power), args.c)
+                    if args.objective == "meanflow":
+                        pair = torch.stack([normal[rows], normal_r[rows]])
+                        t, r = sample_t_r(pair, same[rows], *P)
+                    xt, (c_cm, c_fm) = interpolate(x1, x0, t), conditions(t, args.condition)
+                    v = flow_velocity(F_theta, teacher, x1, x0, xt, t, c_fm, y, net.num_classes,
+                                      args.w, args.t_low)
+                    if args.objective == "facm":
+                        L_fm, L_cm = facm_loss(
+                            F_theta, derivative, xt, v, t, y, c_cm, c_fm,
+                            WEIGHTS[args.alpha](t, args.power), WEIGHTS[args.beta](t, args.power),
+                            args.c)
+                    elif args.objective == "scm":
+                        warm = min(1, (k + 1) / max(args.tangent_warmup, 1))
+                        L_cm = scm_loss(F_theta, derivative, xt, v, t, y, c_cm, warm, phi)
+                        L_fm = torch.zeros_like(L_cm)
+                    else:
+                        L_cm = meanflow_loss(F_theta, derivative, xt, v, t, r, y, args.c)
+                        L_fm = torch.zeros_like(L_cm)
             terms += torch.stack([L_fm, L_cm]).detach() / args.accum
 
             # Backward: summed over the pieces, averaged over the processes with the last one
             last = part + 1 == args.accum
             with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
-                ((L_fm + L_cm) / args.accum).backward()                # Eq. 8
+                ((args.anchor * L_fm + L_cm) / args.accum).backward()  # Eq. 8
+        if world > 1 and phi.grad is not None:                         # not among the network's
+            dist.all_reduce(phi.grad.div_(world))
 
         # Clip, and the finite check of losses and gradient in one transfer
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)

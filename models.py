@@ -129,9 +129,9 @@ class UNetBlock(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, emb_channels, dropout, adaptive_scale,
-                 taps=(1, 1), up=False, down=False, attention=False):
+                 taps=(1, 1), up=False, down=False, attention=False, pixelnorm=False):
         super().__init__()
-        self.adaptive_scale = adaptive_scale
+        self.adaptive_scale, self.pixelnorm = adaptive_scale, pixelnorm
         self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, taps=taps)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
@@ -152,6 +152,8 @@ class UNetBlock(nn.Module):
         params = self.affine(emb)[:, :, None, None]                    # [B, C or 2C, 1, 1]
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
+            if self.pixelnorm:
+                scale, shift = pixel_norm(scale), pixel_norm(shift)
             h = torch.addcmul(shift, self.norm1(h), scale + 1)
         else:
             h = self.norm1(h + params)
@@ -207,6 +209,7 @@ class DDPMpp(nn.Module):
     ncsn            NCSN++: Fourier features of the time, filter (1, 3, 3, 1), residual input
     sigma_data      standard deviation of the data, for the preconditioning; None: none
     time_scale      the features are those of time_scale t
+    pixelnorm       normalises that scale and shift over the channels (sCM; FACM A.3(c))
     edm_time        the features are those of EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in
                     [0.002, 80], so that a denoiser trained by NVlabs/edm is a velocity here
 
@@ -219,8 +222,11 @@ class DDPMpp(nn.Module):
 
     def __init__(self, input_size, in_channels=3, num_classes=0, width=128, mult=(2, 2, 2),
                  blocks=4, attention=(16,), dropout=0.0, adaptive_scale=False, second_time=False,
-                 augment_dim=0, ncsn=False, sigma_data=None, time_scale=1.0, edm_time=False):
+                 augment_dim=0, ncsn=False, sigma_data=None, time_scale=1.0, edm_time=False,
+                 pixelnorm=False):
         super().__init__()
+        if pixelnorm and not adaptive_scale:
+            raise ValueError("pixelnorm normalises a scale and a shift: take adaptive_scale=True")
         if input_size % 2 ** (len(mult) - 1):
             raise ValueError(f"{len(mult)} resolutions need a size that is divisible by "
                              f"{2 ** (len(mult) - 1)}; {input_size} is not")
@@ -241,7 +247,8 @@ class DDPMpp(nn.Module):
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
         def block(cin, cout, **options):
-            return UNetBlock(cin, cout, emb_channels, dropout, adaptive_scale, taps, **options)
+            return UNetBlock(cin, cout, emb_channels, dropout, adaptive_scale, taps,
+                             pixelnorm=pixelnorm, **options)
 
         self.enc, skips, cout, caux = nn.ModuleDict(), [], width, in_channels
         for level, m in enumerate(mult):
@@ -339,7 +346,7 @@ def modulate(x, shift, scale):
 
 
 def pixel_norm(x):
-    """[B, D] scaled to a mean square of 1 (sCM's modulation; FACM A.3(c))."""
+    """[B, D, ...] scaled to a mean square of 1 over D (sCM's modulation; FACM A.3(c))."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
 
 

@@ -208,9 +208,9 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
             v = (module.velocity(net, args) if hasattr(module, "velocity") else
                  lambda x, t, y: net(x, t, t if net.second_time else None, y))
         else:
-            samplers, name = module.SAMPLERS, sampler or module.default_sampler(nfe, args)
             v, role = net, f"{method}'s distilled network (guidance is for its teacher)"
-            options = dict(module.sampler_options(args).get(name, {}))
+            name, fits = sampler or module.default_sampler(nfe, args), module.sampler_options(args)
+            samplers, options = {key: module.SAMPLERS[key] for key in fits}, fits.get(name)
     except (ModuleNotFoundError, KeyError) as e:
         raise ValueError(f"{method}.py can not sample this checkpoint: {e}") from None
     if name not in samplers:

@@ -2,15 +2,21 @@
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
     python benchmarks/ablation.py decm-samplers            # its last row's runs, other samplers
+    python benchmarks/ablation.py facm                     # also: teachers, stability, gcm
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
 Every row is a run of the method's script in runs/ablation, judged as in quickstart.py: 1,000 samples,
 Frechet distance of 64 features, mean and standard deviation over the seeds. An interrupted table goes
 on where it stopped. A budget of minutes shows an order at best: the papers trained for days.
+
+"stability" adds percentiles of the norm of the gradient before clipping, over all steps, as their
+mean over the seeds, and how many runs collapsed: those that ended in a loss or gradient that is not
+finite, or whose one-step samples are worse than one Euler step of their teacher.
 """
 
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -19,6 +25,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,10 +36,42 @@ import sample
 
 # A table: its script, the flags of all rows and of the teacher, the samplers that are its columns
 # (name, or None for the method's own, and NFE), and its rows: label, flags, the paper's figure for
-# each column.
+# each column (or None), and, where they differ from the table's, the teacher's flags (None: from
+# scratch).
+TEACHER, PIXELNORM = ["--steps", "0"], ["--net", "pixelnorm=True"]
 TABLES = {
+    "facm": dict(
+        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
+        columns=[(None, 1), (None, 2)],
+        rows=[
+            ("sCM (w/o pixel norm.)", ["--objective", "scm"], (None, None)),
+            ("sCM (w/ pixel norm.)", ["--objective", "scm", *PIXELNORM], (3.04, None),
+             TEACHER + PIXELNORM),
+            ("MeanFlow", ["--objective", "meanflow"], (2.75, None)),
+            ("FACM (auxiliary)", ["--condition", "auxiliary"], (1.93, None)),
+            ("FACM (expanded)", [], (1.76, 1.32)),
+            ("MeanFlow (from scratch)", ["--objective", "meanflow", "--pretrain", "0", "--steps",
+                                         "1500"], (2.65, None), None),
+            ("FACM (from scratch)", ["--pretrain", "0", "--steps", "1500"], (2.27, None), None)]),
+    "teachers": dict(
+        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
+        columns=[(None, 1), (None, 2)],
+        rows=[
+            (f"{name}, teacher of {steps} steps", flags, (None, None),
+             [*TEACHER, *more, *([] if steps == 2000 else ["--pretrain", str(steps)])])
+            for name, flags, more in (("FACM", [], []),
+                                      ("sCM", ["--objective", "scm", *PIXELNORM], PIXELNORM))
+            for steps in (500, 1000, 2000)]),
+    "stability": dict(
+        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
+        columns=[(None, 1)], seeds=range(5), gradients=True,
+        rows=[
+            (name + pixelnorm, [*flags, *more], (None,), TEACHER + more)
+            for name, flags in (("FACM", []), ("FACM without anchor", ["--anchor", "0"]),
+                                ("sCM", ["--objective", "scm"]))
+            for pixelnorm, more in (("", []), (", pixel norm.", PIXELNORM))]),
     "decm": dict(
-        script="decm.py", steps=400, flags=[], teacher=["--steps", "0"],
+        script="decm.py", steps=400, flags=[], teacher=TEACHER,
         columns=[("cm", 1), ("cm", 2), ("cm", 4), ("euler", 50)],
         rows=[
             ("(c) FM", ["--objectives", "fm"], (263.86, 220.55, 87.93, 1.45)),
@@ -41,7 +80,7 @@ TABLES = {
             ("(f) FM + N2N", ["--objectives", "fm", "n2n"], (441.66, 297.28, 132.60, 1.41)),
             ("(g) FM + CD + N2N", [], (1.70, 1.33, 1.41, 1.26))]),
     "decm-samplers": dict(
-        script="decm.py", steps=400, flags=[], teacher=["--steps", "0"],
+        script="decm.py", steps=400, flags=[], teacher=TEACHER,
         columns=[(name, nfe) for name in ("euler", "cm", "mix") for nfe in (4, 8, 16)],
         rows=[("Table 4", [], (76.15, 8.26, 2.38, 1.56, 2.37, 3.72, 1.41, 1.51, 1.42))]),
     "gcm": dict(
@@ -59,20 +98,35 @@ def column(sampler, nfe):
 
 
 def train(script, flags, out):
-    """Runs a script to its end on one thread; the same command resumes it."""
+    """Runs a script to its end on one thread; the same command resumes it. False: it diverged."""
     command = [sys.executable, "-W", "ignore", str(ROOT / script), "--device", "cpu", *flags,
                "--preview-every", "1000000", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
+    if "FloatingPointError" in done.stderr:
+        return False
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
+    return True
+
+
+def name_of(words):
+    """A folder's name for these words and flags."""
+    return "-".join(word.strip("-") for word in words)
 
 
 def figures_of(script, flags, out, columns, n):
-    """Trains and judges a run: {column: (distance, share recognised)}, kept beside the run."""
-    train(script, flags, out)
+    """Trains and judges a run: {column: (distance, share recognised)} and percentiles 50, 90, 99 and
+    100 of the gradient's norm, kept beside the run."""
+    finished = train(script, flags, out)
+    figures = {}
+    if "--log-every" in flags:             # every step has its line
+        norms = [json.loads(line)["grad_norm"] for line in open(out / "log.jsonl")]
+        figures = dict(gradients=np.percentile(norms, [50, 90, 99, 100]).tolist())
+    if not finished:
+        return {column(*pair): (math.inf, 0.0) for pair in columns} | figures
     kept = out / f"figures-{n}.json"
-    figures = json.loads(kept.read_text()) if kept.exists() else {}
+    figures |= json.loads(kept.read_text()) if kept.exists() else {}
     torch.set_num_threads(1)
     classifier, labels = quickstart.load_classifier(16), torch.arange(n) % 10
     _, *reference = quickstart.judge(classifier, *data.glyphs(20_000, 16, seed=2))
@@ -89,7 +143,7 @@ def figures_of(script, flags, out, columns, n):
 def main():
     p = data.Parser(description="Rows of the papers' ablation tables on glyphs.")
     p.add_argument("table", choices=list(TABLES), help="which table")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training")
+    p.add_argument("--seeds", type=int, nargs="+", help="seeds of the training (default: 0, 1, 2)")
     p.add_argument("--steps", type=int, help="steps of each row (default: the table's)")
     p.add_argument("--n", type=int, default=1000, help="samples for each figure")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
@@ -99,44 +153,60 @@ def main():
     if args.n < 100 or args.jobs < 1 or (args.steps or 1) < 1:
         data.fail("--n must be at least 100, --jobs and --steps at least 1")
     steps, script, out = args.steps or table["steps"], table["script"], pathlib.Path("runs/ablation")
+    seeds, columns = args.seeds or list(table.get("seeds", range(3))), table["columns"]
     quickstart.load_classifier(16)
 
-    # One teacher for all rows, then the rows' runs; tables with the same flags share their runs
-    common = [*table["flags"], "--steps", str(steps)]
-    if table["teacher"]:
-        teacher = out / f"{script[:-3]}-teacher"
-        train(script, [*table["flags"], *table["teacher"]], teacher)
-        common += ["--teacher", str(teacher / "ckpt.pt")]
-    columns, figures = table["columns"], {}
+    # The teachers, then the rows' runs; rows and tables with the same flags share their runs
+    figures, teachers = {}, {}
+    rows = [(row[0], row[1], row[2], row[3] if len(row) > 3 else table["teacher"])
+            for row in table["rows"]]
     with concurrent.futures.ProcessPoolExecutor(
             args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for *_, flags in rows:
+            if flags and name_of(flags) not in teachers:
+                path = out / name_of([script[:-3], "teacher", *flags[len(TEACHER):]])
+                measured = [("euler", 1)] if table.get("gradients") else []
+                teachers[name_of(flags)] = path / "ckpt.pt", pool.submit(
+                    figures_of, script, [*table["flags"], *flags], path, measured, args.n)
+        teachers = {name: (path, run.result()) for name, (path, run) in teachers.items()}
         waiting = {}
-        for label, flags, _ in table["rows"]:
-            for seed in args.seeds:
-                words = [script[:-3], str(steps), f"seed{seed}", *(f.strip("-") for f in flags)]
+        for label, flags, _, teacher in rows:
+            for seed in seeds:
+                words = [script[:-3], str(steps), f"seed{seed}", *flags]
+                given = [*table["flags"], "--steps", str(steps), *flags, "--seed", str(seed)]
+                if teacher:
+                    path = teachers[name_of(teacher)][0]
+                    words += ["teacher", *teacher[len(TEACHER):]] if len(teacher) > 2 else []
+                    given += ["--teacher", str(path)]
                 waiting[label, seed] = pool.submit(
-                    figures_of, script, [*common, *flags, "--seed", str(seed)],
-                    out / "-".join(words), columns, args.n)
+                    figures_of, script, given, out / name_of(words), columns, args.n)
         for (label, seed), run in waiting.items():
             figures.setdefault(label, []).append(run.result())
             print(f"{label}, seed {seed}: {run.result()}", file=sys.stderr)
 
     # Print: ours (mean, deviation over the seeds), the paper's FID below
     names = [column(*pair) for pair in columns]
-    print(f"{args.table}: Frechet distance after {steps} steps, {args.n} samples, seeds {args.seeds}; "
+    print(f"{args.table}: Frechet distance after {steps} steps, {args.n} samples, seeds {seeds}; "
           "the paper's FID below\n")
-    print("| row | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
-    for label, flags, paper in table["rows"]:
+    heads = [*names, *(["gradient 50%, 90%, 99%, 100%", "collapsed"] if table.get("gradients") else [])]
+    print("| row | " + " | ".join(heads) + " |\n|---|" + "---|" * len(heads))
+    for label, flags, paper, teacher in rows:
         cells = []
         for name in names:
             distances = [one[name][0] for one in figures[label]]
             spread = f" ± {statistics.stdev(distances):.1f}" if len(distances) > 1 else ""
             cells.append(f"{statistics.mean(distances):.1f}{spread}")
+        if table.get("gradients"):
+            mean = np.mean([one["gradients"] for one in figures[label]], axis=0)
+            worst = teachers[name_of(teacher)][1]["euler 1"][0]
+            collapsed = sum(one[names[0]][0] > worst for one in figures[label])
+            cells += [", ".join(f"{value:.2f}" for value in mean), f"{collapsed} of {len(seeds)}"]
         print(f"| {label} {shlex.join(flags)} | " + " | ".join(cells) + " |")
-        print("| paper | " + " | ".join(f"{value:.2f}" for value in paper) + " |")
+        if any(paper):
+            print("| paper | " + " | ".join(f"{value:.2f}" if value else "" for value in paper) + " |")
     if args.json:
         args.json.write_text(json.dumps(dict(
-            table=args.table, steps=steps, seeds=args.seeds, n=args.n, figures=figures,
+            table=args.table, steps=steps, seeds=seeds, n=args.n, figures=figures,
             **quickstart.provenance()), indent=2) + "\n")
 
 

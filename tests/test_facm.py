@@ -44,9 +44,10 @@ def losses(module, condition="expanded", teacher=True, w=1.0, mode="exact", x1=N
         x1, x0, t = ORACLE.draw(64)
     net = OracleNet(condition == "auxiliary")
     derivative = functools.partial(module.total_derivative, net, mode=mode)
-    y = torch.full((len(t),), 1)
-    return module.facm_loss(net, derivative, OracleNet(condition == "auxiliary", teacher=True) if teacher else None,
-                            x1, x0, t, y, Y_NULL, condition, w, 0.125, torch.ones_like(t), torch.ones_like(t), 1e-3)
+    y, xt, (c_cm, c_fm) = torch.full((len(t),), 1), module.interpolate(x1, x0, t), module.conditions(t, condition)
+    teacher = OracleNet(condition == "auxiliary", teacher=True) if teacher else None
+    v = module.flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, Y_NULL, w, 0.125)
+    return module.facm_loss(net, derivative, xt, v, t, y, c_cm, c_fm, torch.ones_like(t), torch.ones_like(t), 1e-3)
 
 
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
@@ -74,6 +75,99 @@ def test_mutants_are_caught(old, new, hurt):
     L_fm, L_cm = losses(mutant(SOURCE, old, new))
     assert (L_cm > 1e-2) == (hurt in ("cm", "both"))
     assert (L_fm > 1e-2) == (hurt in ("fm", "both"))
+
+
+class AverageNet:
+    """MeanFlow's ideal: the average velocity from t to s, which at s = t is the velocity."""
+
+    num_classes, second_time = 0, True
+
+    def __call__(self, x, t, s, y=None):
+        there = s == t
+        average = ORACLE.average_velocity(x, t, torch.where(there, t + 0.5, s))       # not 0 / 0 there
+        return torch.where(ORACLE.expand(there), ORACLE.velocity(x, t), average)
+
+
+def compared(module, objective, mode="exact", warm=1.0, phi=torch.zeros(3).double()):
+    """The loss of sCM's or MeanFlow's ideal network, float64; a quarter of MeanFlow's r is t."""
+    x1, x0, t = ORACLE.draw(64)
+    xt = facm.interpolate(x1, x0, t)
+    v = ORACLE.velocity(xt, t)
+    if objective == "scm":
+        derivative = functools.partial(module.total_derivative, OracleNet(False), mode=mode)
+        return module.scm_loss(OracleNet(False), derivative, xt, v, t, None, (t, None), warm, phi)
+    derivative = functools.partial(module.total_derivative, AverageNet(), mode=mode)
+    r = torch.where(torch.arange(64) < 16, t, t + (1 - t) * torch.linspace(0.1, 1, 64).double())
+    return module.meanflow_loss(AverageNet(), derivative, xt, v, t, r, None, 1e-3)
+
+
+@pytest.mark.parametrize("objective", ["scm", "meanflow"])
+def test_oracle_has_zero_residual_under_the_compared_objectives(objective):
+    assert compared(facm, objective) < 1e-14
+    assert compared(facm, objective, mode="fd") < 1e-4
+
+
+@pytest.mark.parametrize("objective, old, new", [
+    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v + warm * (1 - t)"),
+    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v - warm * t"),
+    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() + v - warm * (1 - t)"),
+    ("scm", "tangents = (v, torch.ones_like(t))", "tangents = (v, torch.zeros_like(t))"),
+    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v + (r - t)["),
+    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v - (1 - t)["),
+    ("meanflow", "derivative(xt, (t, r), y, v)", "derivative(xt, (r, t), y, v)"),
+    ("meanflow", "tangents = (v, torch.ones_like(t))", "tangents = (v, -torch.ones_like(t))"),
+])
+def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):
+    assert compared(mutant(SOURCE, old, new), objective) > 1e-2
+
+
+def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
+    """With the share q of dF/dt the oracle's tangent is (1-q) (1-t) dF/dt, divided by its length + 0.1."""
+    x1, x0, t = ORACLE.draw(64)
+    xt = facm.interpolate(x1, x0, t)
+    dF_dt = facm.total_derivative(OracleNet(False), xt, (t, None), None, ORACLE.velocity(xt, t))
+    length = (0.75 * ORACLE.expand(1 - t) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
+    assert torch.allclose(compared(facm, "scm", warm=0.25), (length / (length + 0.1)).square().mean())
+
+    F = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)              # g = -v = (-3, 4)
+    v, zero = torch.tensor([3.0, -4.0]).double().reshape(1, 1, 1, 2), torch.zeros(1).double()
+    facm.scm_loss(lambda *_: F, lambda *_: torch.zeros_like(F), xt, v, zero, None, (zero, None), 1.0, zero).backward()
+    assert torch.allclose(F.grad.flatten(), torch.tensor([-3.0, 4.0]).double() / (math.sqrt(12.5) + 0.1))
+
+
+def test_scm_learns_the_logarithm_of_the_error_over_time():
+    """The gradient of e exp(-a) + a in phi_k is (1 - e exp(-a)) cos(pi k t), which vanishes at a = ln e."""
+    t, phi = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.2, -0.1, 0.4]).double().requires_grad_()
+    basis = torch.stack([torch.ones(2).double(), torch.cos(math.pi * t), torch.cos(2 * math.pi * t)], dim=1)
+    a = basis @ phi.detach()
+    assert torch.allclose(facm.log_weight(t, phi), a)
+    F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # g = 1, so e = 1 / 1.1^2
+    zero = torch.zeros_like(F)
+    facm.scm_loss(lambda *_: F, lambda *_: zero, zero, zero, t, None, (t, None), 1.0, phi).backward()
+    assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) / 1.21)[:, None]).mean(0))
+
+
+def test_meanflow_weight_and_times():
+    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the rows that are asked for."""
+    F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
+    t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
+    loss = facm.meanflow_loss(lambda *_: F, lambda *_: zero, zero, zero, t, t, None, 1e-3)
+    assert math.isclose(loss.item(), 0.065 / 0.066)
+    loss.backward()
+    assert torch.allclose(F.grad.flatten(), torch.tensor([0.3, -0.2]).double() / 0.066)
+    same = torch.arange(1000) % 4 < 3
+    normal = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    t, r = facm.sample_t_r(normal, same, -0.8, 1.6)
+    assert torch.equal(r == t, same) and (r[~same] > t[~same]).all()
+    both = torch.cat([t, r[~same]]).sort().values
+    drawn = facm.sample_t(normal, -0.8, 1.6)
+    assert torch.isin(both, drawn).all() and torch.equal(t, drawn.min(0).values)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+def test_jumps_follow_the_flow_exactly(nfe):
+    noise = torch.randn(1, 16, 2, 3, 3, dtype=torch.float64)
+    assert torch.allclose(facm.sample_jumps(AverageNet(), noise, None, nfe), ORACLE.mu + ORACLE.sd * noise[0])
 
 
 def test_from_scratch_the_target_is_right_on_average():

@@ -105,7 +105,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [row["stage"] for row in rows(finished)] == ["pretrain"] * 6 + ["facm"] * 6
     assert rows(finished)[0]["L_cm"] == 0 < rows(finished)[-1]["L_cm"]
     checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
-    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
+    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version", "phi"}
     assert (checkpoint["method"], checkpoint["step"]) == ("facm", 12)
     assert data.read_checkpoint(finished / "teacher.pt")["step"] == 6
     assert {p.name for p in (finished / "previews").iterdir()} == {"0000006.png", "0000012.png"}
@@ -127,6 +127,32 @@ def test_resume_is_exact_from_every_step(finished, tmp_path, monkeypatch):
     assert_same_run(finished, tmp_path / "run")
 
 
+def test_scm_resumes_with_its_learned_weight(tmp_path, monkeypatch):
+    flags = [*TINY, "--objective", "scm", "--pretrain", 2, "--tangent-warmup", 3]
+    call(monkeypatch, facm, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    for steps in range(5):
+        call(monkeypatch, facm, *flags, "--steps", steps, "--out", tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", ["ckpt.pt"])
+    whole, run = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["phi"] for name in ("whole", "run"))
+    assert torch.equal(whole, run) and whole.abs().min() > 0
+
+
+@pytest.mark.parametrize("number, flags", [(0, []), (3, ["--equal", 0.75]), (6, ["--pretrain", 0])], ids=str)
+def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, number, flags):
+    """0 when distilling, 0.75 from scratch, or as asked for; of the whole batch, whatever its pieces."""
+    seen, honest = [], facm.meanflow_loss
+
+    def watched(net, derivative, xt, v, t, r, *more):
+        seen.append((r == t).sum().item())
+        return honest(net, derivative, xt, v, t, r, *more)
+    monkeypatch.setattr(facm, "meanflow_loss", watched)
+    batch = 8 if number == 6 else 4
+    call(monkeypatch, facm, *TINY, "--objective", "meanflow", "--pretrain", 1, "--steps", 2, "--batch", batch,
+         "--accum", 2, *flags, "--out", tmp_path / "run")
+    assert [sum(pair) for pair in zip(seen[::2], seen[1::2])] == [number] * 2
+    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path, number):
     process = popen(*TINY, "--pretrain", 10_000, "--save-every", 10_000, "--out", tmp_path / "run")
@@ -143,7 +169,10 @@ def first_gradient(out):
     return torch.cat([entry["exp_avg"].flatten() / 0.1 for entry in state.values()])
 
 
-@pytest.mark.parametrize("flags", [["--pretrain", 1, "--steps", 0], ["--pretrain", 0, "--steps", 1]], ids=str)
+@pytest.mark.parametrize("flags", [
+    ["--pretrain", 1, "--steps", 0], ["--pretrain", 0, "--steps", 1],
+    ["--pretrain", 0, "--steps", 1, "--objective", "scm", "--w", "1", "--tangent-warmup", "1"],
+    ["--pretrain", 0, "--steps", 1, "--objective", "meanflow", "--equal", "0.5"]], ids=str)
 def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
@@ -174,7 +203,9 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
 
 
 @pytest.mark.parametrize("flags", [
-    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
+    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--anchor", "0"], ["--objective", "scm", "--jvp", "fd"],
+    ["--objective", "scm", "--net", "width=8", "mult=1,1", "blocks=1", "adaptive_scale=True", "pixelnorm=True"],
+    ["--objective", "meanflow", "--bf16"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
     ["--w", "1"], ["--w", "1", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2", "num_classes=0"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
@@ -311,6 +342,8 @@ def refused(monkeypatch, capsys, module, *argv):
     (["--device", "cuda"], "CUDA"),
     (["--device", "gpu"], "gpu"),
     (["--w", "2", "--net", "num_classes=0"], "--w"),
+    (["--objective", "scm", "--pretrain", "0"], "--w 1"),
+    (["--net", "pixelnorm=True", "adaptive_scale=False"], "adaptive_scale"),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
