@@ -585,6 +585,10 @@ class Parser(argparse.ArgumentParser):
         for batch in (args.batch, args.pretrain_batch):
             if batch % pieces:
                 fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
+        if args.fsdp and "WORLD_SIZE" not in os.environ:
+            fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
+        if args.fsdp and args.jvp == "exact":
+            fail("--fsdp: torch.func.jvp does not see sharded parameters; take another --jvp")
         if min(args.steps, args.pretrain) < 0 or args.steps + args.pretrain == 0:
             fail("--steps and --pretrain must not be negative, nor both 0")
         return args
@@ -649,10 +653,38 @@ def save_checkpoint(path, checkpoint):
 
 
 def save_run(path, method, args, step, net, ema, optimizer, **more):
-    """The checkpoint of a run at a step, as read_checkpoint gives it back; more: tensors."""
-    save_checkpoint(path, dict(
+    """The checkpoint of a run at a step, as read_checkpoint gives it back; more: tensors. Called
+    by all processes, which then put together what is sharded; the first one writes it."""
+    def whole(state):
+        if isinstance(state, dict):
+            return {name: whole(part) for name, part in state.items()}
+        return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+    checkpoint = dict(
         method=method, args=vars(args), step=step, model=net.state_dict(), ema=ema.state_dict(),
-        optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)) | more)
+        optimizer=optimizer.state_dict(), torch_version=str(torch.__version__))
+    checkpoint = whole(checkpoint | more)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_checkpoint(path, checkpoint)
+
+
+def load_optimizer(optimizer, state):
+    """The optimiser's state of a checkpoint, of sharded parameters this process's part, laid out
+    in memory as the parameter is: fused optimisers pair the two by their place, whatever was
+    saved. Raises ValueError if it does not fit."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def part(i, a):
+        if i >= len(params) or a.shape != params[i].shape:
+            return a
+        if hasattr(params[i], "placements"):
+            from torch.distributed.tensor import distribute_tensor     # here: this takes a second
+            return distribute_tensor(a, params[i].device_mesh, params[i].placements)
+        return torch.empty_like(params[i], dtype=a.dtype).copy_(a)
+
+    entries = {i: {name: part(i, a) for name, a in entry.items()}
+               for i, entry in state["state"].items()}
+    optimizer.load_state_dict(state | dict(state=entries))
 
 
 def read_checkpoint(path):
@@ -684,7 +716,8 @@ def put(path, place, content):
         os.fsync(file.fileno())
 
 
-MAY_CHANGE = "data_dir steps save_every log_every preview_every device accum fresh out".split()
+MAY_CHANGE = ("data_dir steps save_every log_every preview_every device accum fresh out "
+              "fsdp grad_checkpoint").split()
 
 
 def open_run(args, method, rank):

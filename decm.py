@@ -85,6 +85,8 @@ def parse_args():
     a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     a("--bf16", action="store_true", help="autocast to bfloat16; the time path stays float32")
     a("--compile", action="store_true", help="torch.compile the network and the derivative")
+    a("--fsdp", action="store_true", help="shard networks and optimiser over the processes")
+    a("--grad-checkpoint", action="store_true", help="recompute blocks in backward: less memory")
     a("--fresh", action="store_true", help="start over; an old run is renamed, never deleted")
     a("--resolution", type=int, help="height and width; images are cropped and scaled to it")
     a("--num-classes", type=int, help="number of classes (default: the data's)")
@@ -109,7 +111,8 @@ def parse_args():
     a("--P-mean", type=float, help="mean of ln(sigma), of --times arctan and lognorm")
     a("--P-std", type=float, help="standard deviation of ln(sigma)")
     a("--w", type=float, help="guidance scale of the teacher; 1 is none (Eq. 18)")
-    a("--jvp", choices=["exact", "fd"], help="forward mode or central difference (Eq. 11)")
+    a("--jvp", choices=["fused", "exact", "fd"], help="dF/dt: with F in one pass (Chain-JVP), by "
+      "torch.func.jvp, or a central difference (Eq. 11)")
     a("--objectives", nargs="+", choices=["fm", "cd", "n2n"], default=["fm", "cd", "n2n"],
       help="Table 3 (c) to (g)")
     a("--vel-norm", type=float, metavar="ETA", help="length of D (Table 3 h); default: its own")
@@ -175,6 +178,16 @@ def total_derivative(net, x, t, s, y, dx, dt, ds, mode="exact", h=5e-3):
         return (ahead - behind) / (2 * h)
 
 
+def value_and_derivative(net, derivative, x, t, s, y, dx, dt, ds, other):
+    """F(x, t, s), with gradient, JVP(F; (dx, dt, ds)), without, and the output of net for other =
+    (x, t, s, y). derivative: total_derivative of net; None: both come from one pass of net."""
+    if derivative is None:
+        tangent = dx, torch.full_like(t, dt), torch.full_like(s, ds)
+        return *net(x, t, s, y, tangent=tangent), net(*other)
+    F, F_other = joint(net, (x, t, s, y), other)
+    return F, derivative(x, t, s, y, dx, dt, ds), F_other
+
+
 def adaptive(F_theta, v_tar, p, c):
     """e / (e+c)^p [B], e the mean of |F - v_tar|^2 over C, H, W; no gradient flows into the weight.
     p = 0.5 gives the gradient of the Pseudo-Huber loss (section 4.4)."""
@@ -213,12 +226,12 @@ def n2n_target(F_n2n, v_r, v_psi, dF, r, t, lam, gam, w2):
 
 def decm_loss(net, derivative, teacher, x1, x0, t, y, y_null, w, eta, w1, p, c):
     """L_FM and L_CM, means over the batch (Algorithm 1, lines 4 to 14). net: F_theta, with
-    gradient; derivative: total_derivative of it, without; teacher: None from scratch."""
+    gradient; derivative: see value_and_derivative; teacher: None from scratch."""
     xt, one = interpolate(x1, x0, t), torch.ones_like(t)
     v = x1 - x0 if teacher is None else guided_velocity(teacher, xt, t, y, y_null, w, eta)
 
-    F_cm, F_fm = joint(net, (xt, t, one, y), (xt, t, t, y))
-    dF_dt = derivative(xt, t, one, y, v, 1, 0)
+    F_cm, dF_dt, F_fm = value_and_derivative(
+        net, derivative, xt, t, one, y, v, 1, 0, (xt, t, t, y))
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, w1)
     return fm_loss(F_fm, v, p, c).mean(), adaptive(F_cm, v_tar, p, c).mean()
 
@@ -232,14 +245,14 @@ def n2n_loss(net, derivative, teacher, x1, x0, r, t, y, y_null, w, eta, lam, gam
         both = torch.cat([xt, xr]), torch.cat([t, r]), torch.cat([y, y])
         v_t, v_r = guided_velocity(teacher, *both, y_null, w, eta).chunk(2)
 
-    F_n2n, F_fm = joint(net, (xr, r, t, y), (xt, t, t, y))
+    F_n2n, dF, F_fm = value_and_derivative(
+        net, derivative, xr, r, t, y, gam * v_r, gam, -lam, (xt, t, t, y))
     v_psi = v_t
     if vpsi == "model":
         with torch.no_grad():
             f = xr + (t - r)[:, None, None, None] * F_n2n.detach()     # Eq. 9
             v_psi = (net(f, t, t, y) if teacher is None else
                      guided_velocity(teacher, f, t, y, y_null, w, eta))
-    dF = derivative(xr, r, t, y, gam * v_r, gam, -lam)
     v_tar = n2n_target(F_n2n.detach(), v_r, v_psi, dF, r, t, lam, gam, w2)
     return fm_loss(F_fm, v_t, p, c).mean(), adaptive(F_n2n, v_tar, p, c).mean()
 
@@ -319,22 +332,30 @@ def same_dropout(net, rows, seed):
     if not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in net.modules()):
         return net
 
-    def seeded(*inputs):
+    def seeded(*inputs, **tangent):        # a tangent goes with `rows` rows alone
         outputs = []
         for i in range(0, len(inputs[0]), rows):
             torch.manual_seed(seed)
-            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs)))
-        return torch.cat(outputs)
+            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs), **tangent))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return seeded
 # --- end shared ---
 
 
-# --- shared: stage ---
-def start_stage(net, args):
-    """The EMA (a copy of net) and the optimiser at the first step of a stage."""
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+# --- shared: processes ---
+def synchronised(net, last):
+    """A context in which a backward pass averages over the processes only if it is the last."""
+    if hasattr(net, "set_requires_gradient_sync"):         # FSDP
+        net.set_requires_gradient_sync(last)
+    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
+# --- end shared ---
+
+
+# --- shared: optimizer, EMA ---
+def make_optimizer(net, args):
+    """The optimiser at the first step of a stage."""
     fused = dict(fused=True) if args.optimizer == "AdamW" else {}      # RAdam has no such form
-    return ema, getattr(torch.optim, args.optimizer)(
+    return getattr(torch.optim, args.optimizer)(
         net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, **fused)
 
 
@@ -363,8 +384,9 @@ def preview(path, net, stage, noise, args):
         images = [sample_euler(net, noise, y, 20)]
     else:
         images = [sample(net, noise, y, nfe) for nfe in (1, 2)]
-    path.parent.mkdir(exist_ok=True)
-    data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
 
 
 def main():
@@ -394,11 +416,16 @@ def main():
             unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
             teacher = models.load(path, **unseen).to(device).requires_grad_(False)
             models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
-        ema, optimizer = start_stage(net, args)
+        ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
-            optimizer.load_state_dict(checkpoint["optimizer"])
+        for network in (net, ema, teacher) if args.fsdp else ():
+            if network is not None:
+                models.shard(network)
+        optimizer = make_optimizer(net, args)
+        if checkpoint:
+            data.load_optimizer(optimizer, checkpoint["optimizer"])
     except (ValueError, OSError) as e:
         data.fail(e)
     gamma = ema_gamma(args.ema_sigma)
@@ -411,7 +438,7 @@ def main():
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
     trained = compiled(net) if args.compile else net
-    if world > 1:
+    if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":
@@ -422,10 +449,13 @@ def main():
     while step < total:
         # The second stage begins with the averaged weights of the first, its teacher
         if step == args.pretrain > 0:
-            if rank == 0:
-                save("teacher.pt")
-            net.load_state_dict(ema.state_dict())
-            teacher, (ema, optimizer) = ema, start_stage(net, args)
+            save("teacher.pt")
+            teacher = models.create(**args.net).to(device).eval().requires_grad_(False)
+            if args.fsdp:
+                models.shard(teacher)
+            for network in (teacher, net):
+                network.load_state_dict(ema.state_dict())
+            optimizer = make_optimizer(net, args)
         stage, k = ("pretrain", step) if step < args.pretrain else (METHOD, step - args.pretrain)
         times, P, batch, lr = args.times, (args.P_mean, args.P_std), args.batch, args.lr
         first = args.pretrain * args.pretrain_batch + k * batch        # images before this step
@@ -469,6 +499,7 @@ def main():
                     torch.manual_seed(seed)
                     return differentiate(F_bare, *inputs)
 
+                roles = F_theta, None if args.jvp == "fused" else derivative
                 guidance = net.num_classes, args.w, args.vel_norm
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     if update == "pretrain":
@@ -476,11 +507,11 @@ def main():
                         L_jump = torch.zeros_like(L_fm)
                     elif update == METHOD:
                         L_fm, L_jump = decm_loss(
-                            F_theta, derivative, teacher, x1, x0, t, y, *guidance,
+                            *roles, teacher, x1, x0, t, y, *guidance,
                             WEIGHTS[args.w1](t), args.power, args.c)
                     else:
                         L_fm, L_jump = n2n_loss(
-                            F_theta, derivative, teacher, x1, x0, r, t, y, *guidance, args.lam,
+                            *roles, teacher, x1, x0, r, t, y, *guidance, args.lam,
                             args.gam, args.vpsi, WEIGHTS[args.w2](1 - t + r), args.power, args.c)
                 terms += torch.stack([L_fm, L_jump]).detach() / args.accum
 
@@ -488,11 +519,12 @@ def main():
                 fm = update == "pretrain" or "fm" in args.objectives
                 jump = update == "n2n" or "cd" in args.objectives
                 last = part + 1 == args.accum
-                with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+                with synchronised(trained, last):
                     ((fm * L_fm + jump * L_jump) / args.accum).backward()
 
             # Clip, and the finite check of losses and gradient in one transfer
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            norm = norm.full_tensor() if args.fsdp else norm
             sums = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
             if world > 1:
                 dist.all_reduce(sums)
@@ -519,9 +551,9 @@ def main():
         # Log, preview, save
         ends = step in (args.pretrain, total) or signalled > 0
         log.add(step, stage, batch, values, now=ends)
-        if rank == 0 and (step % args.preview_every == 0 or ends):
+        if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
             preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-        if rank == 0 and (step % args.save_every == 0 or ends):
+        if step % args.save_every == 0 or ends:
             save("ckpt.pt")
         if signalled:
             break

@@ -85,6 +85,8 @@ def parse_args():
     a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     a("--bf16", action="store_true", help="autocast to bfloat16; the time path stays float32")
     a("--compile", action="store_true", help="torch.compile the network and the derivative")
+    a("--fsdp", action="store_true", help="shard networks and optimiser over the processes")
+    a("--grad-checkpoint", action="store_true", help="recompute blocks in backward: less memory")
     a("--fresh", action="store_true", help="start over; an old run is renamed, never deleted")
     a("--resolution", type=int, help="height and width; images are cropped and scaled to it")
     a("--num-classes", type=int, help="number of classes (default: the data's)")
@@ -110,7 +112,8 @@ def parse_args():
     a("--P-std", type=float, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
     a("--w", type=float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
     a("--t-low", type=float, help="no guidance before this time (Table 5)")
-    a("--jvp", choices=["exact", "fd"], help="forward mode or central difference (A.1)")
+    a("--jvp", choices=["fused", "exact", "fd"], help="dF/dt: with F in one pass (Chain-JVP), by "
+      "torch.func.jvp, or a central difference (A.1)")
     a("--objective", choices=["facm", "scm", "meanflow"], default="facm", help="Tables 2 and 3")
     a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2")
     a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
@@ -194,6 +197,17 @@ def total_derivative(net, xt, c, y, v, mode="exact", h=5e-3):
         return (ahead - behind) / (2 * h)
 
 
+def value_and_derivative(net, derivative, xt, c, y, v, *others):
+    """F(x_t, c), with gradient, dF/dt, without, and the outputs of net for others (x, t, s, y).
+    derivative(xt, c, y, v): total_derivative; None: dF/dt comes with F, from one pass of net."""
+    if derivative is None:
+        t, s = c
+        tangent = v, torch.ones_like(t), None if s is None else torch.zeros_like(s)
+        return *net(xt, t, s, y, tangent=tangent), *(net(*inputs) for inputs in others)
+    F, *rest = joint(net, (xt, *c, y), *others)
+    return F, derivative(xt, c, y, v), *rest
+
+
 def fm_loss(F_fm, v):
     """The anchor's loss [B]. paper: norms and cosine of whole samples; here: the mean over pixels
     of both, the cosine being that of a pixel's channels, because the authors' code does so."""
@@ -228,11 +242,9 @@ def flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, y_null, w, t_low):
 
 def facm_loss(net, derivative, xt, v, t, y, c_cm, c_fm, alpha, beta, c):
     """The two terms of Eq. 8, means over the batch (Algorithm 1). net: F_theta, with gradient;
-    derivative(xt, c_cm, y, v): dF/dt, without."""
-    F_cm, F_fm = joint(net, (xt, *c_cm, y), (xt, *c_fm, y))
+    derivative: see value_and_derivative."""
+    F_cm, dF_dt, F_fm = value_and_derivative(net, derivative, xt, c_cm, y, v, (xt, *c_fm, y))
     L_fm = fm_loss(F_fm, v)
-
-    dF_dt = derivative(xt, c_cm, y, v)
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, alpha)
     L_cm = beta * norm_l2(F_cm, v_tar, c)                              # Eq. 14
     return L_fm.mean(), L_cm.mean()
@@ -246,7 +258,7 @@ def log_weight(t, phi):
 def scm_loss(net, derivative, xt, v, t, y, c_cm, warm, phi):
     """sCM (Lu & Song 2024) on the linear flow (A.3(c)). warm: the share of dF/dt, which rises to 1;
     phi: see log_weight; the pixel normalisation is the network's."""
-    F_cm, dF_dt = net(xt, *c_cm, y), derivative(xt, c_cm, y, v)
+    F_cm, dF_dt = value_and_derivative(net, derivative, xt, c_cm, y, v)
     g = F_cm.detach() - v - warm * (1 - t)[:, None, None, None] * dF_dt          # tangent, Eq. 11
     g = g / (g.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.1)
     e, a = (F_cm - (F_cm.detach() - g)).square().mean(dim=(1, 2, 3)), log_weight(t, phi)
@@ -256,7 +268,7 @@ def scm_loss(net, derivative, xt, v, t, y, c_cm, warm, phi):
 def meanflow_loss(net, derivative, xt, v, t, r, y, c, p=1.0):
     """MeanFlow (Geng et al. 2025) with its adaptive weight: F(x_t, t, r) is the average velocity
     from t to r >= t, therefore v + (r-t) dF/dt, which at r = t is flow matching."""
-    F_r, dF_dt = net(xt, t, r, y), derivative(xt, (t, r), y, v)
+    F_r, dF_dt = value_and_derivative(net, derivative, xt, (t, r), y, v)
     e = (F_r - v - (r - t)[:, None, None, None] * dF_dt).square().mean(dim=(1, 2, 3))
     return (e / (e + c).pow(p).detach()).mean()
 
@@ -345,22 +357,30 @@ def same_dropout(net, rows, seed):
     if not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in net.modules()):
         return net
 
-    def seeded(*inputs):
+    def seeded(*inputs, **tangent):        # a tangent goes with `rows` rows alone
         outputs = []
         for i in range(0, len(inputs[0]), rows):
             torch.manual_seed(seed)
-            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs)))
-        return torch.cat(outputs)
+            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs), **tangent))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return seeded
 # --- end shared ---
 
 
-# --- shared: stage ---
-def start_stage(net, args):
-    """The EMA (a copy of net) and the optimiser at the first step of a stage."""
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+# --- shared: processes ---
+def synchronised(net, last):
+    """A context in which a backward pass averages over the processes only if it is the last."""
+    if hasattr(net, "set_requires_gradient_sync"):         # FSDP
+        net.set_requires_gradient_sync(last)
+    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
+# --- end shared ---
+
+
+# --- shared: optimizer, EMA ---
+def make_optimizer(net, args):
+    """The optimiser at the first step of a stage."""
     fused = dict(fused=True) if args.optimizer == "AdamW" else {}      # RAdam has no such form
-    return ema, getattr(torch.optim, args.optimizer)(
+    return getattr(torch.optim, args.optimizer)(
         net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, **fused)
 
 
@@ -391,8 +411,9 @@ def preview(path, net, stage, noise, args):
         name = default_sampler(1, vars(args))
         options = sampler_options(vars(args))[name]
         images = [SAMPLERS[name](net, noise, y, nfe, **options) for nfe in (1, 2)]
-    path.parent.mkdir(exist_ok=True)
-    data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
 
 
 def main():
@@ -421,13 +442,18 @@ def main():
             unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
             teacher = models.load(path, **unseen).to(device).requires_grad_(False)
             models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
-        phi = torch.zeros(8, device=device, requires_grad=True)        # sCM's a(t)
-        ema, optimizer = start_stage(net, args)
-        optimizer.add_param_group(dict(params=[phi]))
+        ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
-            optimizer.load_state_dict(checkpoint["optimizer"])
+        for network in (net, ema, teacher) if args.fsdp else ():
+            if network is not None:
+                models.shard(network)
+        phi = torch.zeros(8, device=device, requires_grad=True)        # sCM's a(t)
+        optimizer = make_optimizer(net, args)
+        optimizer.add_param_group(dict(params=[phi]))
+        if checkpoint:
+            data.load_optimizer(optimizer, checkpoint["optimizer"])
             phi.data.copy_(checkpoint.get("phi", phi))
     except (ValueError, OSError) as e:
         data.fail(e)
@@ -441,7 +467,7 @@ def main():
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
     trained = compiled(net) if args.compile else net
-    if world > 1:
+    if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":
@@ -452,10 +478,13 @@ def main():
     while step < total:
         # The second stage begins with the averaged weights of the first, its teacher
         if step == args.pretrain > 0:
-            if rank == 0:
-                save("teacher.pt")
-            net.load_state_dict(ema.state_dict())
-            teacher, (ema, optimizer) = ema, start_stage(net, args)
+            save("teacher.pt")
+            teacher = models.create(**args.net).to(device).eval().requires_grad_(False)
+            if args.fsdp:
+                models.shard(teacher)
+            for network in (teacher, net):
+                network.load_state_dict(ema.state_dict())
+            optimizer = make_optimizer(net, args)
             optimizer.add_param_group(dict(params=[phi]))
         stage, k = "pretrain", step
         if step >= args.pretrain:
@@ -501,6 +530,7 @@ def main():
                         torch.manual_seed(seed)
                         return differentiate(F_bare, *inputs)
 
+                    roles = F_theta, None if args.jvp == "fused" else derivative
                     if args.objective == "meanflow":
                         pair = torch.stack([normal[rows], normal_r[rows]])
                         t, r = sample_t_r(pair, same[rows], *P)
@@ -509,27 +539,27 @@ def main():
                                       args.w, args.t_low)
                     if args.objective == "facm":
                         L_fm, L_cm = facm_loss(
-                            F_theta, derivative, xt, v, t, y, c_cm, c_fm,
-                            WEIGHTS[args.alpha](t, args.power), WEIGHTS[args.beta](t, args.power),
-                            args.c)
+                            *roles, xt, v, t, y, c_cm, c_fm, WEIGHTS[args.alpha](t, args.power),
+                            WEIGHTS[args.beta](t, args.power), args.c)
                     elif args.objective == "scm":
                         warm = min(1, (k + 1) / max(args.tangent_warmup, 1))
-                        L_cm = scm_loss(F_theta, derivative, xt, v, t, y, c_cm, warm, phi)
+                        L_cm = scm_loss(*roles, xt, v, t, y, c_cm, warm, phi)
                         L_fm = torch.zeros_like(L_cm)
                     else:
-                        L_cm = meanflow_loss(F_theta, derivative, xt, v, t, r, y, args.c)
+                        L_cm = meanflow_loss(*roles, xt, v, t, r, y, args.c)
                         L_fm = torch.zeros_like(L_cm)
             terms += torch.stack([L_fm, L_cm]).detach() / args.accum
 
             # Backward: summed over the pieces, averaged over the processes with the last one
             last = part + 1 == args.accum
-            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+            with synchronised(trained, last):
                 ((args.anchor * L_fm + L_cm) / args.accum).backward()  # Eq. 8
         if world > 1 and phi.grad is not None:                         # not among the network's
             dist.all_reduce(phi.grad.div_(world))
 
         # Clip, and the finite check of losses and gradient in one transfer
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = norm.full_tensor() if args.fsdp else norm
         values = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
         if world > 1:
             dist.all_reduce(values)
@@ -551,9 +581,9 @@ def main():
         # Log, preview, save
         ends = step in (args.pretrain, total) or signalled > 0
         log.add(step, stage, batch, dict(zip(("L_fm", "L_cm", "grad_norm"), losses)), now=ends)
-        if rank == 0 and (step % args.preview_every == 0 or ends):
+        if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
             preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-        if rank == 0 and (step % args.save_every == 0 or ends):
+        if step % args.save_every == 0 or ends:
             save("ckpt.pt")
         if signalled:
             break

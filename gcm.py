@@ -99,6 +99,8 @@ def parse_args():
     a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     a("--bf16", action="store_true", help="autocast to bfloat16; the time path stays float32")
     a("--compile", action="store_true", help="torch.compile the network and the derivative")
+    a("--fsdp", action="store_true", help="shard networks and optimiser over the processes")
+    a("--grad-checkpoint", action="store_true", help="recompute blocks in backward: less memory")
     a("--fresh", action="store_true", help="start over; an old run is renamed, never deleted")
     a("--resolution", type=int, help="height and width; images are cropped and scaled to it")
     a("--num-classes", type=int, help="number of classes (default: the data's)")
@@ -389,22 +391,30 @@ def same_dropout(net, rows, seed):
     if not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in net.modules()):
         return net
 
-    def seeded(*inputs):
+    def seeded(*inputs, **tangent):        # a tangent goes with `rows` rows alone
         outputs = []
         for i in range(0, len(inputs[0]), rows):
             torch.manual_seed(seed)
-            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs)))
-        return torch.cat(outputs)
+            outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs), **tangent))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return seeded
 # --- end shared ---
 
 
-# --- shared: stage ---
-def start_stage(net, args):
-    """The EMA (a copy of net) and the optimiser at the first step of a stage."""
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+# --- shared: processes ---
+def synchronised(net, last):
+    """A context in which a backward pass averages over the processes only if it is the last."""
+    if hasattr(net, "set_requires_gradient_sync"):         # FSDP
+        net.set_requires_gradient_sync(last)
+    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
+# --- end shared ---
+
+
+# --- shared: optimizer, EMA ---
+def make_optimizer(net, args):
+    """The optimiser at the first step of a stage."""
     fused = dict(fused=True) if args.optimizer == "AdamW" else {}      # RAdam has no such form
-    return ema, getattr(torch.optim, args.optimizer)(
+    return getattr(torch.optim, args.optimizer)(
         net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, **fused)
 
 
@@ -431,8 +441,9 @@ def preview(path, net, noise, args):
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     name = default_sampler(2, args)
     images = [SAMPLERS[name](net, noise, y, nfe, **sampler_options(args)[name]) for nfe in (1, 2)]
-    path.parent.mkdir(exist_ok=True)
-    data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        data.save_grid(path, data.to_uint8(torch.cat(images)), columns=10, scale=3)
 
 
 def check(args, num_classes, piece):
@@ -475,11 +486,15 @@ def main():
         step = checkpoint["step"] if checkpoint else 0
         if args.init:
             models.load_weights(net, weights, args.init, ["map_second", "r_embed", "map_augment"])
-        ema, optimizer = start_stage(net, args)
+        ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
-            optimizer.load_state_dict(checkpoint["optimizer"])
+        for network in (net, ema) if args.fsdp else ():
+            models.shard(network)
+        optimizer = make_optimizer(net, args)
+        if checkpoint:
+            data.load_optimizer(optimizer, checkpoint["optimizer"])
     except (ValueError, OSError) as e:
         data.fail(e)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(args.tf32)
@@ -493,7 +508,9 @@ def main():
     # The network in its two roles: with gradient, and bare for the other point or the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
     bare = compiled(net) if args.compile else net
-    trained = DistributedDataParallel(bare, broadcast_buffers=False) if world > 1 else bare
+    trained = bare
+    if world > 1 and not args.fsdp:
+        trained = DistributedDataParallel(trained, broadcast_buffers=False)
     options = sampler_options(vars(args))["restart"]
     scaled = functools.partial(precondition, **{k: options[k] for k in options if k != "mid"})
     differentiate = functools.partial(total_derivative, scaled(net))
@@ -551,11 +568,12 @@ def main():
 
             # Backward: summed over the pieces, averaged over the processes with the last one
             last = part + 1 == args.accum
-            with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+            with synchronised(trained, last):
                 (loss / args.accum).backward()
 
         # Clip, and the finite check of losses and gradient in one transfer
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = norm.full_tensor() if args.fsdp else norm
         values = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
         if world > 1:
             dist.all_reduce(values)
@@ -577,9 +595,9 @@ def main():
         # Log, preview, save
         ends = step == args.steps or signalled > 0
         log.add(step, METHOD, args.batch, dict(zip(("loss", "grad_norm"), losses)), now=ends)
-        if rank == 0 and (step % args.preview_every == 0 or ends):
+        if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
             preview(out / "previews" / f"{step:07d}.png", ema, preview_noise, vars(args))
-        if rank == 0 and (step % args.save_every == 0 or ends):
+        if step % args.save_every == 0 or ends:
             save("ckpt.pt")
         if signalled:
             break

@@ -23,6 +23,7 @@ from functools import partial
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -803,6 +804,17 @@ def load_weights(net, weights, path, may_lack=()):
             raise ValueError(f"{path} does not fit this network: it {what} {names[0]} "
                              f"(and {len(names) - 1} more)")
     net.load_state_dict(weights, strict=False)
+
+
+def shard(net):
+    """Cuts net's parameters among the processes (FSDP): a block is gathered when it is computed.
+    Gradients, and an optimiser made after this, are in parts, too. In place."""
+    from torch.distributed.device_mesh import init_device_mesh         # here: this takes a second
+    from torch.distributed.fsdp import fully_shard
+    net.to(memory_format=torch.contiguous_format)          # FSDP takes no other layout
+    mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
+    for part in [m for m in net.modules() if isinstance(m, (UNetBlock, DiTBlock))] + [net]:
+        fully_shard(part, mesh=mesh)
 
 
 class _Plain(dict):

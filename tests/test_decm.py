@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from oracle import Gaussian, mutant
+from oracle import Gaussian, fused, mutant
 from test_training import TINY, assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, torchrun
 
 import data
@@ -45,8 +45,8 @@ def draw():
 
 def consistency(module, mode="exact", teacher=True):
     """L_FM and L_CM of the oracle network."""
-    (x1, x0, _, t), net = draw(), OracleNet()
-    derivative = functools.partial(module.total_derivative, net, mode=mode)
+    (x1, x0, _, t), net = draw(), fused(OracleNet())
+    derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
     y = torch.ones(64, dtype=torch.int64)
     return module.decm_loss(net, derivative, OracleNet(False) if teacher else None, x1, x0, t, y, 0, 1.0, None,
                             torch.ones_like(t), 0.5, 1e-3)
@@ -54,17 +54,18 @@ def consistency(module, mode="exact", teacher=True):
 
 def noise_to_noisy(module, lam=0.3, gam=0.9, vpsi="model", mode="exact"):
     """L_FM and L_N2N of the oracle network."""
-    (x1, x0, r, t), net = draw(), OracleNet()
-    derivative = functools.partial(module.total_derivative, net, mode=mode)
+    (x1, x0, r, t), net = draw(), fused(OracleNet())
+    derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
     y = torch.ones(64, dtype=torch.int64)
     return module.n2n_loss(net, derivative, OracleNet(False), x1, x0, r, t, y, 0, 1.0, None, lam, gam, vpsi,
                            torch.ones_like(t), 0.5, 1e-3)
 
 
-def test_oracle_has_zero_residual():
-    assert max(consistency(decm)) < 1e-14
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_oracle_has_zero_residual(mode):
+    assert max(consistency(decm, mode)) < 1e-14
     for lam, gam in ENDS:
-        assert max(noise_to_noisy(decm, lam, gam)) < 1e-14
+        assert max(noise_to_noisy(decm, lam, gam, mode=mode)) < 1e-14
 
 
 def test_oracle_has_zero_residual_with_the_finite_difference():
@@ -101,13 +102,13 @@ def test_errata_of_the_noise_to_noisy_objective():
 MUTANTS = [
     ("g = F_cm - v - (1 - t) * dF_dt", "g = F_cm - v + (1 - t) * dF_dt", "cm"),            # sign
     ("g = F_cm - v - (1 - t) * dF_dt", "g = F_cm - v - t * dF_dt", "cm"),                  # factor
-    ("derivative(xt, t, one, y, v, 1, 0)", "derivative(xt, t, one, y, v, 1, 1)", "cm"),    # s moves, too
-    ("derivative(xt, t, one, y, v, 1, 0)", "derivative(xt, t, one, y, v, 0, 0)", "cm"),    # t does not move
-    ("derivative(xt, t, one, y, v, 1, 0)", "derivative(xt, t, one, y, -v, 1, 0)", "cm"),   # direction of the flow
-    ("(xt, t, one, y), (xt, t, t, y))", "(xt, t, t, y), (xt, t, one, y))", "both"),        # conditions swapped
-    ("derivative(xr, r, t, y, gam * v_r, gam, -lam)", "derivative(xr, r, t, y, lam * v_r, lam, -gam)", "n2n"),
-    ("derivative(xr, r, t, y, gam * v_r, gam, -lam)", "derivative(xr, r, t, y, gam * v_r, gam, lam)", "n2n"),
-    ("derivative(xr, r, t, y, gam * v_r, gam, -lam)", "derivative(xr, r, t, y, v_r, gam, -lam)", "n2n"),
+    ("derivative, xt, t, one, y, v, 1, 0", "derivative, xt, t, one, y, v, 1, 1", "cm"),    # s moves, too
+    ("derivative, xt, t, one, y, v, 1, 0", "derivative, xt, t, one, y, v, 0, 0", "cm"),    # t does not move
+    ("derivative, xt, t, one, y, v, 1, 0", "derivative, xt, t, one, y, -v, 1, 0", "cm"),   # direction of the flow
+    ("xt, t, one, y, v, 1, 0, (xt, t, t, y))", "xt, t, t, y, v, 1, 0, (xt, t, one, y))", "both"),   # conditions swapped
+    ("derivative, xr, r, t, y, gam * v_r, gam, -lam", "derivative, xr, r, t, y, lam * v_r, lam, -gam", "n2n"),
+    ("derivative, xr, r, t, y, gam * v_r, gam, -lam", "derivative, xr, r, t, y, gam * v_r, gam, lam", "n2n"),
+    ("derivative, xr, r, t, y, gam * v_r, gam, -lam", "derivative, xr, r, t, y, v_r, gam, -lam", "n2n"),
     ("(gam * v_r + lam * v_psi)", "(lam * v_r + gam * v_psi)", "n2n"),                     # lambda != gamma
     ("g = (lam + gam) * F_n2n", "g = F_n2n", "n2n"),
     ("v_psi) - (t - r) * dF", "v_psi) + (t - r) * dF", "n2n"),
@@ -121,11 +122,21 @@ MUTANTS = [
 @pytest.mark.parametrize("old, new, hurt", MUTANTS)
 def test_mutants_are_caught(old, new, hurt):
     module = mutant(SOURCE, old, new)
-    (fm, cm), (fm_too, n2n) = consistency(module), noise_to_noisy(module)
-    assert (cm > 1e-2) == (hurt in ("cm", "both"))
-    assert (fm > 1e-2) == (hurt == "both")
-    assert (n2n > 1e-2) == (hurt in ("n2n", "n2n and its fm"))
-    assert (fm_too > 1e-2) == (hurt == "n2n and its fm")
+    for mode in ("exact", "fused"):
+        (fm, cm), (fm_too, n2n) = consistency(module, mode), noise_to_noisy(module, mode=mode)
+        assert (cm > 1e-2) == (hurt in ("cm", "both"))
+        assert (fm > 1e-2) == (hurt == "both")
+        assert (n2n > 1e-2) == (hurt in ("n2n", "n2n and its fm"))
+        assert (fm_too > 1e-2) == (hurt == "n2n and its fm")
+
+
+@pytest.mark.parametrize("old, new", [
+    ("tangent = dx, torch.full_like(t, dt)", "tangent = dx, torch.full_like(t, -dt)"),
+    ("torch.full_like(t, dt), torch.full_like(s, ds)\n        return", "torch.full_like(t, dt), torch.full_like(s, dt)\n        return"),
+])
+def test_mutants_of_the_fused_tangent_are_caught(old, new):
+    module = mutant(SOURCE, old, new)
+    assert consistency(module, "fused")[1] > 1e-2 and noise_to_noisy(module, mode="fused")[1] > 1e-2
 
 
 def test_v_psi_on_the_data_path_is_another_velocity():

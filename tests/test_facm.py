@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 import torch
-from oracle import Gaussian, mutant
+from oracle import Gaussian, fused, mutant
 
 import facm
 
@@ -42,17 +42,18 @@ def losses(module, condition="expanded", teacher=True, w=1.0, mode="exact", x1=N
     """L_FM and L_CM of the oracle network, float64."""
     if x1 is None:
         x1, x0, t = ORACLE.draw(64)
-    net = OracleNet(condition == "auxiliary")
-    derivative = functools.partial(module.total_derivative, net, mode=mode)
+    net = fused(OracleNet(condition == "auxiliary"))
+    derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
     y, xt, (c_cm, c_fm) = torch.full((len(t),), 1), module.interpolate(x1, x0, t), module.conditions(t, condition)
     teacher = OracleNet(condition == "auxiliary", teacher=True) if teacher else None
     v = module.flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, Y_NULL, w, 0.125)
     return module.facm_loss(net, derivative, xt, v, t, y, c_cm, c_fm, torch.ones_like(t), torch.ones_like(t), 1e-3)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fused"])
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
-def test_oracle_has_zero_residual(condition):
-    L_fm, L_cm = losses(facm, condition)
+def test_oracle_has_zero_residual(condition, mode):
+    L_fm, L_cm = losses(facm, condition, mode=mode)
     assert L_fm < 1e-14 and L_cm < 1e-14
 
 
@@ -70,11 +71,17 @@ def test_oracle_has_zero_residual_with_the_finite_difference():
     ("return (t, None), (2 - t, None)", "return (2 - t, None), (t, None)", "both"),       # conditions swapped
     ("return (t, None), (2 - t, None)", "return (t, None), (1 + t, None)", "fm"),         # 2-t misread
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another point, still exact
+    ("tangent = v, torch.ones_like(t)", "tangent = v, -torch.ones_like(t)", "fused"),
+    ("tangent = v, torch.ones_like(t)", "tangent = -v, torch.ones_like(t)", "fused"),
 ])
 def test_mutants_are_caught(old, new, hurt):
     L_fm, L_cm = losses(mutant(SOURCE, old, new))
     assert (L_cm > 1e-2) == (hurt in ("cm", "both"))
     assert (L_fm > 1e-2) == (hurt in ("fm", "both"))
+    if "tangents" not in old:
+        L_fm, L_cm = losses(mutant(SOURCE, old, new), mode="fused")
+        assert (L_cm > 1e-2) == (hurt in ("cm", "both", "fused"))
+        assert (L_fm > 1e-2) == (hurt in ("fm", "both"))
 
 
 class AverageNet:
@@ -93,17 +100,18 @@ def compared(module, objective, mode="exact", warm=1.0, phi=torch.zeros(3).doubl
     x1, x0, t = ORACLE.draw(64)
     xt = facm.interpolate(x1, x0, t)
     v = ORACLE.velocity(xt, t)
+    net = fused(OracleNet(False) if objective == "scm" else AverageNet())
+    derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
     if objective == "scm":
-        derivative = functools.partial(module.total_derivative, OracleNet(False), mode=mode)
-        return module.scm_loss(OracleNet(False), derivative, xt, v, t, None, (t, None), warm, phi)
-    derivative = functools.partial(module.total_derivative, AverageNet(), mode=mode)
+        return module.scm_loss(net, derivative, xt, v, t, None, (t, None), warm, phi)
     r = torch.where(torch.arange(64) < 16, t, t + (1 - t) * torch.linspace(0.1, 1, 64).double())
-    return module.meanflow_loss(AverageNet(), derivative, xt, v, t, r, None, 1e-3)
+    return module.meanflow_loss(net, derivative, xt, v, t, r, None, 1e-3)
 
 
 @pytest.mark.parametrize("objective", ["scm", "meanflow"])
 def test_oracle_has_zero_residual_under_the_compared_objectives(objective):
     assert compared(facm, objective) < 1e-14
+    assert compared(facm, objective, mode="fused") < 1e-14
     assert compared(facm, objective, mode="fd") < 1e-4
 
 
@@ -114,7 +122,7 @@ def test_oracle_has_zero_residual_under_the_compared_objectives(objective):
     ("scm", "tangents = (v, torch.ones_like(t))", "tangents = (v, torch.zeros_like(t))"),
     ("meanflow", "(F_r - v - (r - t)[", "(F_r - v + (r - t)["),
     ("meanflow", "(F_r - v - (r - t)[", "(F_r - v - (1 - t)["),
-    ("meanflow", "derivative(xt, (t, r), y, v)", "derivative(xt, (r, t), y, v)"),
+    ("meanflow", "derivative, xt, (t, r), y, v", "derivative, xt, (r, t), y, v"),
     ("meanflow", "tangents = (v, torch.ones_like(t))", "tangents = (v, -torch.ones_like(t))"),
 ])
 def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):

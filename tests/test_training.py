@@ -1,5 +1,6 @@
 """facm.py as a program: resume, kill, processes, failures. A small network on 12x12 glyphs."""
 
+import copy
 import json
 import random
 import re
@@ -184,6 +185,44 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     assert one.abs().max() > 0
 
 
+def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monkeypatch):
+    """--fsdp in two processes; its checkpoint goes on in one process, and back, as if nothing had been sharded."""
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fd", "--pretrain", 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for number, flags in enumerate((["--steps", 0], ["--steps", 1], ["--steps", 2, "--accum", 2])):
+        call(monkeypatch, facm, *common, *flags, "--out", one)
+        if number == 1:
+            call(monkeypatch, facm, *common, *flags, "--out", two)
+        else:
+            torchrun(*common, *flags, "--fsdp", "--out", two)
+        a, b = first_gradient(one), first_gradient(two)
+        assert (a - b).abs().max() < 1e-5 * a.abs().max() > 0, number
+        a, b = (data.read_checkpoint(out / "ckpt.pt") for out in (one, two))
+        assert a["optimizer"].keys() == b["optimizer"].keys() and a["model"].keys() == b["model"].keys()
+        for part in ("model", "ema"):
+            # Adam's step is a gradient's sign at first: what rounds otherwise near 0 moves by lr.
+            assert max((a[part][k] - b[part][k]).abs().max() for k in a[part]) < 2e-4, (number, part)
+    assert data.read_checkpoint(two / "teacher.pt")["step"] == 1
+
+
+def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
+    """The state of a channels-last weight, saved contiguous (FSDP's, or torch 2.11's), and the next step."""
+    def steps(state=None):
+        weight = torch.nn.Parameter(torch.arange(36.0).reshape(1, 4, 3, 3).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        for k in range(2):
+            if k == 1 and state:
+                data.load_optimizer(optimizer, state)
+            weight.grad = torch.cos(weight.detach() + k)
+            optimizer.step()
+            if k == 0:
+                saved = copy.deepcopy(optimizer.state_dict())
+        return weight.detach(), saved
+    whole, saved = steps()
+    saved["state"][0] = {k: a.contiguous() for k, a in saved["state"][0].items()}
+    assert torch.equal(steps(saved)[0], whole)
+
+
 def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     out = tmp_path / "run"
     command = [*TINY, "--pretrain", 2, "--steps", 4, "--save-every", 1, "--out", out]
@@ -342,6 +381,7 @@ def refused(monkeypatch, capsys, module, *argv):
     (["--device", "cuda"], "CUDA"),
     (["--device", "gpu"], "gpu"),
     (["--w", "2", "--net", "num_classes=0"], "--w"),
+    (["--fsdp"], "torchrun"),
     (["--objective", "scm", "--pretrain", "0"], "--w 1"),
     (["--net", "pixelnorm=True", "adaptive_scale=False"], "adaptive_scale"),
 ])
