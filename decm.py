@@ -36,6 +36,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
@@ -171,7 +172,8 @@ def total_derivative(net, x, t, s, y, dx, dt, ds, mode="exact", h=5e-3):
     an error of order h^2."""
     if mode == "exact":
         tangents = (dx, torch.full_like(t, dt), torch.full_like(s, ds))
-        return torch.func.jvp(lambda x, t, s: net(x, t, s, y), (x, t, s), tangents)[1]  # Eq. 11
+        with sdpa_kernel(SDPBackend.MATH):                 # the others have no forward mode
+            return torch.func.jvp(lambda x, t, s: net(x, t, s, y), (x, t, s), tangents)[1]  # Eq. 11
     with torch.autocast(x.device.type, enabled=False):     # bfloat16 would round the difference off
         ahead, behind = joint(net, (x + h * dx, t + h * dt, s + h * ds, y),
                               (x - h * dx, t - h * dt, s - h * ds, y))

@@ -36,6 +36,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
@@ -191,7 +192,8 @@ def total_derivative(net, xt, c, y, v, mode="exact", h=5e-3):
     t, s = c
     if mode == "exact":
         tangents = (v, torch.ones_like(t))
-        return torch.func.jvp(lambda x, t: net(x, t, s, y), (xt, t), tangents)[1]  # Eqs. 16, 17
+        with sdpa_kernel(SDPBackend.MATH):                 # the others have no forward mode
+            return torch.func.jvp(lambda x, t: net(x, t, s, y), (xt, t), tangents)[1]  # Eqs. 16, 17
     with torch.autocast(xt.device.type, enabled=False):    # bfloat16 would round the difference off
         ahead, behind = joint(net, (xt + h * v, t + h, s, y), (xt - h * v, t - h, s, y))
         return (ahead - behind) / (2 * h)

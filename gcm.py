@@ -35,6 +35,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -277,7 +278,8 @@ def guided_velocity(f, xt, u, t, y, aug, y_null, w, kappa, guide):
 def total_derivative(f, xt, t, s, y, aug, u):
     """df/dt along the flow: forward mode in the direction (u, 1) of (x_t, t)."""
     tangents = (u, torch.ones_like(t))
-    return torch.func.jvp(lambda x, t: f(x, t, s, y, aug), (xt, t), tangents)[1]
+    with sdpa_kernel(SDPBackend.MATH):                     # the others have no forward mode
+        return torch.func.jvp(lambda x, t: f(x, t, s, y, aug), (xt, t), tangents)[1]
 
 
 @torch.no_grad()

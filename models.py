@@ -7,6 +7,9 @@
     s  [B] float, optional    the second time (FACM's auxiliary r), if built with second_time=True
     y  [B] int64, optional    labels 0..num_classes-1; num_classes is the null label, and so is None
 
+With tangent=(dx, dt, ds) it is (F, dF): the same F, with gradient, and from the same pass, without
+gradient, its derivative in that direction of (x, t, s); None is no motion.
+
 `net.num_classes` is 0 for an unconditional network; `net.expandable` says that it tells the times
 t and 2 - t apart, as FACM's expanded interval needs. A forward pass draws no random numbers except
 Dropout's in train mode. The time embedding is computed in float32 also under autocast, because
@@ -15,8 +18,10 @@ a derivative in time would be lost in bfloat16. Parameter names are those of pub
 
 import argparse
 import collections
+import dataclasses
 import io
 import math
+import operator
 import pickle
 import re
 from functools import partial
@@ -31,6 +36,157 @@ import torch.nn.functional as F
 def _check_second_time(net, s):
     if (s is None) == net.second_time:
         raise ValueError("the second time s goes with second_time=True, and only with it")
+
+
+# --------------------------------------------------------------------------------------------------
+# A value and its tangent in one pass: forward-mode differentiation (FACM's Chain-JVP).
+
+def _apply(func, *args, **kwargs):
+    """func of Duals: the value by func itself, the tangent by its rule, which keeps no gradient."""
+    value = func(*_part(args, "value"), **kwargs)
+    with torch.no_grad():
+        if func.__name__ in LINEAR:
+            tangent = func(*_part(args, "tangent"), **kwargs)
+        else:
+            tangent = RULES[func.__name__](value, *args, **kwargs)
+    if isinstance(value, (list, tuple)):
+        return [Dual(*pair) for pair in zip(value, tangent)]
+    return Dual(value, tangent)
+
+
+def _part(args, name):
+    """args with the value, or the tangent, in place of every Dual; a list has nothing but Duals."""
+    return [[getattr(d, name) for d in a] if isinstance(a, list) else
+            getattr(a, name) if isinstance(a, Dual) else a for a in args]
+
+
+def _operator(func):
+    return lambda self, *other: _apply(func, self, *other)
+
+
+@dataclasses.dataclass
+class Dual:
+    """A tensor and its derivative in some direction, of the same shape and dtype. PyTorch's
+    functions, methods and operators take it for a tensor, if there is a rule for them below;
+    a parameter or any other tensor beside it is a constant. (dual - tensor and dual / tensor are
+    dual.sub and dual.div in what torch.compile is to take.)"""
+
+    value: torch.Tensor
+    tangent: torch.Tensor
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return _apply(func, *args, **(kwargs or {}))
+
+    def __getattr__(self, name):
+        if name in ("shape", "dtype", "device"):
+            return getattr(self.value, name)
+        return partial(_apply, getattr(torch.Tensor, name), self)
+
+    __add__ = __radd__ = _operator(operator.add)
+    __mul__ = __rmul__ = _operator(operator.mul)
+    __sub__, __truediv__ = _operator(operator.sub), _operator(operator.truediv)
+    __pow__, __neg__ = _operator(operator.pow), _operator(operator.neg)
+    __getitem__ = _operator(operator.getitem)
+
+    def __rsub__(self, other):
+        return -self + other
+
+    def detach(self):
+        """The value alone, a constant."""
+        return self.value.detach()
+
+
+torch.export.register_dataclass(Dual)          # FSDP's hooks look for the tensors in what they get
+
+# These commute with differentiation: the tangent goes the way of the value.
+LINEAR = set("""avg_pool2d cat chunk contiguous flatten getitem interpolate mean neg permute reshape
+                stack to transpose unbind""".split())
+
+
+def _add(y, a, b, sign=1):
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return torch.add(a.tangent, b.tangent, alpha=sign)
+    tangent = a.tangent if isinstance(a, Dual) else sign * b.tangent
+    return tangent.to(y.dtype).expand(y.shape)
+
+
+def _mul(y, a, b):
+    if not isinstance(a, Dual):
+        return a * b.tangent
+    if not isinstance(b, Dual):
+        return a.tangent * b
+    return torch.addcmul(a.tangent * b.value, a.value, b.tangent)
+
+
+def _div(y, a, b):
+    return (a.tangent - y * b.tangent) / b.value if isinstance(b, Dual) else a.tangent / b
+
+
+def _addcmul(y, c, a, b):
+    product = _mul(y, a, b)
+    return product.add_(c.tangent) if isinstance(c, Dual) else product
+
+
+def _normalise(y, x, mean, weight, eps):
+    """y = (x - mean(x)) / sigma, sigma^2 = var(x) + eps; mean(a): that of each group."""
+    if weight is not None:
+        raise NotImplementedError("the tangent of a normalisation with the affine part inside")
+    value, tangent = x.value.to(y.dtype), x.tangent.to(y.dtype)
+    sigma = (mean((value - mean(value)).square_()) + eps).sqrt()
+    centred = tangent - mean(tangent)
+    return centred.addcmul_(y, mean(y * tangent), value=-1).div_(sigma)
+
+
+def _layer_norm(y, x, shape, weight=None, bias=None, eps=1e-5):
+    return _normalise(y, x, lambda a: a.mean(-1, keepdim=True), weight, eps)
+
+
+def _group_norm(y, x, groups, weight=None, bias=None, eps=1e-5):
+    def mean(a):                                                       # [B, C, 1, 1]
+        means = a.mean(dim=(2, 3)).unflatten(1, (groups, -1))
+        return means.mean(2, keepdim=True).expand_as(means).flatten(1)[:, :, None, None]
+
+    return _normalise(y, x, mean, weight, eps)
+
+
+def _attention(y, q, k, v):
+    """y = P v, P = softmax(S), S = q k^T / sqrt(d): dy = (P dS) v - rowsum(P dS) y + P dv. Only
+    here the weights P are formed; the value's fused attention does without."""
+    (q, dq), (k, dk), (v, dv) = ((a.value, a.tangent) for a in (q, k, v))
+    k, dk = (a.transpose(-1, -2) / math.sqrt(q.shape[-1]) for a in (k, dk))
+    P = (q @ k).softmax(dim=-1)
+    P_dS = (dq @ k).add_(q @ dk).mul_(P)
+    return (P_dS @ v).add_(P @ dv).sub_(P_dS.sum(-1, keepdim=True) * y).to(y.dtype)
+
+
+# By the name of f, the tangent of y = f(x, ...), given y and the arguments of f. Where f acts on
+# each element alone its Jacobian is diagonal, and the backward pass is the tangent.
+RULES = dict(
+    add=_add, sub=lambda y, a, b: _add(y, a, b, sign=-1), mul=_mul, div=_div, truediv=_div,
+    addcmul=_addcmul,
+    pow=lambda y, x, n: n * x.value ** (n - 1) * x.tangent,
+    square=lambda y, x: (x.value * x.tangent).mul_(2),
+    rsqrt=lambda y, x: -0.5 * y ** 3 * x.tangent,
+    log=lambda y, x: x.tangent / x.value,
+    sin=lambda y, x: x.value.cos() * x.tangent,
+    cos=lambda y, x: -x.value.sin() * x.tangent,
+    abs=lambda y, x: x.value.sign() * x.tangent,
+    clamp=lambda y, x, low, high: torch.where(
+        (low <= x.value) & (x.value <= high), x.tangent, 0),
+    silu=lambda y, x, inplace=False: torch.ops.aten.silu_backward(x.tangent, x.value),
+    gelu=lambda y, x, approximate="none": torch.ops.aten.gelu_backward(
+        x.tangent, x.value, approximate=approximate),
+    linear=lambda y, x, w, b=None: F.linear(x.tangent, w),
+    conv2d=lambda y, x, w, b=None, *size, **sizes: F.conv2d(x.tangent, w, None, *size, **sizes),
+    conv_transpose2d=lambda y, x, w, **sizes: F.conv_transpose2d(x.tangent, w, **sizes),
+    layer_norm=_layer_norm, group_norm=_group_norm, scaled_dot_product_attention=_attention)
+
+
+def _duals(values, tangents):
+    """Each value with its tangent: None has none, and a tangent of None is zero."""
+    return [x if x is None else Dual(x, torch.zeros_like(x) if dx is None else dx)
+            for x, dx in zip(values, tangents)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,12 +318,11 @@ class UNetBlock(nn.Module):
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None:
             B, C, H, W = x.shape
-            # Written out, because fused attention has no forward-mode derivative; float32 or more.
-            qkv = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W)
-            q, k, v = qkv.unbind(2)                                    # [B, C, HW] each
-            q, k = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (q, k))
-            weights = (q.transpose(1, 2) @ k / math.sqrt(C)).softmax(dim=-1)
-            h = v @ weights.to(v.dtype).transpose(1, 2)                # [B, C, HW]
+            # In float32 or more, and with the channels last, as fused attention wants them.
+            qkv = self.qkv(self.norm2(x)).reshape(B, 1, C, 3, H * W).permute(3, 0, 1, 4, 2)
+            wide = torch.promote_types(qkv.dtype, torch.float32)
+            q, k, v = qkv.to(wide).contiguous().unbind(0)              # [B, 1, HW, C] each
+            h = F.scaled_dot_product_attention(q, k, v).to(qkv.dtype).transpose(2, 3).contiguous()
             x = (self.proj(h.reshape(B, C, H, W)) + x) * math.sqrt(0.5)
         return x
 
@@ -296,16 +451,19 @@ class DDPMpp(nn.Module):
                 emb = emb + self.map_second(self.map_noise(self.time_scale * s.to(dtype)))
             if self.map_label is not None:
                 if y is None:
-                    y = torch.full_like(t, self.num_classes, dtype=torch.int64)
+                    y = torch.full(t.shape, self.num_classes, device=t.device)
                 classes = torch.arange(self.num_classes, device=y.device)
-                onehot = (y[:, None] == classes).to(emb)                       # null label: zeros
+                onehot = (y[:, None] == classes).to(dtype)                     # null label: zeros
                 emb = emb + self.map_label(onehot * math.sqrt(self.num_classes))
             if self.map_augment is not None and augment is not None:
                 emb = emb + self.map_augment(augment.to(dtype))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x, t, s=None, y=None, augment=None):
+    def forward(self, x, t, s=None, y=None, augment=None, tangent=None):
         """As every network here; augment [B, augment_dim] float: the augmentation's labels."""
+        if tangent is not None:
+            h = self.forward(*_duals((x, t, s), tangent), y, augment)
+            return h.value, h.tangent
         _check_second_time(self, s)
         emb = self.embed(t, s, y, augment)
         h = x
@@ -410,13 +568,12 @@ class Attention(nn.Module):
     def forward(self, x, rope):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # [B, heads, N, d] each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                 # [B, heads, N, d] each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        # Written out, because fused attention has no forward-mode derivative.
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
@@ -583,7 +740,7 @@ class DiT(nn.Module):
                 emb = emb + self.r_embedder(s)
             if self.y_embedder is not None:
                 if y is None:
-                    y = torch.full_like(t, self.num_classes, dtype=torch.int64)
+                    y = torch.full(t.shape, self.num_classes, device=t.device)
                 emb = emb + self.y_embedder["embedding_table"](y)
             return emb
 
@@ -597,7 +754,10 @@ class DiT(nn.Module):
         h = h.reshape(B, grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)              # B C' h p w p
         return h.reshape(B, -1, *x.shape[2:])[:, :self.in_channels]
 
-    def forward(self, x, t, s=None, y=None):
+    def forward(self, x, t, s=None, y=None, tangent=None):
+        if tangent is not None:
+            h = self.forward(*_duals((x, t, s), tangent), y)
+            return h.value, h.tangent
         _check_second_time(self, s)
         if self.prediction == "velocity":
             return self.output(x, self.embed(t, s, y))
@@ -610,9 +770,9 @@ class DiT(nn.Module):
 
     def discrete_time(self, log_sigma):
         """DDPM's time in [0, 999], linear in between in ln sigma; log_sigma [B]."""
-        table = self.log_sigma.to(log_sigma)
+        table = self.log_sigma.to(log_sigma.dtype)
         k = torch.searchsorted(table, log_sigma.detach().contiguous()).clamp(1, 999)
-        return (k - (table[k] - log_sigma) / (table[k] - table[k - 1])).clamp(0, 999)
+        return (k - (table[k] - log_sigma).div(table[k] - table[k - 1])).clamp(0, 999)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -66,23 +66,21 @@ class Steps:
         torch.manual_seed(0)
         shape = (batch, options["in_channels"], *[options["input_size"]] * 2)
         self.nets, self.batch, self.shape = {}, batch, shape
+        compiled = torch.compile if args.compile else lambda network: network
         for second_time in (False, True):
             net = models.create(**options, second_time=second_time).to(self.device)
             with torch.no_grad():          # nothing is zero, or products with it might be faster
                 for p in net.parameters():
                     p.add_(0.02 * torch.randn_like(p))
-            self.nets[second_time] = net, torch.optim.AdamW(net.parameters(), 1e-6, fused=True), (
-                copy.deepcopy(net).eval().requires_grad_(False))
+            ema = copy.deepcopy(net).eval().requires_grad_(False)
+            optimizer = torch.optim.AdamW(net.parameters(), 1e-6, fused=True)
+            self.nets[second_time] = net, compiled(net), ema, optimizer
         self.teacher = copy.deepcopy(self.nets[False][2])
-        self.compiled = torch.compile if args.compile else lambda function: function
-        for net, *_ in self.nets.values():
-            net.trained = self.compiled(net)
-        self.guide = self.compiled(self.teacher)
+        self.guide = compiled(self.teacher)
 
-    def loss(self, case, net, x1, x0, t, y):
-        """The loss of a case, before backward."""
-        method, _, mode = case.partition(" ")
-        trained, one = net.trained, torch.ones_like(t)
+    def loss(self, case, net, trained, x1, x0, t, y):
+        """The loss of a case, before backward; trained: net, perhaps compiled."""
+        (method, _, mode), one = case.partition(" "), torch.ones_like(t)
         if method == "fm":
             return (trained(facm.interpolate(x1, x0, t), t, None, y) - (x1 - x0)).square().mean()
         if method == "gcm":
@@ -114,14 +112,14 @@ class Steps:
 
     def __call__(self, case):
         """One step; its seconds."""
-        net, optimizer, ema = self.nets[case.startswith("decm")]
+        net, trained, ema, optimizer = self.nets[case.startswith("decm")]
         x1, x0 = torch.randn((2, *self.shape), device=self.device)
         t = torch.rand(self.batch, device=self.device) * 0.9 + 0.05
         y = torch.arange(self.batch, device=self.device) % net.num_classes
         self.wait()
         start = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss = self.loss(case, net, x1, x0, t, y)
+            loss = self.loss(case, net, trained, x1, x0, t, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
