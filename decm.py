@@ -336,7 +336,7 @@ def same_dropout(net, rows, seed):
 
     def seeded(*inputs, **tangent):        # a tangent goes with `rows` rows alone
         outputs = []
-        for i in range(0, len(inputs[0]), rows):
+        for i in range(0, inputs[0].shape[0], rows):
             torch.manual_seed(seed)
             outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs), **tangent))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -425,6 +425,7 @@ def main():
         for network in (net, ema, teacher) if args.fsdp else ():
             if network is not None:
                 models.shard(network)
+        net.grad_checkpoint = args.grad_checkpoint
         optimizer = make_optimizer(net, args)
         if checkpoint:
             data.load_optimizer(optimizer, checkpoint["optimizer"])

@@ -8,7 +8,7 @@ which times are drawn (p), and to which end s it jumps: t_0 (CU), or any s below
     g(x_t, t, s) = x_t + (s-t) f(x_t, t, s)                          jump from t to s     Eq. 3
     x_r          = x_t + (r-t) u,  u = z - x,  r = max(t - h, s)     the pair's other point
     f_tar        = u + (s-r) (f(x_t,t,s) - f(x_r,r,s)) / (t-r)       finite difference    Eq. 39
-                 = u + (s-t) df/dt                                   --jvp exact          Eq. 6
+                 = u + (s-t) df/dt                                   --jvp exact, fused   Eq. 6
     L            = w(t) / p(t|s) |f(x_t, t, s) - f_tar|              no gradient in f_tar Eq. 39
     h(t), c(t)   = eps e^(-mu t), (e^(mu t) - 1) / mu                step, time's scale   Eq. 36, 37
     w(t)         = t^gamma e^(-lambda t)                             weight               Eq. 14
@@ -125,7 +125,8 @@ def parse_args():
     a("--w", type=float, help="guidance scale omega / (1 - kappa) of MeanFlow; 1 is none (G.2)")
     a("--kappa", type=float, help="MeanFlow's kappa (G.2)")
     a("--guide", type=float, nargs=2, help="guidance at the times from ... to ... (G.2)")
-    a("--jvp", choices=["exact", "fd"], help="forward mode or finite difference (Table 7j)")
+    a("--jvp", choices=["fused", "exact", "fd"], help="df/dt: with f in one pass, by "
+      "torch.func.jvp, or a finite difference (Table 7j)")
     a("--row", choices=list(configurations()), help="configuration of Tables 2, 3 and 10")
     a("--variant", choices=["CU", "VU"], help="upper limit s: t_0, or drawn (3.4)")
     a("--ht", choices=list(H), help="step h(t) (C.3, Table 7b)")
@@ -253,7 +254,7 @@ def precondition(net, ct, mu, sigma_d, second_time, velocity=False):
     def f(xt, t, s, y, aug=None):
         more = () if aug is None else (aug,)
         if velocity:
-            k, end = 1 / (1 - t + sigma_d * t), (1 - s) / (1 - s + sigma_d * s)
+            k, end = (1 - t + sigma_d * t) ** -1, (1 - s) / (1 - s + sigma_d * s)
             F = net(wide(k) * xt, (1 - t) * k, end if second_time else None, y, *more)
             return -wide(k) * ((1 - sigma_d) * xt + sigma_d * F)
         var = wide((1 - t) ** 2 + t ** 2)
@@ -280,6 +281,12 @@ def total_derivative(f, xt, t, s, y, aug, u):
     tangents = (u, torch.ones_like(t))
     with sdpa_kernel(SDPBackend.MATH):                     # the others have no forward mode
         return torch.func.jvp(lambda x, t: f(x, t, s, y, aug), (xt, t), tangents)[1]
+
+
+def value_and_derivative(f, xt, t, s, y, aug, u):
+    """f(x_t, t, s), with gradient, and df/dt along the flow, without, from one pass."""
+    both = f(models.Dual(xt, u), models.Dual(t, torch.ones_like(t)), s, y, aug)
+    return both.value, both.tangent
 
 
 @torch.no_grad()
@@ -318,15 +325,16 @@ def mmd_loss(F, target, base, t, r, s, h, w, M, sigma):
 
 def gcm_loss(f, f_bare, derivative, x, z, t, s, h, w, y, aug, y_null, guidance, M, sigma, reuse):
     """Mean over the batch. f: with gradient; f_bare: without, for the pair's other point and for
-    guidance = (w, kappa, interval); derivative(xt, t, s, y, aug, u): df/dt, or None: a difference;
+    guidance = (w, kappa, interval); derivative: value_and_derivative, or like it, or None: fd;
     reuse: F serves as its f(x_t, t, s), too; M, sigma: see mmd_loss."""
     xt = wide(1 - t) * x + wide(t) * z
     u = guided_velocity(f_bare, xt, z - x, t, y, aug, y_null, *guidance)
     r = torch.maximum(t - h, s)
-    F = f(xt, t, s, y, aug)
     if derivative:
-        target = u + wide(s - t) * derivative(xt, t, s, y, aug, u)                 # Eq. 6
+        F, df_dt = derivative(f, xt, t, s, y, aug, u)
+        target = u + wide(s - t) * df_dt                                           # Eq. 6
     else:
+        F = f(xt, t, s, y, aug)
         near = F.detach() if reuse else None
         slope = wide((s - r) / (t - r).clamp(min=1e-12))   # 0 where r = s, also if that is t
         target = u + slope * difference(f_bare, near, xt, t, r, s, y, aug, u)      # Eq. 39
@@ -395,7 +403,7 @@ def same_dropout(net, rows, seed):
 
     def seeded(*inputs, **tangent):        # a tangent goes with `rows` rows alone
         outputs = []
-        for i in range(0, len(inputs[0]), rows):
+        for i in range(0, inputs[0].shape[0], rows):
             torch.manual_seed(seed)
             outputs.append(net(*(a if a is None else a[i:i + rows] for a in inputs), **tangent))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -494,6 +502,7 @@ def main():
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
         for network in (net, ema) if args.fsdp else ():
             models.shard(network)
+        net.grad_checkpoint = args.grad_checkpoint
         optimizer = make_optimizer(net, args)
         if checkpoint:
             data.load_optimizer(optimizer, checkpoint["optimizer"])
@@ -557,15 +566,16 @@ def main():
             seed = data.seed_of(args.seed, "dropout", step, rank, part)
             f, f_bare = (scaled(same_dropout(role, piece, seed)) for role in (trained, bare))
 
-            def derivative(*inputs):               # seeded out here, where --compile does not reach
+            def exact(f, *inputs):                 # seeded out here, where --compile does not reach
                 torch.manual_seed(seed)
-                return differentiate(*inputs)
+                return f(*inputs[:-1]), differentiate(*inputs)
 
+            derivative = dict(fused=value_and_derivative, exact=exact, fd=None)[args.jvp]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loss = gcm_loss(
-                    f, f_bare, derivative if args.jvp == "exact" else None, x, z, t, s, h, w, y,
-                    aug, net.num_classes, (args.w, args.kappa, args.guide), args.group,
-                    args.kernel_sigma, reuse=not args.bf16)
+                    f, f_bare, derivative, x, z, t, s, h, w, y, aug, net.num_classes,
+                    (args.w, args.kappa, args.guide), args.group, args.kernel_sigma,
+                    reuse=not args.bf16)
             terms += loss.detach() / args.accum
 
             # Backward: summed over the pieces, averaged over the processes with the last one

@@ -31,6 +31,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def run_block(net, block, *inputs):
+    """block(*inputs), computed anew in the backward pass, to save memory, if net.grad_checkpoint."""
+    if getattr(net, "grad_checkpoint", False) and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def _check_second_time(net, s):
@@ -169,6 +177,7 @@ RULES = dict(
     square=lambda y, x: (x.value * x.tangent).mul_(2),
     rsqrt=lambda y, x: -0.5 * y ** 3 * x.tangent,
     log=lambda y, x: x.tangent / x.value,
+    expm1=lambda y, x: (y + 1) * x.tangent,
     sin=lambda y, x: x.value.cos() * x.tangent,
     cos=lambda y, x: -x.value.sin() * x.tangent,
     abs=lambda y, x: x.value.sign() * x.tangent,
@@ -477,17 +486,17 @@ class DDPMpp(nn.Module):
             if name.endswith("_aux_residual"):
                 h = skips[-1] = aux = (h + layer(aux)) * math.sqrt(0.5)
                 continue
-            h = layer(h) if name.endswith("_conv") else layer(h, emb)
+            h = layer(h) if name.endswith("_conv") else run_block(self, layer, h, emb)
             skips.append(h)
         for name, layer in self.dec.items():
             if "_block" in name:
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+                h = run_block(self, layer, torch.cat([h, skips.pop()], dim=1), emb)
             elif name.endswith("_aux_norm"):
                 h = F.silu(layer(h))
             elif name.endswith("_aux_conv"):
                 h = layer(h)
             else:
-                h = layer(h, emb)
+                h = run_block(self, layer, h, emb)
 
         if self.sigma_data is not None:
             c_skip = (flow_t * self.sigma_data ** 2 - (1 - flow_t)) / var
@@ -748,7 +757,7 @@ class DiT(nn.Module):
         """What the final layer gives, [B, C, H, W]."""
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed    # [B, N, D]
         for block in self.blocks:
-            h = block(h, emb, self.feat_rope)
+            h = run_block(self, block, h, emb, self.feat_rope)
         h = self.final_layer(h, emb)                                                  # [B, N, ppC']
         B, grid, p = x.shape[0], x.shape[-1] // self.patch, self.patch
         h = h.reshape(B, grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)              # B C' h p w p

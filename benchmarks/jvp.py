@@ -39,7 +39,7 @@ def parse_args():
     p.add_argument("--batch", type=int, default=4, help="images a step")
     p.add_argument("--steps", type=int, default=5, help="steps that are timed, after one more")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--case", nargs=2, help="one case in this process: network and exact or fd")
+    p.add_argument("--case", nargs=2, help="one case in this process: network and --jvp")
     args = p.parse_args()
     if min(args.batch, args.steps) < 1:
         data.fail("--batch and --steps: at least 1")
@@ -54,7 +54,7 @@ def peak(device):
 
 
 def measure(name, jvp, args):
-    """Seconds for 1000 images and peak bytes of training steps with jvp "exact" or "fd"."""
+    """Seconds for 1000 images and peak bytes of training steps with jvp fused, exact or fd."""
     device, before = torch.device(args.device), peak(torch.device(args.device))
     options = NETWORKS[name] | data.options(args.net)
     torch.manual_seed(0)
@@ -73,12 +73,13 @@ def measure(name, jvp, args):
         y = torch.zeros(args.batch, dtype=torch.int64, device=device)
         same = gcm.same_dropout(net, args.batch, step)
 
-        def derivative(*inputs):
+        def exact(f_same, *inputs):
             torch.manual_seed(step)
-            return gcm.total_derivative(f(net), *inputs)
+            return f_same(*inputs[:-1]), gcm.total_derivative(f(net), *inputs)
 
-        gcm.gcm_loss(f(same), f(same), derivative if jvp == "exact" else None, x, 0.5 * z, t, s, h,
-                     w, y, None, net.num_classes, (1.0, 0.0, (0, 1)), 1, 0.1, True).backward()
+        ways = dict(fused=gcm.value_and_derivative, exact=exact, fd=None)
+        gcm.gcm_loss(f(same), f(same), ways[jvp], x, 0.5 * z, t, s, h, w, y, None, net.num_classes,
+                     (1.0, 0.0, (0, 1)), 1, 0.1, True).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
@@ -96,7 +97,7 @@ def main():
     print(f"{args.device}, batch {args.batch}, torch {torch.__version__}\n"
           f"{'network':10}{'derivative':>12}{'s/1000 images':>15}{'peak MiB':>10}{'before':>8}")
     for name in args.nets:
-        for jvp in ("exact", "fd"):
+        for jvp in ("fused", "exact", "fd"):
             done = subprocess.run([sys.executable, *sys.argv, "--case", name, jvp],
                                   capture_output=True, text=True)
             if done.returncode:

@@ -21,7 +21,6 @@ import copy
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,7 +53,7 @@ NETWORKS = {                               # options and the batch
 # A method's step in forward passes: those with backward count three, F with its tangent two.
 PASSES = {
     "fm": 3, "reference": 9, "facm fused": 9, "facm exact": 10, "facm fd": 10, "decm fused": 9,
-    "decm exact": 10, "decm fd": 10, "gcm fd": 4, "gcm exact": 5}
+    "decm exact": 10, "decm fd": 10, "gcm fused": 4, "gcm exact": 5, "gcm fd": 4}
 
 
 class Steps:
@@ -85,10 +84,11 @@ class Steps:
             return (trained(facm.interpolate(x1, x0, t), t, None, y) - (x1 - x0)).square().mean()
         if method == "gcm":
             f = partial(gcm.precondition, ct="exp", mu=3.5, sigma_d=0.5, second_time=False)
-            exact = partial(gcm.total_derivative, f(net)) if mode == "exact" else None
+            ways = dict(fd=None, fused=gcm.value_and_derivative, exact=lambda f_net, *inputs: (
+                f_net(*inputs[:-1]), gcm.total_derivative(f(net), *inputs)))
             s, h = gcm.T0 * one, gcm.H["exp"](t, 0.005, 3.5)
-            return gcm.gcm_loss(f(trained), f(trained), exact, x1, 0.5 * x0, t, s, h, one, y, None,
-                                0, (1.0, 0.0, (0, 1)), 1, 0.1, not self.args.bf16)
+            return gcm.gcm_loss(f(trained), f(trained), ways[mode], x1, 0.5 * x0, t, s, h, one, y,
+                                None, 0, (1.0, 0.0, (0, 1)), 1, 0.1, not self.args.bf16)
         if method == "decm":
             derivative = None if mode == "fused" else partial(decm.total_derivative, net, mode=mode)
             return sum(decm.decm_loss(trained, derivative, self.guide, x1, x0, t, y, net.num_classes,
@@ -132,13 +132,24 @@ class Steps:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def memory(self, reset=False):
-        """The peak of memory in bytes since `reset`: of tensors on a GPU, or of the process."""
+    def memory(self, cases):
+        """By how many bytes memory rises while steps run: of tensors on a GPU, or of the process."""
         if self.device.type == "cuda":
-            if reset:
-                torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")      # resets the peak (Linux)
+            before = self.resident("VmRSS")
+        for case in cases:
+            self(case)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() - before
+        return self.resident("VmHWM") - before
+
+    def resident(self, name):
+        """VmRSS or VmHWM of this process: its memory now, or at most, in bytes."""
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
     def flops(self):
         """Floating-point operations of one forward pass."""
@@ -226,11 +237,7 @@ def main():
     args = parse_args()
     if args.memory_of:
         name, case = args.memory_of
-        steps = Steps(name, args)
-        before = steps.memory(reset=True)
-        for _ in range(2):
-            steps(case)
-        print(json.dumps(steps.memory() - before))
+        print(json.dumps(Steps(name, args).memory([case] * 2)))
         return
     figures = {}
     for name in args.nets:

@@ -283,9 +283,11 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common += ["--pretrain", 0, "--steps", 1, "--w", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
     call(monkeypatch, decm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    torchrun(*common, "--out", tmp_path / "two", script="decm.py")
+    torchrun(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else []), "--out", tmp_path / "two",
+             script="decm.py")
+    call(monkeypatch, decm, *common, "--jvp", "fused", "--out", tmp_path / "fused")
     one = first_gradient(tmp_path / "one")
-    for other in ("accum", "two"):
+    for other in ("accum", "fused", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
     assert one.abs().max() > 0
 

@@ -64,7 +64,7 @@ def loss(module, variant="VU", h=1e-3, exact=False, M=1, sigma=0.1, seed=0, t=No
     x, z = FLOW.draw(64, seed)
     if t is None:
         t, s, _ = times(variant)
-    derivative = functools.partial(module.total_derivative, f_ideal) if exact else None
+    derivative = (lambda f, *inputs: (f(*inputs[:-1]), module.total_derivative(f, *inputs))) if exact else None
     y = torch.ones(64, dtype=torch.int64)
     return module.gcm_loss(f_ideal, f_ideal, derivative, x, z, t, s, torch.full_like(t, h), torch.ones_like(t), y, None,
                            0, (2.0, 1.0, (0.0, 1.0)), M, sigma, reuse).item()
@@ -95,8 +95,8 @@ MUTANTS = [
     ("F - f(xr, r, s, y, aug)", "F - f(xr, t, s, y, aug)", False),                           # its time
     ("F - f(xr, r, s, y, aug)", "F - f(xt, r, s, y, aug)", False),                           # its place
     ("F - f(xr, r, s, y, aug)", "f(xr, r, s, y, aug) - F", False),
-    ("target = u + wide(s - t) * derivative", "target = u + wide(t - s) * derivative", True),
-    ("target = u + wide(s - t) * derivative", "target = u + derivative", True),
+    ("target = u + wide(s - t) * df_dt", "target = u + wide(t - s) * df_dt", True),
+    ("target = u + wide(s - t) * df_dt", "target = u + df_dt", True),
     ("tangents = (u, torch.ones_like(t))", "tangents = (u, -torch.ones_like(t))", True),
     ("tangents = (u, torch.ones_like(t))", "tangents = (-u, torch.ones_like(t))", True),
     ("tangents = (u, torch.ones_like(t))", "tangents = (u, torch.zeros_like(t))", True),
@@ -320,7 +320,7 @@ def test_oracle_has_almost_no_mmd():
     t, s = (a.reshape(-1, 4)[:, :1].expand(-1, 4).flatten() for a in (t, s))
     exact = loss(gcm, exact=True, M=4, t=t, s=s, sigma=math.inf)
     assert abs(exact) < 1e-9
-    wrong = mutant(SOURCE, "target = u + wide(s - t) * derivative", "target = u + wide(t - s) * derivative")
+    wrong = mutant(SOURCE, "target = u + wide(s - t) * df_dt", "target = u + wide(t - s) * df_dt")
     assert loss(wrong, exact=True, M=4, t=t, s=s, sigma=math.inf) > 1e-2
 
 
@@ -470,6 +470,29 @@ def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
     assert_same_run(finished, tmp_path / "run", ["ckpt.pt"])
 
 
+@pytest.mark.parametrize("second_time", [False, True])
+@pytest.mark.parametrize("options", [dict(ct="t"), dict(ct="1000t"), dict(ct="exp"), dict(ct="t", velocity=True)], ids=str)
+def test_one_pass_gives_the_derivative_of_the_scaled_network(options, second_time):
+    torch.manual_seed(0)
+    net = models.create("DDPM++", input_size=8, width=8, mult=(1,), blocks=0, sigma_data=0.5, second_time=second_time).double()
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    f = gcm.precondition(net, mu=3.5, sigma_d=0.6, second_time=second_time, **options)
+    (xt, u), t = torch.randn((2, 3, 3, 8, 8), dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9]).double()
+    F, df_dt = gcm.value_and_derivative(f, xt, t, t / 2, None, None, u)
+    exact = gcm.total_derivative(f, xt, t, t / 2, None, None, u)
+    assert torch.equal(F, f(xt, t, t / 2, None)) and F.requires_grad and not df_dt.requires_grad
+    assert (df_dt - exact).norm() < 1e-11 * exact.norm()
+
+
+def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
+    for jvp in ("fused", "exact"):
+        call(monkeypatch, gcm, *TINY, *VU, "--jvp", jvp, "--steps", 1, "--optimizer", "AdamW", "--betas", 0.9, 0.99,
+             "--out", tmp_path / jvp)
+    a, b = (first_gradient(tmp_path / jvp) for jvp in ("fused", "exact"))
+    assert (a - b).abs().max() < 1e-5 * b.abs().max() > 0
+
+
 @pytest.mark.parametrize("flags", [["--augment", "--row", "E"], VU], ids=str)
 def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
     """Augmentation and groups, too: their random numbers and members are those of the global batch."""
@@ -477,7 +500,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
     call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
     call(monkeypatch, gcm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    torchrun(*common, "--out", tmp_path / "two", script="gcm.py")
+    torchrun(*common, *(["--fsdp"] if flags is VU else []), "--out", tmp_path / "two", script="gcm.py")
     one = first_gradient(tmp_path / "one")
     for other in ("accum", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other

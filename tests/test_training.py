@@ -187,7 +187,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
 
 def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monkeypatch):
     """--fsdp in two processes; its checkpoint goes on in one process, and back, as if nothing had been sharded."""
-    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fd", "--pretrain", 1]
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--pretrain", 1]
     one, two = tmp_path / "one", tmp_path / "two"
     for number, flags in enumerate((["--steps", 0], ["--steps", 1], ["--steps", 2, "--accum", 2])):
         call(monkeypatch, facm, *common, *flags, "--out", one)
@@ -221,6 +221,15 @@ def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
     whole, saved = steps()
     saved["state"][0] = {k: a.contiguous() for k, a in saved["state"][0].items()}
     assert torch.equal(steps(saved)[0], whole)
+
+
+@pytest.mark.parametrize("flags", [[], ["--condition", "auxiliary", "--bf16"], ["--objective", "meanflow"]], ids=str)
+def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
+    """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
+    for jvp in ("fused", "exact"):
+        call(monkeypatch, facm, *TINY, "--pretrain", 0, "--steps", 1, *flags, "--jvp", jvp, "--out", tmp_path / jvp)
+    a, b = (first_gradient(tmp_path / jvp) for jvp in ("fused", "exact"))
+    assert (a - b).abs().max() < (0.02 if "--bf16" in flags else 1e-5) * b.abs().max() > 0
 
 
 def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch):
