@@ -45,7 +45,7 @@ NETWORKS = {                               # options and the batch
     "LightningDiT-small": (LDIT | dict(width=384, depth=6, heads=6, input_size=8), 32),
     "LightningDiT-B": (LDIT, 16),
     "LightningDiT-XL": (LDIT | dict(name="LightningDiT-XL/1"), 32),
-    "DDPM++-small": (UNET | dict(width=64, mult=(1, 2, 2), blocks=1), 16),
+    "DDPM++-small": (UNET | dict(width=64, mult=(1, 2, 2), blocks=1), 8),
     "DDPM++-medium": (UNET | dict(blocks=2), 16),
     "DDPM++-CIFAR10": (UNET, 64),
     "DiT-XL": (dict(name="DiT-XL/2", in_channels=4, num_classes=1000, input_size=32), 32),
@@ -91,8 +91,8 @@ class Steps:
                                 None, 0, (1.0, 0.0, (0, 1)), 1, 0.1, not self.args.bf16)
         if method == "decm":
             derivative = None if mode == "fused" else partial(decm.total_derivative, net, mode=mode)
-            return sum(decm.decm_loss(trained, derivative, self.guide, x1, x0, t, y, net.num_classes,
-                                      1.75, None, one, 0.5, 1e-3))
+            return sum(decm.decm_loss(trained, derivative, self.guide, x1, x0, t, y,
+                                      net.num_classes, 1.75, None, one, 0.5, 1e-3))
         xt, (c_cm, c_fm) = facm.interpolate(x1, x0, t), facm.conditions(t, "expanded")
         weights = facm.WEIGHTS["1-t^p"](t, 0.5), facm.WEIGHTS["cos"](t, 0.5)
         if method == "facm":
@@ -163,7 +163,8 @@ class Steps:
 def forward_ratio(steps, rounds):
     """Time of F with its tangent, in units of F, without gradient: (fused, torch.func.jvp)."""
     net, x = steps.nets[False][2], torch.randn(steps.shape, device=steps.device)
-    t, y = torch.full_like(x[:, 0, 0, 0], 0.5), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    t = torch.full_like(x[:, 0, 0, 0], 0.5)
+    y = torch.zeros_like(t, dtype=torch.int64)
     tangent = torch.randn_like(x), torch.ones_like(t), None
 
     def timed(function):
@@ -184,7 +185,7 @@ def forward_ratio(steps, rounds):
 
 def matrix_rate(device, bf16):
     """Floating-point operations a second of one large matrix product."""
-    size, dtype = (8192 if device.type == "cuda" else 2048), torch.bfloat16 if bf16 else torch.float32
+    size, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if bf16 else torch.float32
     a, seconds = torch.randn(size, size, device=device, dtype=dtype), []
     for _ in range(6):
         start = time.perf_counter()
