@@ -594,7 +594,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def _keep_freed_memory():
+def keep_freed_memory():
     """Has glibc keep what is freed: large blocks go back to the system otherwise, and come again as
     new pages, which takes a tenth or more of a training step on a CPU. No effect elsewhere."""
     try:
@@ -617,7 +617,7 @@ def start_processes(device):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {device}: no such CUDA GPU here; use --device cpu")
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":

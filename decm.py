@@ -19,7 +19,7 @@ noise to any time (t near 0, the first step of samplers that do not start with a
 
 Launch:
     python decm.py                                               # laptop: pretrain, distil
-    python decm.py --resolution 32 --jvp exact --bf16 --compile  # 1 GPU
+    python decm.py --resolution 32 --jvp fused --bf16 --compile  # 1 GPU
     torchrun --nproc_per_node=8 decm.py --batch 1024             # 8 GPUs; --batch is global
 
 Measured: README.md. A departure from the paper stands at its line: "paper: ...; here: ...".

@@ -19,7 +19,7 @@ one network on two tasks, told apart by the time it is conditioned on: the short
 
 Launch:
     python facm.py                                               # laptop: pretrain, distil
-    python facm.py --resolution 32 --jvp exact --bf16 --compile  # 1 GPU
+    python facm.py --resolution 32 --jvp fused --bf16 --compile  # 1 GPU
     torchrun --nproc_per_node=8 facm.py --batch 1024             # 8 GPUs; --batch is global
 
 Measured: README.md. A departure from the paper stands at its line: "paper: ...; here: ...".

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_block(net, block, *inputs):
-    """block(*inputs), computed anew in the backward pass, to save memory, if net.grad_checkpoint."""
+    """block(*inputs), which the backward pass computes anew if net.grad_checkpoint: less memory."""
     if getattr(net, "grad_checkpoint", False) and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)

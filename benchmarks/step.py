@@ -62,6 +62,8 @@ class Steps:
     def __init__(self, name, args):
         options, batch = NETWORKS[name]
         self.args, self.device, batch = args, torch.device(args.device), args.batch or batch
+        if self.device.type == "cpu":
+            data.keep_freed_memory()       # as the scripts do
         torch.manual_seed(0)
         shape = (batch, options["in_channels"], *[options["input_size"]] * 2)
         self.nets, self.batch, self.shape = {}, batch, shape

@@ -449,7 +449,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--bf16", "--compile"]], ids=str)
+@pytest.mark.parametrize("flags", [
+    [], ["--bf16"], ["--bf16", "--compile"], ["--jvp", "fused", "--bf16", "--compile", "--grad-checkpoint"]], ids=str)
 def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
     call(monkeypatch, facm, *on_gpu, *flags, "--pretrain", 3, "--steps", 3, "--out", tmp_path / "run")
