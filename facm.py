@@ -472,6 +472,8 @@ def main():
     trained = compiled(net) if args.compile else net
     if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
+    if args.compile and teacher is not None:
+        teacher.compile()
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":
         differentiate = compiled(differentiate)
@@ -485,6 +487,8 @@ def main():
             teacher = models.create(**args.net).to(device).eval().requires_grad_(False)
             if args.fsdp:
                 models.shard(teacher)
+            if args.compile:
+                teacher.compile()
             for network in (teacher, net):
                 network.load_state_dict(ema.state_dict())
             optimizer = make_optimizer(net, args)
