@@ -11,7 +11,7 @@ on where it stopped. A budget of minutes shows an order at best: the papers trai
 
 "stability" adds percentiles of the norm of the gradient before clipping, over all steps, as their
 mean over the seeds, and how many runs collapsed: those that ended in a loss or gradient that is not
-finite, or whose one-step samples are worse than one Euler step of their teacher.
+finite, or whose one-step samples are recognised less often than one Euler step of their teacher.
 """
 
 import concurrent.futures
@@ -198,8 +198,8 @@ def main():
             cells.append(f"{statistics.mean(distances):.1f}{spread}")
         if table.get("gradients"):
             mean = np.mean([one["gradients"] for one in figures[label]], axis=0)
-            worst = teachers[name_of(teacher)][1]["euler 1"][0]
-            collapsed = sum(one[names[0]][0] > worst for one in figures[label])
+            blurred = teachers[name_of(teacher)][1]["euler 1"][1]
+            collapsed = sum(one[names[0]][1] < blurred for one in figures[label])
             cells += [", ".join(f"{value:.2f}" for value in mean), f"{collapsed} of {len(seeds)}"]
         print(f"| {label} {shlex.join(flags)} | " + " | ".join(cells) + " |")
         if any(paper):
