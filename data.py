@@ -35,7 +35,6 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -357,8 +356,9 @@ def read_npz(path):
 
 
 def _cifar10(folder):
+    from torchvision.datasets import CIFAR10               # here, because it takes a second
     try:
-        train = torchvision.datasets.CIFAR10(folder, train=True, download=True)
+        train = CIFAR10(folder, train=True, download=True)
     except Exception as e:
         raise ValueError(
             f"CIFAR-10 could not be downloaded to {folder} ({type(e).__name__}); put "

@@ -217,7 +217,7 @@ def test_skip_broken_lists_what_it_leaves_out(tmp_path, capsys):
 def test_cifar10_says_what_to_do_without_a_network(tmp_path, monkeypatch):
     def offline(*args, **options):
         raise OSError("no route")
-    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", offline)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", offline)
     with pytest.raises(ValueError, match="cifar-10-python.tar.gz"):
         data.load("cifar10", 32, str(tmp_path))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import Gaussian, fused, mutant
-from test_training import TINY, assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, torchrun
+from test_training import TINY, assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, run_two
 
 import data
 import decm
@@ -283,8 +283,8 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common += ["--pretrain", 0, "--steps", 1, "--w", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
     call(monkeypatch, decm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    torchrun(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else []), "--out", tmp_path / "two",
-             script="decm.py")
+    run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else []), "--out", tmp_path / "two",
+            script="decm.py")
     call(monkeypatch, decm, *common, "--jvp", "fused", "--out", tmp_path / "fused")
     one = first_gradient(tmp_path / "one")
     for other in ("accum", "fused", "two"):

@@ -16,7 +16,7 @@ from conftest import ROOT
 from formula import fill, sample, uniform
 from PIL import Image
 from test_golden import assert_equal, golden
-from test_training import call, refused, torchrun
+from test_training import call, refused, run_two
 
 import data
 import fid
@@ -287,8 +287,8 @@ def test_neither_order_nor_batch_nor_processes_matter(files, net, images, tmp_pa
     whole = figures(monkeypatch, tmp_path, files / "a.npz", *flags, *more, "--batch", 2100)
     np.savez(tmp_path / "turned.npz", arr_0=images[0][::-1])
     assert figures(monkeypatch, tmp_path, tmp_path / "turned.npz", *flags)[NAME] == pytest.approx(whole[NAME], rel=1e-6)
-    torchrun(files / "a.npz", *flags, *more, "--device", "cpu", "--json", tmp_path / "two.json",
-             "--save-stats", tmp_path / "two.npz", script="fid.py")
+    run_two(files / "a.npz", *flags, *more, "--device", "cpu", "--json", tmp_path / "two.json",
+            "--save-stats", tmp_path / "two.npz", script="fid.py")
     two = json.loads((tmp_path / "two.json").read_text())
     assert (two["n"], two["ref_n"]) == (2100, 2100)
     for other in (two["figures"], figures(monkeypatch, tmp_path, files / "a.npz", *flags, *more, "--batch", 37)):

@@ -12,7 +12,7 @@ import data
 import gcm
 import models
 from test_data import write_shards
-from test_training import assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, torchrun
+from test_training import assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, run_two
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
 SIGMA_D = 0.5
@@ -500,7 +500,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
     call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
     call(monkeypatch, gcm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    torchrun(*common, *(["--fsdp"] if flags is VU else []), "--out", tmp_path / "two", script="gcm.py")
+    run_two(*common, *(["--fsdp"] if flags is VU else []), "--out", tmp_path / "two", script="gcm.py")
     one = first_gradient(tmp_path / "one")
     for other in ("accum", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from formula import fill
 from oracle import Gaussian
 from PIL import Image
 from test_data import small_vae
-from test_training import TINY, call, refused, torchrun
+from test_training import TINY, call, popen, popen_two, refused, run_two, torchrun
 
 import data
 import facm
@@ -58,8 +57,8 @@ def test_a_sample_does_not_depend_on_batch_or_processes(run, tmp_path, monkeypat
     assert labels.tolist() == [i % 10 for i in range(11)]
     one_by_one, _ = draw(monkeypatch, run, tmp_path / "b.npz", "--n", 11, "--nfe", 2, "--batch", 1)
     fewer, _ = draw(monkeypatch, run, tmp_path / "c.npz", "--n", 5, "--nfe", 2, "--batch", 3)
-    torchrun("--ckpt", run / "ckpt.pt", "--out", tmp_path / "d.npz", "--samples", 11, "--nfe", 2, "--device", "cpu",
-             script="sample.py")
+    run_two("--ckpt", run / "ckpt.pt", "--out", tmp_path / "d.npz", "--samples", 11, "--nfe", 2, "--device", "cpu",
+            script="sample.py")
     with np.load(tmp_path / "d.npz") as f:
         two_processes = f["arr_0"]
     assert np.array_equal(images, one_by_one)
@@ -76,8 +75,8 @@ def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(run, tmp_path, mo
     assert np.array_equal(images, draw(monkeypatch, run, tmp_path / "64.npz", *flags, "--batch", 64)[0])
     assert np.array_equal(images[:70], draw(monkeypatch, run, tmp_path / "70.npz", "--n", 70, "--nfe", 2)[0])
     for name in ("two.npz", "two"):
-        torchrun("--ckpt", run / "ckpt.pt", "--out", tmp_path / name, "--samples", 100, "--nfe", 2, "--batch", 7,
-                 "--device", "cpu", script="sample.py")
+        run_two("--ckpt", run / "ckpt.pt", "--out", tmp_path / name, "--samples", 100, "--nfe", 2, "--batch", 7,
+                "--device", "cpu", script="sample.py")
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "7.npz").read_bytes()
     assert np.array_equal(images, [np.asarray(Image.open(tmp_path / "two" / name)) for name in pngs(tmp_path / "two")])
 
@@ -332,16 +331,9 @@ def test_a_new_npz_takes_the_place_of_an_old_one(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, processes", [("x.npz", 1), ("x", 2)])
 def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name, processes):
     """kill -9 at some moment, continued by another number of processes, with other batches."""
-    flags = ["--ckpt", str(run / "teacher.pt"), "--out", str(tmp_path / name), "--samples", "640", "--nfe", "8",
+    flags = ["--ckpt", str(run / "teacher.pt"), "--out", str(tmp_path / name), "--samples", "384", "--nfe", "8",
              "--cfg", "2", "--device", "cpu"]
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    begun = [subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(ROOT / "sample.py"), *flags], cwd=ROOT, stderr=subprocess.PIPE,
-        env=os.environ if processes == 1 else os.environ | dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-        for rank in range(processes)]
+    begun = [popen(*flags, script="sample.py")] if processes == 1 else popen_two(*flags, script="sample.py")
     done = tmp_path / (f"{name}.partial" if name.endswith("npz") else name) / "done"
     while not done.exists() or sum(done.read_bytes()) < 64:
         for process in begun:
@@ -351,7 +343,7 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
         process.kill()
     for process in begun:
         process.communicate()
-    assert 64 <= sum(done.read_bytes()) < 640 and not (tmp_path / "x.npz").exists()
+    assert 64 <= sum(done.read_bytes()) < 384 and not (tmp_path / "x.npz").exists()
 
     if processes == 1:
         torchrun(*flags, "--batch", 100, script="sample.py")
@@ -359,7 +351,7 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
         call(monkeypatch, sample, *flags, "--batch", 100)
     whole, _ = draw(monkeypatch, run, tmp_path / "whole.npz", *flags[4:], ckpt="teacher.pt")
     if name == "x":
-        assert len(pngs(tmp_path / name)) == 640
+        assert len(pngs(tmp_path / name)) == 384
         images = [np.asarray(Image.open(tmp_path / name / png)) for png in pngs(tmp_path / name)]
     else:
         images, _ = read(tmp_path / name)
@@ -368,9 +360,9 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
 
 
 def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch):
-    flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 640, "--nfe", 8, "--device", "cpu"]
+    flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 384, "--nfe", 8, "--device", "cpu"]
     process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *map(str, flags), "--batch", "4"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)            # 160 batches: time enough for a signal
+                               stderr=subprocess.PIPE, text=True)            # 96 batches: time enough for a signal
     done = tmp_path / "x.npz.partial" / "done"
     while not done.exists() or not any(done.read_bytes()):
         assert process.poll() is None, process.stderr.read()
@@ -378,9 +370,9 @@ def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "Traceback" not in said and "same command goes on" in said
-    assert 0 < sum(done.read_bytes()) < 640
+    assert 0 < sum(done.read_bytes()) < 384
     call(monkeypatch, sample, *flags)
-    assert len(read(tmp_path / "x.npz")[0]) == 640
+    assert len(read(tmp_path / "x.npz")[0]) == 384
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x"])

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,13 +39,29 @@ def call(monkeypatch, module, *argv):
             signal.signal(s, handler)
 
 
-def popen(*argv, script="facm.py"):
+def popen(*argv, script="facm.py", **env):
     return subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / script), *map(str, argv)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def popen_two(*argv, script):
+    """The script in two processes, as torchrun starts them, but without torchrun's own seconds."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    return [popen(*argv, script=script, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port, OMP_NUM_THREADS="1") for rank in ("0", "1")]
+
+
+def run_two(*argv, script="facm.py"):
+    """The script in two processes, to its end."""
+    for process in popen_two(*argv, script=script):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
 
 
 def torchrun(*argv, script="facm.py"):
-    """The script in two processes on the CPU, to its end."""
+    """The same by torchrun, as a user would."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launch, str(ROOT / script), *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -178,7 +196,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "accum", "--accum", 2)
-    torchrun(*common, *flags, "--out", tmp_path / "two")
+    run_two(*common, *flags, "--out", tmp_path / "two")
     one = first_gradient(tmp_path / "one")
     for other in ("accum", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
