@@ -26,7 +26,6 @@ Measured: README.md. A departure from the paper stands at its line: "paper: ...;
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -345,11 +344,13 @@ def same_dropout(net, rows, seed):
 
 
 # --- shared: processes ---
-def synchronised(net, last):
-    """A context in which a backward pass averages over the processes only if it is the last."""
-    if hasattr(net, "set_requires_gradient_sync"):         # FSDP
+def synchronise(net, last):
+    """Before a pass through net: its gradient is averaged over the processes only if it is the last
+    of a step. DDP takes note of that in the forward pass, FSDP in the backward pass."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = last              # as its no_sync() does
+    elif hasattr(net, "set_requires_gradient_sync"):
         net.set_requires_gradient_sync(last)
-    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
 # --- end shared ---
 
 
@@ -498,6 +499,7 @@ def main():
                     y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
 
                 # Loss
+                synchronise(trained, last=part + 1 == args.accum)
                 seed = data.seed_of(args.seed, "dropout", step, rank, part)
                 F_theta = same_dropout(trained, piece, seed)
                 F_bare = net if args.jvp == "exact" else same_dropout(net, piece, seed)
@@ -522,12 +524,10 @@ def main():
                             args.gam, args.vpsi, WEIGHTS[args.w2](1 - t + r), args.power, args.c)
                 terms += torch.stack([L_fm, L_jump]).detach() / args.accum
 
-                # Backward: summed over the pieces, averaged over the processes with the last one
+                # Backward: summed over the pieces
                 fm = update == "pretrain" or "fm" in args.objectives
                 jump = update == "n2n" or "cd" in args.objectives
-                last = part + 1 == args.accum
-                with synchronised(trained, last):
-                    ((fm * L_fm + jump * L_jump) / args.accum).backward()
+                ((fm * L_fm + jump * L_jump) / args.accum).backward()
 
             # Clip, and the finite check of losses and gradient in one transfer
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)

@@ -26,7 +26,6 @@ Measured: README.md. A departure from the paper stands at its line: "paper: ...;
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -370,11 +369,13 @@ def same_dropout(net, rows, seed):
 
 
 # --- shared: processes ---
-def synchronised(net, last):
-    """A context in which a backward pass averages over the processes only if it is the last."""
-    if hasattr(net, "set_requires_gradient_sync"):         # FSDP
+def synchronise(net, last):
+    """Before a pass through net: its gradient is averaged over the processes only if it is the last
+    of a step. DDP takes note of that in the forward pass, FSDP in the backward pass."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = last              # as its no_sync() does
+    elif hasattr(net, "set_requires_gradient_sync"):
         net.set_requires_gradient_sync(last)
-    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
 # --- end shared ---
 
 
@@ -524,6 +525,7 @@ def main():
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
 
             # Loss
+            synchronise(trained, last=part + 1 == args.accum)
             seed = data.seed_of(args.seed, "dropout", step, rank, part)
             F_theta = same_dropout(trained, piece, seed)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -557,10 +559,8 @@ def main():
                         L_fm = torch.zeros_like(L_cm)
             terms += torch.stack([L_fm, L_cm]).detach() / args.accum
 
-            # Backward: summed over the pieces, averaged over the processes with the last one
-            last = part + 1 == args.accum
-            with synchronised(trained, last):
-                ((args.anchor * L_fm + L_cm) / args.accum).backward()  # Eq. 8
+            # Backward: summed over the pieces
+            ((args.anchor * L_fm + L_cm) / args.accum).backward()      # Eq. 8
         if world > 1 and phi.grad is not None:                         # not among the network's
             dist.all_reduce(phi.grad.div_(world))
 

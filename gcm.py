@@ -25,7 +25,6 @@ Measured: README.md. A departure from the paper stands at its line: "paper: ...;
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -412,11 +411,13 @@ def same_dropout(net, rows, seed):
 
 
 # --- shared: processes ---
-def synchronised(net, last):
-    """A context in which a backward pass averages over the processes only if it is the last."""
-    if hasattr(net, "set_requires_gradient_sync"):         # FSDP
+def synchronise(net, last):
+    """Before a pass through net: its gradient is averaged over the processes only if it is the last
+    of a step. DDP takes note of that in the forward pass, FSDP in the backward pass."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = last              # as its no_sync() does
+    elif hasattr(net, "set_requires_gradient_sync"):
         net.set_requires_gradient_sync(last)
-    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
 # --- end shared ---
 
 
@@ -563,6 +564,7 @@ def main():
                 x, aug = data.augment(x, random, batch=args.batch, rows=rows)
 
             # Loss
+            synchronise(trained, last=part + 1 == args.accum)
             seed = data.seed_of(args.seed, "dropout", step, rank, part)
             f, f_bare = (scaled(same_dropout(role, piece, seed)) for role in (trained, bare))
 
@@ -578,10 +580,8 @@ def main():
                     reuse=not args.bf16)
             terms += loss.detach() / args.accum
 
-            # Backward: summed over the pieces, averaged over the processes with the last one
-            last = part + 1 == args.accum
-            with synchronised(trained, last):
-                (loss / args.accum).backward()
+            # Backward: summed over the pieces
+            (loss / args.accum).backward()
 
         # Clip, and the finite check of losses and gradient in one transfer
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)

@@ -283,7 +283,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common += ["--pretrain", 0, "--steps", 1, "--w", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
     call(monkeypatch, decm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else []), "--out", tmp_path / "two",
+    run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else ["--accum", 2]), "--out", tmp_path / "two",
             script="decm.py")
     call(monkeypatch, decm, *common, "--jvp", "fused", "--out", tmp_path / "fused")
     one = first_gradient(tmp_path / "one")

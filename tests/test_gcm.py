@@ -500,7 +500,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
     call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
     call(monkeypatch, gcm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, *(["--fsdp"] if flags is VU else []), "--out", tmp_path / "two", script="gcm.py")
+    run_two(*common, *(["--fsdp"] if flags is VU else ["--accum", 2]), "--out", tmp_path / "two", script="gcm.py")
     one = first_gradient(tmp_path / "one")
     for other in ("accum", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other

@@ -19,7 +19,9 @@ from conftest import ROOT
 from test_data import NAMES, PIXELS, write_images, write_shards
 
 import data
+import decm
 import facm
+import gcm
 import models
 import sample
 
@@ -196,11 +198,36 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, *flags, "--out", tmp_path / "two")
+    run_two(*common, *flags, "--out", tmp_path / "two", "--accum", 2)
     one = first_gradient(tmp_path / "one")
     for other in ("accum", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
     assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize("script, flags, updates", [
+    (facm, ["--pretrain", 1, "--steps", 1], 2), (decm, ["--pretrain", 1, "--steps", 1, "--freq", 1], 3),
+    (gcm, ["--steps", 2], 2)], ids=["facm", "decm", "gcm"])
+def test_pieces_are_averaged_over_the_processes_once_an_update(tmp_path, monkeypatch, script, flags, updates):
+    """DDP, in one process that takes itself for the first of two: not with every piece of --accum."""
+    averaged = []
+
+    def hook(state, bucket):
+        averaged.append(bucket)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    class Counted(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_comm_hook(None, hook)
+
+    monkeypatch.setattr(script, "DistributedDataParallel", Counted)
+    monkeypatch.setattr(data, "start_processes", lambda device: (torch.device("cpu"), 0, 2))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    call(monkeypatch, script, *TINY[:11], "--accum", 4, *flags, "--out", tmp_path / "run")
+    assert len(averaged) == updates
 
 
 def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monkeypatch):
