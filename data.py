@@ -627,6 +627,13 @@ def start_processes(device):
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def to_device(tensors, device):
+    """Copies of CPU tensors on the device; a GPU gets them without being waited for."""
+    if device.type == "cuda":
+        tensors = [a.pin_memory() for a in tensors]
+    return [a.to(device, non_blocking=True) for a in tensors]
+
+
 def wait():
     """All processes meet here; one that ended before, and said why, ends the others, too."""
     try:
@@ -744,13 +751,14 @@ def open_run(args, method, rank):
 
 
 class Log:
-    """log.jsonl and the progress bar: every `every` steps the means of the numbers since the last.
+    """log.jsonl and the progress bar: every `every` steps the means of the figures since the last.
 
     Lines of a run that was killed, past `step`, are dropped. Silent if `quiet` (other processes).
     """
 
     def __init__(self, path, step, total, every, quiet=False):
-        self.every, self.quiet, self.window, self.tick = every, quiet, [], time.perf_counter()
+        self.path, self.every, self.quiet = path, every, quiet
+        self.window, self.tick = [], time.perf_counter()
         self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
         if not quiet:
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -758,22 +766,41 @@ class Log:
             path.write_text("".join(keep))
             self.file = open(path, "a", buffering=1)
 
-    def add(self, step, stage, images, values, now=False):
-        """Takes a step's number of images and dict of figures, which may differ from step to step;
-        writes a line now, or when it is time."""
-        if self.quiet:
-            return
+    def add(self, step, stage, images, figures, stop, now=False):
+        """Takes what a step has brought: its number of images, its figures {name: tensor []}, which
+        may differ from step to step, and the signals of this process. The device is waited for now
+        or when it is time, not with every step: then a line is written, and the number of signals
+        of all processes is returned, else 0. Raises FloatingPointError with the step and its
+        figures if one is not finite."""
         self.bar.update()
-        self.window.append(values | dict(images=images))
-        if now or step % self.every == 0:
-            names = dict.fromkeys(name for numbers in self.window for name in numbers)
-            row = {name: round(float(np.mean([n[name] for n in self.window if name in n])), 6)
-                   for name in names}
-            speed = row.pop("images") * len(self.window) / (time.perf_counter() - self.tick)
-            row["images_per_s"] = round(speed, 1)
+        self.window.append((step, images, figures))
+        alone = not dist.is_initialized()
+        if not (now or step % self.every == 0 or alone and stop):
+            return 0
+        own = torch.stack([a for *_, figures in self.window for a in figures.values()])
+        mean = torch.cat([own, own.new_tensor([len(stop)])])
+        if not alone:
+            dist.all_reduce(mean)
+            mean[:-1] /= dist.get_world_size()
+        own, (*mean, signals) = own.tolist(), mean.tolist()
+        keys = [(at, name) for at, _, figures in self.window for name in figures]
+        for (broken, _), value in zip(keys, mean):
+            if not math.isfinite(value):
+                terms = [f"{name} {a}" for (at, name), a in zip(keys, own) if at == broken]
+                raise FloatingPointError(
+                    f"step {broken - 1}, process {0 if alone else dist.get_rank()}: "
+                    f"{', '.join(terms)}; the last checkpoint stays in {self.path.parent}")
+        columns = {}
+        for (_, name), value in zip(keys, mean):
+            columns.setdefault(name, []).append(value)
+        row = {name: round(float(np.mean(column)), 6) for name, column in columns.items()}
+        images = sum(images for _, images, _ in self.window)
+        row["images_per_s"] = round(images / (time.perf_counter() - self.tick), 1)
+        self.window, self.tick = [], time.perf_counter()
+        if not self.quiet:
             self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
             self.bar.set_postfix(row)
-            self.window, self.tick = [], time.perf_counter()
+        return signals
 
     def close(self):
         """Ends the bar; the file is written through at each line."""

@@ -488,11 +488,11 @@ def main():
 
         # Algorithm 1: the N2N objective is an update of its own, every --freq steps
         n2n_follows = stage == METHOD and "n2n" in args.objectives and k % args.freq == 0
-        values, signalled = {}, 0
+        figures = {}
         for update in [stage, "n2n"] if n2n_follows else [stage]:
             terms = torch.zeros(2, device=device)
             for part, rows in enumerate(pieces):
-                x1, y = (a.to(device) for a in batches[part])
+                x1, y = data.to_device(batches[part], device)
                 x0, r = x0_all[rows], args.r_max * r_all[rows]
                 t = sample_t(times, normal[rows], u[rows], *P, args.segments)
                 if teacher is None:
@@ -529,22 +529,11 @@ def main():
                 jump = update == "n2n" or "cd" in args.objectives
                 ((fm * L_fm + jump * L_jump) / args.accum).backward()
 
-            # Clip, and the finite check of losses and gradient in one transfer
+            # Clip, step
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
             norm = norm.full_tensor() if args.fsdp else norm
-            sums = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
-            if world > 1:
-                dist.all_reduce(sums)
-            *losses, signals = sums.tolist()
-            name = "L_n2n" if update == "n2n" else "L_cm"
-            if not math.isfinite(sum(losses)):
-                raise FloatingPointError(
-                    f"step {step}, process {rank}: L_fm {terms[0]}, {name} {terms[1]}, gradient "
-                    f"norm {norm}; the last checkpoint stays in {out}")
-            values = {"L_fm": losses[0], name: losses[1], "grad_norm": losses[2]} | values
-            signalled = max(signalled, signals)
-
-            # Step
+            figures |= (dict(L_n2n=terms[1], grad_norm_n2n=norm) if update == "n2n" else
+                        dict(L_fm=terms[0], L_cm=terms[1], grad_norm=norm))
             fall = (1 - args.lr_final) * k / (args.pretrain if stage == "pretrain" else args.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((k + 1) / max(args.warmup, 1), 1 - fall)
@@ -555,12 +544,14 @@ def main():
         ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 
-        # Log, preview, save
-        ends = step in (args.pretrain, total) or signalled > 0
-        log.add(step, stage, batch, values, now=ends)
+        # Log, preview, save. The finite check is the log's: before anything is saved
+        ends = step in (args.pretrain, total)
+        saves = ends or step % args.save_every == 0
+        signalled = log.add(step, stage, batch, figures, stop, now=saves)
+        ends = ends or signalled
         if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
             preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-        if step % args.save_every == 0 or ends:
+        if saves or ends:
             save("ckpt.pt")
         if signalled:
             break

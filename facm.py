@@ -516,7 +516,7 @@ def main():
             # Batch
             rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
             try:
-                x1, y = (a.to(device) for a in dataset.batch(args.seed, first, batch, rows))
+                x1, y = data.to_device(dataset.batch(args.seed, first, batch, rows), device)
             except ValueError as e:
                 log.close()
                 data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
@@ -564,19 +564,10 @@ def main():
         if world > 1 and phi.grad is not None:                         # not among the network's
             dist.all_reduce(phi.grad.div_(world))
 
-        # Clip, and the finite check of losses and gradient in one transfer
+        # Clip, step, EMA
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        norm = norm.full_tensor() if args.fsdp else norm
-        values = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
-        if world > 1:
-            dist.all_reduce(values)
-        *losses, signalled = values.tolist()
-        if not math.isfinite(sum(losses)):
-            raise FloatingPointError(
-                f"step {step}, process {rank}: L_fm {terms[0]}, L_cm {terms[1]}, gradient norm "
-                f"{norm}; the last checkpoint stays in {out}")
-
-        # Step, EMA
+        figures = dict(L_fm=terms[0], L_cm=terms[1],
+                       grad_norm=norm.full_tensor() if args.fsdp else norm)
         fall = (1 - args.lr_final) * k / (args.pretrain if stage == "pretrain" else args.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((k + 1) / max(args.warmup, 1), 1 - fall)
@@ -585,12 +576,14 @@ def main():
         ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 
-        # Log, preview, save
-        ends = step in (args.pretrain, total) or signalled > 0
-        log.add(step, stage, batch, dict(zip(("L_fm", "L_cm", "grad_norm"), losses)), now=ends)
+        # Log, preview, save. The finite check is the log's: before anything is saved
+        ends = step in (args.pretrain, total)
+        saves = ends or step % args.save_every == 0
+        signalled = log.add(step, stage, batch, figures, stop, now=saves)
+        ends = ends or signalled
         if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
             preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-        if step % args.save_every == 0 or ends:
+        if saves or ends:
             save("ckpt.pt")
         if signalled:
             break

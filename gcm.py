@@ -550,8 +550,8 @@ def main():
             # Batch
             rows = slice((part * world + rank) * piece, (part * world + rank + 1) * piece)
             try:
-                x, y = (a.to(device) for a in
-                        dataset.batch(args.seed, step * args.batch, args.batch, rows))
+                x, y = data.to_device(
+                    dataset.batch(args.seed, step * args.batch, args.batch, rows), device)
             except ValueError as e:
                 log.close()
                 data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
@@ -583,19 +583,9 @@ def main():
             # Backward: summed over the pieces
             (loss / args.accum).backward()
 
-        # Clip, and the finite check of losses and gradient in one transfer
+        # Clip, step, EMA
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        norm = norm.full_tensor() if args.fsdp else norm
-        values = torch.cat([terms, norm[None], terms.new_tensor([len(stop)])]) / world
-        if world > 1:
-            dist.all_reduce(values)
-        *losses, signalled = values.tolist()
-        if not math.isfinite(sum(losses)):
-            raise FloatingPointError(
-                f"step {step}, process {rank}: loss {terms[0]}, gradient norm {norm}; the last "
-                f"checkpoint stays in {out}")
-
-        # Step, EMA
+        figures = dict(loss=terms[0], grad_norm=norm.full_tensor() if args.fsdp else norm)
         fall = (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / max(args.warmup, 1), 1 - fall)
@@ -604,12 +594,14 @@ def main():
         ema_update(ema, net, step + 1, gamma, args.ema_beta)
         step += 1
 
-        # Log, preview, save
-        ends = step == args.steps or signalled > 0
-        log.add(step, METHOD, args.batch, dict(zip(("loss", "grad_norm"), losses)), now=ends)
+        # Log, preview, save. The finite check is the log's: before anything is saved
+        ends = step == args.steps
+        saves = ends or step % args.save_every == 0
+        signalled = log.add(step, METHOD, args.batch, figures, stop, now=saves)
+        ends = ends or signalled
         if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
             preview(out / "previews" / f"{step:07d}.png", ema, preview_noise, vars(args))
-        if step % args.save_every == 0 or ends:
+        if saves or ends:
             save("ckpt.pt")
         if signalled:
             break

@@ -199,9 +199,10 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "accum", "--accum", 2)
     run_two(*common, *flags, "--out", tmp_path / "two", "--accum", 2)
-    one = first_gradient(tmp_path / "one")
+    one, (line,) = first_gradient(tmp_path / "one"), rows(tmp_path / "one")
     for other in ("accum", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
+        assert {**rows(tmp_path / other)[0], "images_per_s": 0} == pytest.approx({**line, "images_per_s": 0}, abs=5e-6)
     assert one.abs().max() > 0
 
 
@@ -286,13 +287,28 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
         loss = honest(F_cm, v_tar, c)
         return loss * float("nan") if data.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
     monkeypatch.setattr(facm, "norm_l2", broken)
-    with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, gradient norm nan"):
+    with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
         call(monkeypatch, facm, *command)
     kept = data.read_checkpoint(out / "ckpt.pt")
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
     monkeypatch.setattr(facm, "norm_l2", honest)
     call(monkeypatch, facm, *command)
     assert data.read_checkpoint(out / "ckpt.pt")["step"] == 6
+
+
+def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, monkeypatch):
+    """Losses are read when a line is written or a checkpoint is due: here after steps 3 and 6, of which 3 fails."""
+    honest, calls = facm.norm_l2, []
+
+    def broken(*args):
+        calls.append(1)
+        return honest(*args) * (float("nan") if len(calls) == 2 else 1)
+    monkeypatch.setattr(facm, "norm_l2", broken)
+    with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
+        call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 6, "--save-every", 3, "--log-every", 100,
+             "--out", tmp_path / "run")
+    kept = data.read_checkpoint(tmp_path / "run/ckpt.pt")
+    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values()) and len(calls) == 4
 
 
 @pytest.mark.parametrize("flags", [
