@@ -356,8 +356,8 @@ def read_npz(path):
 
 
 def _cifar10(folder):
-    from torchvision.datasets import CIFAR10               # here, because it takes a second
     try:
+        from torchvision.datasets import CIFAR10           # here, because it takes a second
         train = CIFAR10(folder, train=True, download=True)
     except Exception as e:
         raise ValueError(

@@ -225,37 +225,34 @@ def n2n_target(F_n2n, v_r, v_psi, dF, r, t, lam, gam, w2):
     return F_n2n - w2 * g                                              # Eq. 15
 
 
-def decm_loss(net, derivative, teacher, x1, x0, t, y, y_null, w, eta, w1, p, c):
-    """L_FM and L_CM, means over the batch (Algorithm 1, lines 4 to 14). net: F_theta, with
-    gradient; derivative: see value_and_derivative; teacher: None from scratch."""
-    xt, one = interpolate(x1, x0, t), torch.ones_like(t)
-    v = x1 - x0 if teacher is None else guided_velocity(teacher, xt, t, y, y_null, w, eta)
+def flow_velocity(teacher, x1, x0, xt, t, y, y_null, w, eta):
+    """v at x_t, guided: the teacher's, or from scratch that of the pair (x0, x1)."""
+    return x1 - x0 if teacher is None else guided_velocity(teacher, xt, t, y, y_null, w, eta)
 
+
+def decm_loss(net, derivative, xt, v, t, y, w1, p, c):
+    """L_FM and L_CM, means over the batch (Algorithm 1, lines 4 to 14). net: F_theta, with
+    gradient; derivative: see value_and_derivative."""
+    one = torch.ones_like(t)
     F_cm, dF_dt, F_fm = value_and_derivative(
         net, derivative, xt, t, one, y, v, 1, 0, (xt, t, t, y))
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, w1)
     return fm_loss(F_fm, v, p, c).mean(), adaptive(F_cm, v_tar, p, c).mean()
 
 
-def n2n_loss(net, derivative, teacher, x1, x0, r, t, y, y_null, w, eta, lam, gam, vpsi, w2, p, c):
-    """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27)."""
-    xt, xr = interpolate(x1, x0, t), interpolate(x1, x0, r)
-    if teacher is None:
-        v_t = v_r = x1 - x0
-    else:
-        both = torch.cat([xt, xr]), torch.cat([t, r]), torch.cat([y, y])
-        v_t, v_r = guided_velocity(teacher, *both, y_null, w, eta).chunk(2)
-
+def n2n_loss(net, derivative, teacher, xr, xt, v_r, v, r, t, y, guidance, lam, gam, vpsi, w2, p, c):
+    """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27). v: that at x_t; guidance:
+    y_null, w and eta of guided_velocity."""
     F_n2n, dF, F_fm = value_and_derivative(
         net, derivative, xr, r, t, y, gam * v_r, gam, -lam, (xt, t, t, y))
-    v_psi = v_t
+    v_psi = v
     if vpsi == "model":
         with torch.no_grad():
             f = xr + (t - r)[:, None, None, None] * F_n2n.detach()     # Eq. 9
             v_psi = (net(f, t, t, y) if teacher is None else
-                     guided_velocity(teacher, f, t, y, y_null, w, eta))
+                     guided_velocity(teacher, f, t, y, *guidance))
     v_tar = n2n_target(F_n2n.detach(), v_r, v_psi, dF, r, t, lam, gam, w2)
-    return fm_loss(F_fm, v_t, p, c).mean(), adaptive(F_n2n, v_tar, p, c).mean()
+    return fm_loss(F_fm, v, p, c).mean(), adaptive(F_n2n, v_tar, p, c).mean()
 
 
 def pretrain_loss(net, x1, x0, t, s, y):
@@ -488,7 +485,7 @@ def main():
 
         # Algorithm 1: the N2N objective is an update of its own, every --freq steps
         n2n_follows = stage == METHOD and "n2n" in args.objectives and k % args.freq == 0
-        figures = {}
+        figures, v = {}, {}                # v at x_t of each piece, for both updates
         for update in [stage, "n2n"] if n2n_follows else [stage]:
             terms = torch.zeros(2, device=device)
             for part, rows in enumerate(pieces):
@@ -510,17 +507,19 @@ def main():
 
                 roles = F_theta, None if args.jvp == "fused" else derivative
                 guidance = net.num_classes, args.w, args.vel_norm
+                xr, xt = interpolate(x1, x0, r), interpolate(x1, x0, t)
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     if update == "pretrain":
                         L_fm = pretrain_loss(F_theta, x1, x0, t, s_all[rows], y)
                         L_jump = torch.zeros_like(L_fm)
                     elif update == METHOD:
+                        v[part] = flow_velocity(teacher, x1, x0, xt, t, y, *guidance)
                         L_fm, L_jump = decm_loss(
-                            *roles, teacher, x1, x0, t, y, *guidance,
-                            WEIGHTS[args.w1](t), args.power, args.c)
+                            *roles, xt, v[part], t, y, WEIGHTS[args.w1](t), args.power, args.c)
                     else:
+                        v_r = flow_velocity(teacher, x1, x0, xr, r, y, *guidance)
                         L_fm, L_jump = n2n_loss(
-                            *roles, teacher, x1, x0, r, t, y, *guidance, args.lam,
+                            *roles, teacher, xr, xt, v_r, v[part], r, t, y, guidance, args.lam,
                             args.gam, args.vpsi, WEIGHTS[args.w2](1 - t + r), args.power, args.c)
                 terms += torch.stack([L_fm, L_jump]).detach() / args.accum
 

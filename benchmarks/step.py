@@ -93,8 +93,9 @@ class Steps:
                                 None, 0, (1.0, 0.0, (0, 1)), 1, 0.1, not self.args.bf16)
         if method == "decm":
             derivative = None if mode == "fused" else partial(decm.total_derivative, net, mode=mode)
-            return sum(decm.decm_loss(trained, derivative, self.guide, x1, x0, t, y,
-                                      net.num_classes, 1.75, None, one, 0.5, 1e-3))
+            xt = facm.interpolate(x1, x0, t)
+            v = decm.guided_velocity(self.guide, xt, t, y, net.num_classes, 1.75)
+            return sum(decm.decm_loss(trained, derivative, xt, v, t, y, one, 0.5, 1e-3))
         xt, (c_cm, c_fm) = facm.interpolate(x1, x0, t), facm.conditions(t, "expanded")
         weights = facm.WEIGHTS["1-t^p"](t, 0.5), facm.WEIGHTS["cos"](t, 0.5)
         if method == "facm":
