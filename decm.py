@@ -48,22 +48,22 @@ METHOD = "decm"
 # but neither N, eta, lam, gam, w_1, w_2 nor r, which are ours; batch, EMA and network are FACM's.
 PRESETS = {
     "glyphs": dict(
-        resolution=16, steps=1200, pretrain=2000, batch=8, lr=6e-3, lr_final=0.0, warmup=200,
+        resolution=16, steps=1400, pretrain=2000, batch=8, lr=5e-3, lr_final=0.0, warmup=300,
         pretrain_batch=16, pretrain_lr=8e-3, pretrain_P=(0.0, 1.2), betas=(0.9, 0.99),
         ema_sigma=0.1, jvp="fd",
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
                  adaptive_scale=True, time_scale=8.0),
-        P_mean=-0.8, P_std=1.6, w=1.75),
+        P_mean=-0.8, P_std=1.6, w=1.75, freq=5, c=1e-2),
     "cifar10": dict(                       # not in the paper: FACM's row
         resolution=32, steps=200_000, pretrain=400_000, batch=128, lr=1e-4, lr_final=1.0,
         warmup=1000, betas=(0.9, 0.995), ema_sigma=0.2, jvp="fused", xflip=True, uncond=True,
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
-        P_mean=-1.0, P_std=1.4, w=1.0),
+        P_mean=-1.0, P_std=1.4, w=1.0, freq=3, c=1e-3),
     "imagenet_latents": dict(              # 250 epochs (section 5), from FACM's teacher
         steps=313_000, pretrain=1_001_000, batch=1024, lr=1e-4, lr_final=1.0, warmup=1000,
         betas=(0.9, 0.999), ema_sigma=0.2, jvp="fused",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
-        P_mean=-0.8, P_std=1.6, w=1.75),
+        P_mean=-0.8, P_std=1.6, w=1.75, freq=3, c=1e-3),
 }
 
 
@@ -118,7 +118,7 @@ def parse_args():
     a("--vel-norm", type=float, metavar="ETA", help="length of D (Table 3 h); default: its own")
     a("--times", choices=["nseg", "arctan", "lognorm"], default="nseg", help="Table 3 (j) to (l)")
     a("--segments", type=int, default=64, help="N, the segments at whose ends t lies (nseg)")
-    a("--freq", type=int, default=3, help="steps between N2N updates (Table 3 m to o)")
+    a("--freq", type=int, help="steps between N2N updates (Table 3 m to o)")
     a("--lam", type=float, default=0.5, help="lambda, weight of N2N's right end t (Eq. 14)")
     a("--gam", type=float, default=0.5, help="gamma, weight of N2N's left end r (Eq. 14)")
     a("--vpsi", choices=["model", "data"], default="model", help="v_psi at f(x_r, r, t), or at x_t")
@@ -126,7 +126,7 @@ def parse_args():
     a("--w1", choices=list(WEIGHTS), default="1", help="w_1(t) (Algorithm 1, line 10)")
     a("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")
     a("--power", type=float, default=0.5, help="p of the adaptive weight (section 4.4)")
-    a("--c", type=float, default=1e-3, help="the constant in the adaptive weight")
+    a("--c", type=float, help="the constant in the adaptive weight")
     return p.parse(METHOD, PRESETS)
 
 

@@ -39,6 +39,7 @@ import sample
 # each column (or None), and, where they differ from the table's, the teacher's flags (None: from
 # scratch).
 TEACHER, PIXELNORM = ["--steps", "0"], ["--net", "pixelnorm=True"]
+DECM = ["--freq", "3", "--lr", "6e-3", "--warmup", "200", "--c", "1e-3"]      # the paper's freq, one c
 TABLES = {
     "facm": dict(
         script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
@@ -71,7 +72,7 @@ TABLES = {
                                 ("sCM", ["--objective", "scm"]))
             for pixelnorm, more in (("", []), (", pixel norm.", PIXELNORM))]),
     "decm": dict(
-        script="decm.py", steps=400, flags=[], teacher=TEACHER,
+        script="decm.py", steps=400, flags=DECM, teacher=TEACHER,
         columns=[("cm", 1), ("cm", 2), ("cm", 4), ("euler", 50)],
         rows=[
             ("(c) FM", ["--objectives", "fm"], (263.86, 220.55, 87.93, 1.45)),
@@ -80,7 +81,7 @@ TABLES = {
             ("(f) FM + N2N", ["--objectives", "fm", "n2n"], (441.66, 297.28, 132.60, 1.41)),
             ("(g) FM + CD + N2N", [], (1.70, 1.33, 1.41, 1.26))]),
     "decm-samplers": dict(
-        script="decm.py", steps=400, flags=[], teacher=TEACHER,
+        script="decm.py", steps=400, flags=DECM, teacher=TEACHER,
         columns=[(name, nfe) for name in ("euler", "cm", "mix") for nfe in (4, 8, 16)],
         rows=[("Table 4", [], (76.15, 8.26, 2.38, 1.56, 2.37, 3.72, 1.41, 1.51, 1.42))]),
     "gcm": dict(
