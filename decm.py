@@ -45,7 +45,7 @@ import models
 METHOD = "decm"
 
 # A row for each data set; a flag given by hand beats it. The paper gives w, lr, freq and p = 0.5,
-# but neither N, eta, lam, gam, w_1, w_2 nor r, which are ours; batch, EMA and network are FACM's.
+# but neither N, eta, lam, gam, w_1, w_2, r nor c, which are ours; batch, EMA, network are FACM's.
 PRESETS = {
     "glyphs": dict(
         resolution=16, steps=1400, pretrain=2000, batch=8, lr=5e-3, lr_final=0.0, warmup=300,
@@ -226,7 +226,7 @@ def n2n_target(F_n2n, v_r, v_psi, dF, r, t, lam, gam, w2):
 
 
 def flow_velocity(teacher, x1, x0, xt, t, y, y_null, w, eta):
-    """v at x_t, guided: the teacher's, or from scratch that of the pair (x0, x1)."""
+    """v at x_t: the teacher's, guided (Eq. 18), or from scratch that of the pair (x0, x1)."""
     return x1 - x0 if teacher is None else guided_velocity(teacher, xt, t, y, y_null, w, eta)
 
 
@@ -240,9 +240,11 @@ def decm_loss(net, derivative, xt, v, t, y, w1, p, c):
     return fm_loss(F_fm, v, p, c).mean(), adaptive(F_cm, v_tar, p, c).mean()
 
 
-def n2n_loss(net, derivative, teacher, xr, xt, v_r, v, r, t, y, guidance, lam, gam, vpsi, w2, p, c):
+def n2n_loss(net, derivative, teacher, x1, x0, xt, v, r, t, y, guidance, lam, gam, vpsi, w2, p, c):
     """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27). v: that at x_t; guidance:
     y_null, w and eta of guided_velocity."""
+    xr = interpolate(x1, x0, r)
+    v_r = flow_velocity(teacher, x1, x0, xr, r, y, *guidance)
     F_n2n, dF, F_fm = value_and_derivative(
         net, derivative, xr, r, t, y, gam * v_r, gam, -lam, (xt, t, t, y))
     v_psi = v
@@ -394,6 +396,12 @@ def main():
     device, rank, world = data.start_processes(args.device)
     stop = data.watch_signals()
 
+    def prepare(teacher):                  # as the flags say
+        if args.fsdp:
+            models.shard(teacher)
+        if args.compile:
+            teacher.compile()
+
     # Data, networks, and the step at which the run stands
     try:
         dataset = data.load(args.data, args.resolution, args.data_dir, args.num_classes,
@@ -416,13 +424,13 @@ def main():
             unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
             teacher = models.load(path, **unseen).to(device).requires_grad_(False)
             models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+            prepare(teacher)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
-        for network in (net, ema, teacher) if args.fsdp else ():
-            if network is not None:
-                models.shard(network)
+        for network in (net, ema) if args.fsdp else ():
+            models.shard(network)
         net.grad_checkpoint = args.grad_checkpoint
         optimizer = make_optimizer(net, args)
         if checkpoint:
@@ -441,8 +449,6 @@ def main():
     trained = compiled(net) if args.compile else net
     if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
-    if args.compile and teacher is not None:
-        teacher.compile()
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":
         differentiate = compiled(differentiate)
@@ -454,10 +460,7 @@ def main():
         if step == args.pretrain > 0:
             save("teacher.pt")
             teacher = models.create(**args.net).to(device).eval().requires_grad_(False)
-            if args.fsdp:
-                models.shard(teacher)
-            if args.compile:
-                teacher.compile()
+            prepare(teacher)
             for network in (teacher, net):
                 network.load_state_dict(ema.state_dict())
             optimizer = make_optimizer(net, args)
@@ -478,18 +481,19 @@ def main():
         piece = batch // (args.accum * world)
         pieces = [slice(i * piece, (i + 1) * piece) for i in range(rank, args.accum * world, world)]
         try:
-            batches = [dataset.batch(args.seed, first, batch, rows) for rows in pieces]
+            batches = [data.to_device(dataset.batch(args.seed, first, batch, rows), device)
+                       for rows in pieces]
         except ValueError as e:
             log.close()
             data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
 
         # Algorithm 1: the N2N objective is an update of its own, every --freq steps
         n2n_follows = stage == METHOD and "n2n" in args.objectives and k % args.freq == 0
-        figures, v = {}, {}                # v at x_t of each piece, for both updates
+        figures, kept = {}, {}             # kept: x_t and v of each piece, for both updates
         for update in [stage, "n2n"] if n2n_follows else [stage]:
             terms = torch.zeros(2, device=device)
             for part, rows in enumerate(pieces):
-                x1, y = data.to_device(batches[part], device)
+                x1, y = batches[part]
                 x0, r = x0_all[rows], args.r_max * r_all[rows]
                 t = sample_t(times, normal[rows], u[rows], *P, args.segments)
                 if teacher is None:
@@ -507,19 +511,19 @@ def main():
 
                 roles = F_theta, None if args.jvp == "fused" else derivative
                 guidance = net.num_classes, args.w, args.vel_norm
-                xr, xt = interpolate(x1, x0, r), interpolate(x1, x0, t)
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     if update == "pretrain":
                         L_fm = pretrain_loss(F_theta, x1, x0, t, s_all[rows], y)
                         L_jump = torch.zeros_like(L_fm)
                     elif update == METHOD:
-                        v[part] = flow_velocity(teacher, x1, x0, xt, t, y, *guidance)
+                        xt = interpolate(x1, x0, t)
+                        v = flow_velocity(teacher, x1, x0, xt, t, y, *guidance)
+                        kept[part] = xt, v
                         L_fm, L_jump = decm_loss(
-                            *roles, xt, v[part], t, y, WEIGHTS[args.w1](t), args.power, args.c)
+                            *roles, xt, v, t, y, WEIGHTS[args.w1](t), args.power, args.c)
                     else:
-                        v_r = flow_velocity(teacher, x1, x0, xr, r, y, *guidance)
                         L_fm, L_jump = n2n_loss(
-                            *roles, teacher, xr, xt, v_r, v[part], r, t, y, guidance, args.lam,
+                            *roles, teacher, x1, x0, *kept[part], r, t, y, guidance, args.lam,
                             args.gam, args.vpsi, WEIGHTS[args.w2](1 - t + r), args.power, args.c)
                 terms += torch.stack([L_fm, L_jump]).detach() / args.accum
 
@@ -545,12 +549,11 @@ def main():
 
         # Log, preview, save. The finite check is the log's: before anything is saved
         ends = step in (args.pretrain, total)
-        saves = ends or step % args.save_every == 0
+        saves, shows = (ends or step % n == 0 for n in (args.save_every, args.preview_every))
         signalled = log.add(step, stage, batch, figures, stop, now=saves)
-        ends = ends or signalled
-        if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
+        if (rank == 0 or args.fsdp) and (shows or signalled):
             preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-        if saves or ends:
+        if saves or signalled:
             save("ckpt.pt")
         if signalled:
             break

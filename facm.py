@@ -424,6 +424,12 @@ def main():
     device, rank, world = data.start_processes(args.device)
     stop = data.watch_signals()
 
+    def prepare(teacher):                  # as the flags say
+        if args.fsdp:
+            models.shard(teacher)
+        if args.compile:
+            teacher.compile()
+
     # Data, networks, and the step at which the run stands
     try:
         dataset = data.load(args.data, args.resolution, args.data_dir, args.num_classes,
@@ -445,13 +451,13 @@ def main():
             unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
             teacher = models.load(path, **unseen).to(device).requires_grad_(False)
             models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+            prepare(teacher)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
             models.load_weights(net, checkpoint["model"], out / "ckpt.pt")
             models.load_weights(ema, checkpoint["ema"], out / "ckpt.pt")
-        for network in (net, ema, teacher) if args.fsdp else ():
-            if network is not None:
-                models.shard(network)
+        for network in (net, ema) if args.fsdp else ():
+            models.shard(network)
         net.grad_checkpoint = args.grad_checkpoint
         phi = torch.zeros(8, device=device, requires_grad=True)        # sCM's a(t)
         optimizer = make_optimizer(net, args)
@@ -473,8 +479,6 @@ def main():
     trained = compiled(net) if args.compile else net
     if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
-    if args.compile and teacher is not None:
-        teacher.compile()
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":
         differentiate = compiled(differentiate)
@@ -486,10 +490,7 @@ def main():
         if step == args.pretrain > 0:
             save("teacher.pt")
             teacher = models.create(**args.net).to(device).eval().requires_grad_(False)
-            if args.fsdp:
-                models.shard(teacher)
-            if args.compile:
-                teacher.compile()
+            prepare(teacher)
             for network in (teacher, net):
                 network.load_state_dict(ema.state_dict())
             optimizer = make_optimizer(net, args)
@@ -578,12 +579,11 @@ def main():
 
         # Log, preview, save. The finite check is the log's: before anything is saved
         ends = step in (args.pretrain, total)
-        saves = ends or step % args.save_every == 0
+        saves, shows = (ends or step % n == 0 for n in (args.save_every, args.preview_every))
         signalled = log.add(step, stage, batch, figures, stop, now=saves)
-        ends = ends or signalled
-        if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
+        if (rank == 0 or args.fsdp) and (shows or signalled):
             preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
-        if saves or ends:
+        if saves or signalled:
             save("ckpt.pt")
         if signalled:
             break

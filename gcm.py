@@ -596,12 +596,11 @@ def main():
 
         # Log, preview, save. The finite check is the log's: before anything is saved
         ends = step == args.steps
-        saves = ends or step % args.save_every == 0
+        saves, shows = (ends or step % n == 0 for n in (args.save_every, args.preview_every))
         signalled = log.add(step, METHOD, args.batch, figures, stop, now=saves)
-        ends = ends or signalled
-        if (rank == 0 or args.fsdp) and (step % args.preview_every == 0 or ends):
+        if (rank == 0 or args.fsdp) and (shows or signalled):
             preview(out / "previews" / f"{step:07d}.png", ema, preview_noise, vars(args))
-        if saves or ends:
+        if saves or signalled:
             save("ckpt.pt")
         if signalled:
             break

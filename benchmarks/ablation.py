@@ -39,7 +39,7 @@ import sample
 # each column (or None), and, where they differ from the table's, the teacher's flags (None: from
 # scratch).
 TEACHER, PIXELNORM = ["--steps", "0"], ["--net", "pixelnorm=True"]
-DECM = ["--freq", "3", "--lr", "6e-3", "--warmup", "200", "--c", "1e-3"]      # the paper's freq, one c
+DECM = ["--freq", "3", "--lr", "6e-3", "--warmup", "200", "--c", "1e-3"]      # the paper's freq
 TABLES = {
     "facm": dict(
         script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,

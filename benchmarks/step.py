@@ -91,12 +91,12 @@ class Steps:
             s, h = gcm.T0 * one, gcm.H["exp"](t, 0.005, 3.5)
             return gcm.gcm_loss(f(trained), f(trained), ways[mode], x1, 0.5 * x0, t, s, h, one, y,
                                 None, 0, (1.0, 0.0, (0, 1)), 1, 0.1, not self.args.bf16)
+        xt = facm.interpolate(x1, x0, t)
         if method == "decm":
             derivative = None if mode == "fused" else partial(decm.total_derivative, net, mode=mode)
-            xt = facm.interpolate(x1, x0, t)
-            v = decm.guided_velocity(self.guide, xt, t, y, net.num_classes, 1.75)
+            v = decm.flow_velocity(self.guide, x1, x0, xt, t, y, net.num_classes, 1.75, None)
             return sum(decm.decm_loss(trained, derivative, xt, v, t, y, one, 0.5, 1e-3))
-        xt, (c_cm, c_fm) = facm.interpolate(x1, x0, t), facm.conditions(t, "expanded")
+        c_cm, c_fm = facm.conditions(t, "expanded")
         weights = facm.WEIGHTS["1-t^p"](t, 0.5), facm.WEIGHTS["cos"](t, 0.5)
         if method == "facm":
             v = facm.flow_velocity(trained, self.guide, x1, x0, xt, t, c_fm, y, net.num_classes,

@@ -58,9 +58,9 @@ def noise_to_noisy(module, lam=0.3, gam=0.9, vpsi="model", mode="exact"):
     (x1, x0, r, t), net = draw(), fused(OracleNet())
     derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
     y = torch.ones(64, dtype=torch.int64)
-    xr, xt = module.interpolate(x1, x0, r), module.interpolate(x1, x0, t)
-    v_r, v_t = (module.flow_velocity(OracleNet(False), x1, x0, *at, y, 0, 1.0, None) for at in ((xr, r), (xt, t)))
-    return module.n2n_loss(net, derivative, OracleNet(False), xr, xt, v_r, v_t, r, t, y, (0, 1.0, None), lam, gam, vpsi,
+    xt = module.interpolate(x1, x0, t)
+    v = module.flow_velocity(OracleNet(False), x1, x0, xt, t, y, 0, 1.0, None)
+    return module.n2n_loss(net, derivative, OracleNet(False), x1, x0, xt, v, r, t, y, (0, 1.0, None), lam, gam, vpsi,
                            torch.ones_like(t), 0.5, 1e-3)
 
 
@@ -117,6 +117,7 @@ MUTANTS = [
     ("v_psi) - (t - r) * dF", "v_psi) + (t - r) * dF", "n2n"),
     ("f = xr + (t - r)", "f = xt + (t - r)", "n2n"),                                       # v_psi at the wrong point
     ("guided_velocity(teacher, f, t, y", "guided_velocity(teacher, f, r, y", "n2n"),       # ... or time
+    ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),      # v at z_t for v_r
     ("gam * v_r, gam, -lam, (xt, t, t, y))", "gam * v_r, gam, -lam, (xr, r, r, y))", "n2n's fm"),
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),              # another point, still exact
 ]
@@ -162,11 +163,11 @@ def test_from_scratch_v_is_the_difference_and_v_psi_the_networks_own():
     # On the flow's own line through x_r the difference is v_r, so that the residual is 0 there.
     xr = decm.interpolate(x1, x0, r)
     v_r = ORACLE.velocity(xr, r)
-    x1_flow, x0_flow = xr + ORACLE.expand(1 - r) * v_r, xr - ORACLE.expand(r) * v_r
-    xt = decm.interpolate(x1_flow, x0_flow, t)
-    v_flow = decm.flow_velocity(None, x1_flow, x0_flow, xr, r, None, 0, 1.0, None)
-    _, L_n2n = decm.n2n_loss(net, derivative, None, xr, xt, v_flow, v_flow, r, t, None, (0, 1.0, None), 0.3, 0.9,
-                             "model", *rest)
+    on_the_flow = xr + ORACLE.expand(1 - r) * v_r, xr - ORACLE.expand(r) * v_r
+    xt = decm.interpolate(*on_the_flow, t)
+    v = decm.flow_velocity(None, *on_the_flow, xt, t, None, 0, 1.0, None)
+    _, L_n2n = decm.n2n_loss(net, derivative, None, *on_the_flow, xt, v, r, t, None, (0, 1.0, None), 0.3, 0.9, "model",
+                             *rest)
     assert torch.equal(seen[0][0], x1 - x0) and seen[0][1:] == (1, 0)
     assert torch.allclose(seen[1][0], 0.9 * v_r) and seen[1][1:] == (0.9, -0.3)
     assert L_n2n < 1e-14

@@ -361,8 +361,7 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
 
 def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch):
     flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 640, "--nfe", 16, "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *map(str, flags), "--batch", "4"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)            # 160 batches: time enough for a signal
+    process = popen(*flags, "--batch", 4, script="sample.py")                # 160 batches: time enough for a signal
     done = tmp_path / "x.npz.partial" / "done"
     while not done.exists() or not any(done.read_bytes()):
         assert process.poll() is None, process.stderr.read()
