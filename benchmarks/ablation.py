@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
     python benchmarks/ablation.py decm-samplers            # its last row's runs, other samplers
-    python benchmarks/ablation.py facm                     # also: teachers, stability, gcm
+    python benchmarks/ablation.py facm                     # also: teachers, stability, weights, gcm
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
 Every row is a run of the method's script in runs/ablation, judged as in quickstart.py: 1,000 samples,
@@ -71,6 +71,16 @@ TABLES = {
             for name, flags in (("FACM", []), ("FACM without anchor", ["--anchor", "0"]),
                                 ("sCM", ["--objective", "scm"]))
             for pixelnorm, more in (("", []), (", pixel norm.", PIXELNORM))]),
+    "weights": dict(
+        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
+        columns=[(None, 1), (None, 2)],
+        rows=[
+            ("1; 1", ["--alpha", "1", "--beta", "1"], (None, 1.45)),
+            ("1; cos", ["--alpha", "1"], (None, 1.39)),
+            ("1-t^0.5; 1", ["--beta", "1"], (None, 1.42)),
+            ("1-t^0.5; 1-t^0.5", ["--beta", "1-t^p"], (None, 1.37)),
+            ("cos; cos", ["--alpha", "cos"], (None, 1.40)),
+            ("1-t^0.5; cos", [], (None, 1.32))]),
     "decm": dict(
         script="decm.py", steps=400, flags=DECM, teacher=TEACHER,
         columns=[("cm", 1), ("cm", 2), ("cm", 4), ("euler", 50)],
