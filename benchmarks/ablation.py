@@ -2,7 +2,8 @@
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
     python benchmarks/ablation.py decm-samplers            # its last row's runs, other samplers
-    python benchmarks/ablation.py facm                     # also: teachers, stability, weights, gcm
+    python benchmarks/ablation.py facm                     # also: teachers, stability, weights
+    python benchmarks/ablation.py gcm                      # also: gcm-others
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
 Every row is a run of the method's script in runs/ablation, judged as in quickstart.py: 1,000 samples,
@@ -40,6 +41,7 @@ import sample
 # scratch).
 TEACHER, PIXELNORM = ["--steps", "0"], ["--net", "pixelnorm=True"]
 DECM = ["--freq", "3", "--lr", "6e-3", "--warmup", "200", "--c", "1e-3"]      # the paper's freq
+ECT = ["--scheme", "ect", "--P-mean", "-1.1", "--P-std", "2"]
 TABLES = {
     "facm": dict(
         script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
@@ -100,6 +102,20 @@ TABLES = {
             A=(6.40, 4.28), B=(5.73, 4.40), C=(5.75, 4.31), D=(3.02, 2.24), E=(2.91, 2.20),
             F=(2.91, 2.19), G=(6.59, 4.27), H=(5.50, 4.10), I=(5.49, 4.06), J=(2.94, 2.15),
             K=(2.91, 2.15), L=(2.86, 2.11)).items()]),
+    "gcm-others": dict(                    # Tables 7e, and 11, whose curriculum is as long a share
+        script="gcm.py", steps=1000, flags=[], teacher=None, columns=[(None, 1), (None, 2)],
+        rows=[
+            ("(J)", ["--row", "J"], (2.94, 2.15)),
+            ("7e: IMM", ["--row", "J", "--scheme", "imm"], (3.63, 2.37)),
+            ("7e: MeanFlow", ["--row", "J", "--scheme", "meanflow", "--equal", "0.75", "--P-mean",
+                              "-2", "--P-std", "2"], (4.10, 2.58)),
+            ("7e: FACM", ["--row", "J", "--scheme", "facm", "--equal", "0.5", "--P-mean", "-1",
+                          "--P-std", "1.4"], (5.25, 4.24)),
+            *((f"11: {label}", ["--row", "A", *ECT, *flags], paper) for label, flags, paper in (
+                ("a", ["--ht", "ect", "--curriculum", "125"], (3.87, 2.84)),
+                ("b", ["--ht", "ect"], (4.63, 3.09)), ("c", ["--ht", "exp"], (4.38, 3.09)),
+                ("d", ["--ht", "exp", "--ct", "exp"], (4.38, 3.05)))),
+            ("11: e (E)", ["--row", "E"], (2.91, 2.20))]),
 }
 
 
