@@ -421,9 +421,7 @@ def main():
         out, checkpoint = data.open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
-            unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
-            teacher = models.load(path, **unseen).to(device).requires_grad_(False)
-            models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+            teacher = models.load_teacher(path, net, args.net).to(device).requires_grad_(False)
             prepare(teacher)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
@@ -446,7 +444,8 @@ def main():
 
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
-    trained = compiled(net) if args.compile else net
+    bare = compiled(net) if args.compile else net
+    trained = bare
     if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     differentiate = functools.partial(total_derivative, mode=args.jvp)
@@ -494,8 +493,8 @@ def main():
             terms = torch.zeros(2, device=device)
             for part, rows in enumerate(pieces):
                 x1, y = batches[part]
-                x0, r = x0_all[rows], args.r_max * r_all[rows]
-                t = sample_t(times, normal[rows], u[rows], *P, args.segments)
+                x0, t = x0_all[rows], sample_t(times, normal[rows], u[rows], *P, args.segments)
+                r = torch.minimum(args.r_max * r_all[rows], t)         # noise to noisy, never back
                 if teacher is None:
                     y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
 
@@ -503,7 +502,7 @@ def main():
                 synchronise(trained, last=part + 1 == args.accum)
                 seed = data.seed_of(args.seed, "dropout", step, rank, part)
                 F_theta = same_dropout(trained, piece, seed)
-                F_bare = net if args.jvp == "exact" else same_dropout(net, piece, seed)
+                F_bare = net if args.jvp == "exact" else same_dropout(bare, piece, seed)
 
                 def derivative(*inputs):           # seeded out here, where --compile does not reach
                     torch.manual_seed(seed)
@@ -543,7 +542,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
 
-        # EMA
+        # EMA. paper: after either update; here: after both, so that k counts steps
         ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 

@@ -5,7 +5,7 @@ A consistency model alone forgets the flow that it shortcuts, and training colla
 one network on two tasks, told apart by the time it is conditioned on: the shortcut to the data
 (CM, the accelerator) and the velocity of the flow (FM, the anchor).
 
-    f(x_t, t) = x_t + (1-t) F(x_t, c_CM)                   one-step prediction of x_1     Eq. 2
+    f(x_t, t) = x_t + (1-t) F(x_t, c_CM)                   one-step prediction of x_1     Eq. 3
     v         = v_uncond + w (v_cond - v_uncond)           guided velocity                Eq. 9
     L_FM      = |F(x_t, c_FM) - v|^2 + 1 - cos(F, v)       anchor                         Eq. 10
     g         = F(x_t, c_CM) - (v + (1-t) dF/dt)           residual, clamped to [-1, 1]   Eq. 11
@@ -59,7 +59,7 @@ PRESETS = {
         warmup=1000, betas=(0.9, 0.995), ema_sigma=0.2, jvp="fused", xflip=True, uncond=True,
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
         P_mean=-1.0, P_std=1.4, w=1.0, t_low=0.125, tangent_warmup=10_000),
-    "imagenet_latents": dict(              # 800 epochs, then 250 (Table 1)
+    "imagenet_latents": dict(              # 800 epochs, then 250 (Table 3)
         steps=313_000, pretrain=1_001_000, batch=1024, lr=1e-4, lr_final=1.0, warmup=1000,
         betas=(0.9, 0.999), ema_sigma=0.2, jvp="fused",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
@@ -116,11 +116,11 @@ def parse_args():
       "torch.func.jvp, or a central difference (A.1)")
     a("--objective", choices=["facm", "scm", "meanflow"], default="facm", help="Tables 2 and 3")
     a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2")
-    a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
-    a("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
+    a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="facm: relaxation (Eq. 12, Table 4)")
+    a("--beta", choices=list(WEIGHTS), default="cos", help="facm: weight of L_CM (Eq. 14, Table 4)")
     a("--power", type=float, default=0.5, help="the exponent p in 1-t^p (Table 4)")
     a("--c", type=float, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
-    a("--anchor", type=float, default=1.0, help="weight of L_FM; 0: without the anchor (Eq. 8)")
+    a("--anchor", type=float, default=1.0, help="facm: weight of L_FM; 0: no anchor (Eq. 8)")
     a("--tangent-warmup", type=int, help="scm: steps in which dF/dt comes in (A.3(c))")
     a("--equal", type=float, help="meanflow: share of r = t (A.3(c): 0.75 from scratch, else 0)")
     args = p.parse(METHOD, PRESETS)
@@ -261,6 +261,7 @@ def scm_loss(net, derivative, xt, v, t, y, c_cm, warm, phi):
     phi: see log_weight; the pixel normalisation is the network's."""
     F_cm, dF_dt = value_and_derivative(net, derivative, xt, c_cm, y, v)
     g = F_cm.detach() - v - warm * (1 - t)[:, None, None, None] * dF_dt          # tangent, Eq. 11
+    g = torch.cos(math.pi / 2 * t)[:, None, None, None] * g            # the authors' code has it so
     g = g / (g.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.1)
     e, a = (F_cm - (F_cm.detach() - g)).square().mean(dim=(1, 2, 3)), log_weight(t, phi)
     return (e * torch.exp(-a) + a).mean()
@@ -291,7 +292,7 @@ def sample(net, noise, y, nfe, condition="expanded"):
     for i in range(nfe):
         t = torch.full_like(noise[0, :, 0, 0, 0], i / nfe)
         c_cm, _ = conditions(t, condition)
-        x1 = xt + (1 - i / nfe) * net(xt, *c_cm, y)                    # Eq. 2
+        x1 = xt + (1 - i / nfe) * net(xt, *c_cm, y)                    # Eq. 3
         if i + 1 < nfe:
             t_next = (i + 1) / nfe
             xt = t_next * x1 + (1 - t_next) * noise[i + 1]             # Eq. 19
@@ -448,9 +449,7 @@ def main():
         out, checkpoint = data.open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):
-            unseen = {k: v for k, v in args.net.items() if k in models.UNSEEN}
-            teacher = models.load(path, **unseen).to(device).requires_grad_(False)
-            models.load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+            teacher = models.load_teacher(path, net, args.net).to(device).requires_grad_(False)
             prepare(teacher)
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         if checkpoint:
@@ -476,7 +475,8 @@ def main():
 
     # The network in its two roles: with gradient, and bare for the derivative
     compiled = functools.partial(torch.compile, options=dict(fallback_random=True))  # eager's masks
-    trained = compiled(net) if args.compile else net
+    bare = compiled(net) if args.compile else net
+    trained = bare
     if world > 1 and not args.fsdp:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     differentiate = functools.partial(total_derivative, mode=args.jvp)
@@ -534,7 +534,7 @@ def main():
                     L_fm = pretrain_loss(F_theta, x1, x0, t, y, args.condition, mix[rows] < 0.5)
                     L_cm = torch.zeros_like(L_fm)
                 else:
-                    F_bare = net if args.jvp == "exact" else same_dropout(net, piece, seed)
+                    F_bare = net if args.jvp == "exact" else same_dropout(bare, piece, seed)
 
                     def derivative(*inputs):       # seeded out here, where --compile does not reach
                         torch.manual_seed(seed)
@@ -561,7 +561,8 @@ def main():
             terms += torch.stack([L_fm, L_cm]).detach() / args.accum
 
             # Backward: summed over the pieces
-            ((args.anchor * L_fm + L_cm) / args.accum).backward()      # Eq. 8
+            anchor = 1 if stage == "pretrain" else args.anchor
+            ((anchor * L_fm + L_cm) / args.accum).backward()           # Eq. 8
         if world > 1 and phi.grad is not None:                         # not among the network's
             dist.all_reduce(phi.grad.div_(world))
 

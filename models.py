@@ -1,6 +1,6 @@
 """Networks that the three methods share. One contract for all of them:
 
-    net(x, t, s=None, y=None) -> same shape as x
+    net(x, t, s=None, y=None) -> same shape and type as x
 
     x  [B, C, H, W] float     a point on the flow
     t  [B] float              its time
@@ -397,6 +397,7 @@ class DDPMpp(nn.Module):
                              f"{2 ** (len(mult) - 1)}; {input_size} is not")
         self.num_classes, self.second_time = num_classes, second_time
         self.sigma_data, self.time_scale, self.edm_time = sigma_data, time_scale, edm_time
+        self.pixelnorm = pixelnorm
         self.expandable = not edm_time
         emb_channels, noise_channels = 4 * width, (2 if ncsn else 1) * width
         taps = (1, 3, 3, 1) if ncsn else (1, 1)
@@ -453,7 +454,7 @@ class DDPMpp(nn.Module):
             dtype = self.map_layer0.weight.dtype
             noise = self.time_scale * t.to(dtype)
             if self.edm_time:
-                flow_t = 1 - (1 - t.to(dtype)).abs()
+                flow_t = (1 - (1 - t.to(dtype)).abs()).clamp(0, 1)     # a difference goes below
                 noise = ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4     # c_noise
             emb = self.map_noise(noise)
             if self.map_second is not None:
@@ -501,7 +502,7 @@ class DDPMpp(nn.Module):
         if self.sigma_data is not None:
             c_skip = (flow_t * self.sigma_data ** 2 - (1 - flow_t)) / var
             h = c_skip * x + self.sigma_data * var.rsqrt() * h                 # c_skip x + c_out U
-        return h
+        return h.to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,6 +713,7 @@ class DiT(nn.Module):
         self.num_classes, self.second_time, self.prediction = num_classes, second_time, prediction
         self.expandable = prediction == "velocity"
         self.patch, self.in_channels, grid = patch, in_channels, input_size // patch
+        self.heads, self.pixelnorm = heads, pixelnorm
 
         self.x_embedder = nn.ModuleDict(
             dict(proj=nn.Conv2d(in_channels, width, patch, stride=patch)))
@@ -761,7 +763,7 @@ class DiT(nn.Module):
         h = self.final_layer(h, emb)                                                  # [B, N, ppC']
         B, grid, p = x.shape[0], x.shape[-1] // self.patch, self.patch
         h = h.reshape(B, grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)              # B C' h p w p
-        return h.reshape(B, -1, *x.shape[2:])[:, :self.in_channels]
+        return h.reshape(B, -1, *x.shape[2:])[:, :self.in_channels].to(x.dtype)
 
     def forward(self, x, t, s=None, y=None, tangent=None):
         if tangent is not None:
@@ -1101,7 +1103,7 @@ def _from_diffusers(weights):
     return renamed
 
 
-UNSEEN = "heads prediction sigma_data edm_time time_scale".split()
+UNSEEN = "heads prediction sigma_data edm_time time_scale pixelnorm".split()
 
 
 def infer(weights):
@@ -1169,3 +1171,16 @@ def load(path, **options):
         raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
     load_weights(net, weights, path)
     return net.eval()
+
+
+def load_teacher(path, net, options):
+    """The network of a checkpoint, as from `load`, and its weights also in its student net, made
+    with these options: to it a second time may be new. Raises ValueError also where they fit by name
+    and shape, but mean something else."""
+    teacher = load(path, **{k: v for k, v in options.items() if k in UNSEEN})
+    load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+    for k in UNSEEN:
+        told, own = (getattr(network, k, None) for network in (teacher, net))
+        if told != own:
+            raise ValueError(f"{path} has {k}={told}, its student {own}: take --net {k}={told}")
+    return teacher

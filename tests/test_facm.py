@@ -130,11 +130,12 @@ def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):
 
 
 def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
-    """With the share q of dF/dt the oracle's tangent is (1-q) (1-t) dF/dt, divided by its length + 0.1."""
+    """With the share q of dF/dt the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
     x1, x0, t = ORACLE.draw(64)
     xt = facm.interpolate(x1, x0, t)
     dF_dt = facm.total_derivative(OracleNet(False), xt, (t, None), None, ORACLE.velocity(xt, t))
-    length = (0.75 * ORACLE.expand(1 - t) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
+    weight = torch.cos(math.pi / 2 * t) * 0.75 * (1 - t)
+    length = (ORACLE.expand(weight) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
     assert torch.allclose(compared(facm, "scm", warm=0.25), (length / (length + 0.1)).square().mean())
 
     F = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)              # g = -v = (-3, 4)
@@ -149,10 +150,11 @@ def test_scm_learns_the_logarithm_of_the_error_over_time():
     basis = torch.stack([torch.ones(2).double(), torch.cos(math.pi * t), torch.cos(2 * math.pi * t)], dim=1)
     a = basis @ phi.detach()
     assert torch.allclose(facm.log_weight(t, phi), a)
-    F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # g = 1, so e = 1 / 1.1^2
+    F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # so e = (c / (c + 0.1))^2
+    c = torch.cos(math.pi / 2 * t)
     zero = torch.zeros_like(F)
     facm.scm_loss(lambda *_: F, lambda *_: zero, zero, zero, t, None, (t, None), 1.0, phi).backward()
-    assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) / 1.21)[:, None]).mean(0))
+    assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) * (c / (c + 0.1)) ** 2)[:, None]).mean(0))
 
 
 def test_meanflow_weight_and_times():

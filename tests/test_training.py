@@ -318,7 +318,7 @@ def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, 
     ["--w", "1"], ["--w", "1", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2", "num_classes=0"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
-    assert all(np.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
+    assert all(0 < row["grad_norm"] < np.inf for row in rows(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
@@ -348,6 +348,14 @@ def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, con
     if options.get("prediction"):
         capsys.readouterr()
         assert "auxiliary" in refused(monkeypatch, capsys, facm, *command, "--fresh")
+
+
+@pytest.mark.parametrize("given", ["time_scale=8.0", "sigma_data=0.6"])
+def test_a_teacher_that_computes_otherwise_is_refused(finished, tmp_path, monkeypatch, capsys, given):
+    """Its names and shapes fit, but the student would not begin as the teacher."""
+    command = [*TINY, "--teacher", finished / "teacher.pt", "--out", tmp_path / "run"]
+    command.insert(command.index("dropout=0.2") + 1, given.replace("8.0", "4.0").replace("0.6", "0.3"))
+    assert given in refused(monkeypatch, capsys, facm, *command)
 
 
 DATA = ["--device", "cpu", "--batch", 4, "--pretrain", 2, "--steps", 1, "--warmup", 1, "--jvp", "fd"]
