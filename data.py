@@ -24,7 +24,6 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -129,11 +128,12 @@ class Images(Dataset):
     """uint8 images [N, H, W, C] in memory; items are floats in [-1, 1]."""
 
     def __init__(self, images, labels, num_classes, xflip=False):
-        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        super().__init__(labels, self.images.shape[1:], num_classes, xflip)
+        self.images = torch.from_numpy(images)
+        n, h, w, c = images.shape
+        super().__init__(labels, (c, h, w), num_classes, xflip)
 
     def items(self, index, flip):
-        x = self.images[index]
+        x = self.images[index].permute(0, 3, 1, 2).contiguous()
         if flip.any():
             x[flip] = x[flip].flip(3)
         return x.float().div_(127.5).sub_(1)
@@ -149,7 +149,7 @@ class Glyphs(Images):
     def items(self, index, flip):
         for i in index[~self.drawn[index]].tolist():
             glyph = torch.from_numpy(_glyph(i, self.size, self.seed))
-            self.images[i], self.drawn[i] = glyph.permute(2, 0, 1), True
+            self.images[i], self.drawn[i] = glyph, True
         return super().items(index, flip)
 
 
@@ -159,58 +159,52 @@ class Files(Dataset):
     path: class folders, whose sorted names are the labels (torchvision's ImageFolder), or images
     alone. resolution: they are cropped and scaled to it; None: all have the size of the first.
     skip_broken: images that do not decode are listed and left out, which takes one pass over all.
-    Raises ValueError naming the file: no image there, a broken one, one of another size.
+    Raises ValueError naming the file: no image there, a broken one, one of another size, a class
+    folder without images, which would shift the labels of others.
     """
 
     ahead = True
 
     def __init__(self, path, resolution=None, xflip=False, skip_broken=False):
-        self.path, self.resolution, self.local = pathlib.Path(path), resolution, threading.local()
-        self.archive = self.path if self.path.is_file() else None
-        if self.archive:
-            with self.zip() as archive:
-                names = archive.namelist()
-        else:
-            names = [str(p.relative_to(self.path)) for p in self.path.rglob("*")]
-        self.names = sorted(n for n in names if n.lower().endswith(IMAGE_TYPES))
+        self.path, self.resolution = pathlib.Path(path), resolution
+        self.archive = open_zip(self.path) if self.path.is_file() else None
+        self.names = image_names(self.archive or self.path)
         if not self.names:
             raise ValueError(f"{path}: no images in it ({', '.join(IMAGE_TYPES)})")
+        folders = {n: pathlib.PurePath(n).parts[:-1] for n in self.names}
+        common = 0
+        if self.archive:                   # folders around all of a zip's class folders
+            parts = list(folders.values())
+            common = min(len(os.path.commonprefix(parts)), max(0, min(map(len, parts)) - 1))
+        classes = sorted({f[common] for f in folders.values() if len(f) > common})
+        if classes and (beside := [n for n, f in folders.items() if len(f) <= common]):
+            raise ValueError(f"{path}: images both in class folders and beside them, such as "
+                             f"{beside[0]}")
+        if classes and not self.archive:
+            there = {p.name for p in self.path.iterdir() if p.is_dir() and p.name[0] != "."}
+            if empty := sorted(there - set(classes)):
+                raise ValueError(f"{path}: no images in the class folder {empty[0]}; fill it, or "
+                                 "remove it")
         self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         if skip_broken:
             broken = {n for n, e in zip(self.names, self.decoders.map(self.fault, self.names)) if e}
-            print(f"{path}: {len(broken)} broken images left out", *sorted(broken), sep="\n  ")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{path}: {len(broken)} broken images left out", *sorted(broken), sep="\n  ")
             self.names = [n for n in self.names if n not in broken]
             if not self.names:
                 raise ValueError(f"{path}: every image in it is broken")
-        folders = [pathlib.PurePosixPath(pathlib.Path(n).as_posix()).parts[:-1] for n in self.names]
-        common = 0
-        if self.archive:                   # folders around all of a zip's class folders
-            common = min(len(os.path.commonprefix(folders)), max(0, min(map(len, folders)) - 1))
-        classes = sorted({f[common] for f in folders if len(f) > common})
-        if classes and any(len(f) <= common for f in folders):
-            raise ValueError(f"{path}: images both in class folders and beside them, such as "
-                             f"{next(n for n, f in zip(self.names, folders) if len(f) <= common)}")
         self.size = resolution or self.decode(self.names[0]).shape[0]
-        labels = [classes.index(f[common]) if classes else 0 for f in folders]
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [number[folders[n][common]] if classes else 0 for n in self.names]
         super().__init__(labels, (3, self.size, self.size), len(classes), xflip)
-
-    def zip(self):
-        """The archive, opened to read; ValueError if it is none."""
-        try:
-            return zipfile.ZipFile(self.archive)
-        except zipfile.BadZipFile:
-            raise ValueError(f"{self.archive} is no readable zip archive") from None
 
     def decode(self, name):
         """uint8 [H, W, 3] at the resolution; ValueError if that is not to be had."""
         try:
-            if self.archive:
-                if not hasattr(self.local, "archive"):                 # one handle for each thread
-                    self.local.archive = self.zip()
-                file = io.BytesIO(self.local.archive.read(name))
-            else:
-                file = self.path / name
+            file = io.BytesIO(self.archive.read(name)) if self.archive else self.path / name
             with Image.open(file) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"mode {image.mode}, more than 8 bits")
                 image = image.convert("RGB")
         except Exception as e:
             raise ValueError(f"{self.path / name}: no readable image ({e}); "
@@ -240,13 +234,14 @@ class Latents(Dataset):
 
     folder: *.safetensors, each with latents and latents_flip [n, C, H, W] and labels [n], and
     latents_stats.pt with mean and std [1, C, 1, 1]: items are (z - mean) / std, as the published
-    README says. Without that file 4 channels are the SD-VAE's: items are 0.18215 z. Half of the
-    items come from latents_flip. Raises ValueError naming the shard for missing or unequal tensors.
+    README says. Without that file 4 channels are the SD-VAE's: items are 0.18215 z. With xflip half
+    of the items come from latents_flip. Raises ValueError naming the shard for missing or unequal
+    tensors.
     """
 
     ahead = True
 
-    def __init__(self, folder):
+    def __init__(self, folder, xflip=True):
         paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
         if not paths:
             raise ValueError(f"{folder}: no *.safetensors; `python data.py encode` makes some")
@@ -257,7 +252,7 @@ class Latents(Dataset):
         sizes = [len(shard["labels"]) for shard in self.shards]
         self.start = torch.tensor([0, *sizes]).cumsum(0)
         labels = np.concatenate([shard["labels"] for shard in self.shards])
-        super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip=True)
+        super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip)
         self.mean, self.std = read_stats(pathlib.Path(folder), self.shape[0])
 
     def raw(self, index, flip):
@@ -273,7 +268,29 @@ class Latents(Dataset):
         return self.raw(index, flip).sub_(self.mean).div_(self.std)
 
 
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff",
+               ".gif")
+
+
+def open_zip(path):
+    """The archive, opened to read, by several threads too; ValueError if that cannot be done."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as e:
+        raise ValueError(f"{path} is no readable zip archive ({type(e).__name__})") from None
+
+
+def image_names(place):
+    """Sorted names of the images in a folder, links being followed, or in an opened zip archive;
+    hidden ones, such as those that a Mac adds, are left out."""
+    if isinstance(place, zipfile.ZipFile):
+        names = place.namelist()
+    else:
+        root = os.path.join(place, "")
+        names = (os.path.join(folder, file).removeprefix(root)
+                 for folder, _, files in os.walk(root, followlinks=True) for file in files)
+    return sorted(n for n in names if n.lower().endswith(IMAGE_TYPES)
+                  and not any(part.startswith(".") for part in pathlib.PurePath(n).parts))
 
 
 @lru_cache(maxsize=4)
@@ -287,16 +304,18 @@ def _map_shard(path):
     try:
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header does not end")
             header = json.loads(f.read(length))
         arrays = {name: np.asarray(np.memmap(
             path, kinds[t["dtype"]], "r", 8 + length + t["data_offsets"][0], tuple(t["shape"])))
                   for name, t in header.items() if name != "__metadata__"}
-    except (ValueError, OSError, KeyError, UnicodeDecodeError) as e:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no readable shard, truncated or foreign ({e})") from None
     for name in ("latents", "latents_flip", "labels"):
         if name not in arrays:
             raise ValueError(f"{path} has no {name}; it has {', '.join(arrays) or 'nothing'}")
-    if (len(arrays["latents"]) != len(arrays["labels"]) or arrays["latents"].ndim != 4
+    if (arrays["latents"].shape[:1] != arrays["labels"].shape or arrays["latents"].ndim != 4
             or arrays["latents"].shape != arrays["latents_flip"].shape):
         raise ValueError(f"{path}: latents, latents_flip and labels of unequal lengths, "
                          f"{[arrays[n].shape for n in ('latents', 'latents_flip', 'labels')]}")
@@ -313,7 +332,8 @@ def read_stats(path, channels):
             held = torch.load(path, map_location="cpu", weights_only=True)
             return tuple(held[name].float().reshape(ones.shape) for name in ("mean", "std"))
         except Exception as e:
-            raise ValueError(f"{path}: no statistics of these latents ({e})") from None
+            raise ValueError(
+                f"{path}: no statistics of these latents ({type(e).__name__})") from None
     if channels != 4:
         raise ValueError(f"{path} is missing; `python data.py inspect {path.parent} --save-stats` "
                          "writes it")
@@ -341,7 +361,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as f:
             held = {name: f[name] for name in f.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except Exception as e:                 # ValueError, zlib.error, ...: what numpy raises on it
         raise ValueError(f"{path}: no readable npz of plain arrays of one size ({e})") from None
     images, labels = held.get("images", held.get("arr_0")), held.get("labels", held.get("arr_1"))
     if images is None:
@@ -356,6 +376,9 @@ def read_npz(path):
 
 
 def _cifar10(folder):
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        wait()                             # one process of a machine downloads
     try:
         from torchvision.datasets import CIFAR10           # here, because it takes a second
         train = CIFAR10(folder, train=True, download=True)
@@ -364,20 +387,25 @@ def _cifar10(folder):
             f"CIFAR-10 could not be downloaded to {folder} ({type(e).__name__}); put "
             "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html there, or "
             "give an npz by --data FILE.npz --preset cifar10") from None
+    if first:
+        wait()
     return train.data, np.array(train.targets)
 
 
-def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, xflip=False,
+def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, xflip=None,
          skip_broken=False):
     """The data set `name`: glyphs, cifar10, imagenet_latents, or the path of an npz, a zip archive,
     a folder of images or a folder of latents.
 
     resolution: images are cropped and scaled to it (None: as they are; glyphs: 16); data_dir: where
     cifar10 and imagenet_latents lie; num_classes: as many are meant, though not all need to occur;
-    uncond: labels are left out; xflip: half of the images come mirrored.
+    uncond: labels are left out; xflip: half of the images come mirrored (None: of latents alone;
+    glyphs never do). Under torchrun all processes call it: one of each machine downloads.
     Raises ValueError, naming the file, for what cannot be had.
     """
-    path = pathlib.Path(name)
+    path, labelled = pathlib.Path(name), True
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"--resolution {resolution}: want 1 or more")
     if name == "glyphs":
         resolution = 16 if resolution is None else resolution
         if resolution < 12:
@@ -386,7 +414,7 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     elif name == "imagenet_latents" or path.is_dir() and any(path.glob("*.safetensors")):
         if name == "imagenet_latents" and not data_dir:
             raise ValueError("--data imagenet_latents needs --data-dir, the folder of its shards")
-        dataset = Latents(data_dir if name == "imagenet_latents" else path)
+        dataset = Latents(data_dir if name == "imagenet_latents" else path, xflip is not False)
     elif name == "cifar10" or path.suffix == ".npz" and path.is_file():
         images, labels = _cifar10(data_dir or "data") if name == "cifar10" else read_npz(path)
         if images.shape[1] != images.shape[2] or resolution not in (None, images.shape[1]):
@@ -402,6 +430,8 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     else:
         raise ValueError(f"unknown data set {name!r}; there is: glyphs, cifar10, imagenet_latents, "
                          "or the path of a folder, .npz or .zip")
+    if num_classes and not dataset.num_classes and not uncond:
+        raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
     if not uncond and (low < 0 or num_classes and high >= num_classes):
         raise ValueError(f"{data_dir or name}: labels from {low} to {high}; --num-classes "
@@ -532,8 +562,9 @@ def fingerprint(tensors):
 # Command lines and processes.
 
 def fail(message, always=False):
-    """Ends the program by a user's mistake: one line, on process 0 or always, and exit code 2."""
-    if always or os.environ.get("RANK", "0") == "0":
+    """Ends the program by a user's mistake: one line, from one process of each machine or from any,
+    and exit code 2."""
+    if always or os.environ.get("LOCAL_RANK", "0") == "0":
         print("\n" * always + f"error: {message}", file=sys.stderr)    # below another one's bar
     sys.exit(2)
 
@@ -612,16 +643,22 @@ def start_processes(device):
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         fail(f"--device {device}: want cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {device}: no such CUDA GPU here; use --device cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda" and number >= torch.cuda.device_count():
+        fail(f"process {number} has no GPU of its own; start {torch.cuda.device_count()} of them",
+             always=True)
     if device.type == "cpu":
         keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()
@@ -632,6 +669,20 @@ def to_device(tensors, device):
     if device.type == "cuda":
         tensors = [a.pin_memory() for a in tensors]
     return [a.to(device, non_blocking=True) for a in tensors]
+
+
+def check_output(*paths):
+    """Ends the program, before the work, if one of these files (pathlib.Path or None) cannot be
+    written after it; their folders are made."""
+    for path in filter(None, paths):
+        try:
+            new = not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open(path, "ab").close()
+            if new:
+                path.unlink()
+        except OSError as e:
+            fail(f"{path} cannot be written ({type(e).__name__})")
 
 
 def wait():
@@ -650,13 +701,19 @@ def wait():
 
 def save_checkpoint(path, checkpoint):
     """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
-    renames it: a kill at any moment leaves the old checkpoint or the new one."""
+    renames it: a kill at any moment leaves the old checkpoint or the new one. Ends the program if
+    the disk is full."""
     part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:   # RuntimeError: torch.save's own
+        part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        fail(f"{path} could not be written ({reason}); what was there is kept", always=True)
 
 
 def save_run(path, method, args, step, net, ema, optimizer, **more):
@@ -823,6 +880,8 @@ def _encode(args):
     of the autoencoder's posterior each, with noise from (seed, image). Whole shards are kept."""
     import models                          # of ours only here: everything else stands alone
 
+    if min(args.batch, args.shard, args.resolution) < 1:
+        fail("--batch, --shard, --resolution: at least 1")
     device, rank, world = start_processes(args.device)
     out = pathlib.Path(args.out)
     try:
@@ -838,6 +897,8 @@ def _encode(args):
         setting = dict(images=str(args.images), vae=str(args.vae), resolution=images.shape[1],
                        n=len(images.labels), shard=args.shard, processes=world, seed=args.seed)
         note = out / "encode.json"
+        if not note.exists() and any(out.glob("*.safetensors")):
+            raise ValueError(f"{out} holds shards of another origin; use another --out")
         if note.exists() and json.loads(note.read_text()) != setting:
             raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
         wait()                             # all have read it before it is written
@@ -863,7 +924,8 @@ def _encode(args):
                     noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
                     z[name].append((mean + std * noise.to(device)).cpu())
             tensors = {name: torch.cat(parts).contiguous() for name, parts in z.items()}
-            safetensors.torch.save_file(tensors | {"labels": images.labels[rows]}, f"{path}.part")
+            shard = safetensors.torch.save(tensors | {"labels": images.labels[rows]})
+            pathlib.Path(f"{path}.part").write_bytes(shard)
             os.replace(f"{path}.part", path)
         wait()
         if rank == 0:
@@ -890,15 +952,21 @@ def latent_stats(shards):
 
 def save_stats(folder):
     """Writes latents_stats.pt (mean, std) of the shards in a folder."""
-    mean, std = latent_stats(map(_map_shard, sorted(pathlib.Path(folder).glob("*.safetensors"))))
+    shards = [_map_shard(path) for path in sorted(pathlib.Path(folder).glob("*.safetensors"))]
+    if not sum(len(shard["labels"]) for shard in shards):
+        raise ValueError(f"{folder}: no latents in it")
+    mean, std = latent_stats(shards)
     torch.save(dict(mean=mean, std=std), pathlib.Path(folder) / "latents_stats.pt")
 
 
 def _inspect(args):
     """Prints counts, shapes, classes and statistics of a data set, and writes a grid of 100."""
+    if args.grid.suffix != ".png":
+        fail(f"--grid {args.grid}: want NAME.png")
+    check_output(args.grid)
     try:
         if args.save_stats:
-            save_stats(args.data)
+            save_stats(args.data_dir if args.data == "imagenet_latents" else args.data)
         dataset = load(args.data, args.resolution, args.data_dir, skip_broken=args.skip_broken)
         index = torch.linspace(0, len(dataset.labels) - 1, 100).long().unique()
         x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
@@ -940,11 +1008,15 @@ def main():
     a.add_argument("data", help="data set or path, as --data of the scripts")
     a.add_argument("--data-dir", help="where it lies")
     a.add_argument("--resolution", type=int, help="images are cropped and scaled to it")
-    a.add_argument("--grid", default="grid.png", help="PNG to write")
+    a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG to write")
     a.add_argument("--save-stats", action="store_true", help="write latents_stats.pt, too")
     a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")
     args = p.parse_args()
-    args.run(args)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; encode goes on with its shard", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

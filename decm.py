@@ -91,7 +91,7 @@ def parse_args():
     a("--resolution", type=int, help="height and width; images are cropped and scaled to it")
     a("--num-classes", type=int, help="number of classes (default: the data's)")
     a("--uncond", action=argparse.BooleanOptionalAction, help="leave labels out")
-    a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+    a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of them (never glyphs)")
     a("--skip-broken", action="store_true", help="list and leave out images that do not decode")
     a("--net", nargs="+", default=[], metavar="K=V", help="network options: width=64 dropout=0.1")
     a("--optimizer", choices=["AdamW", "RAdam"], default="AdamW", help="optimiser (section 5)")
@@ -394,7 +394,6 @@ def preview(path, net, stage, noise, args):
 def main():
     args = parse_args()
     device, rank, world = data.start_processes(args.device)
-    stop = data.watch_signals()
 
     def prepare(teacher):                  # as the flags say
         if args.fsdp:
@@ -452,7 +451,7 @@ def main():
     if args.compile and args.jvp == "exact":
         differentiate = compiled(differentiate)
 
-    total = args.pretrain + args.steps
+    total, stop = args.pretrain + args.steps, data.watch_signals()
     log = data.Log(out / "log.jsonl", step, total, args.log_every, quiet=rank > 0)
     while step < total:
         # The second stage begins with the averaged weights of the first, its teacher

@@ -48,10 +48,10 @@ INCEPTION = "inception-2015-12-05"
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d"              # its beginning; torch-fidelity's is the same file
+FEATURES = 2048                            # Inception's
 FEW = 2048                                 # with fewer images an FID says little
 KEPT_REFERENCE = 10_000                    # ADM: precision and recall against 10,000 images
 SCORE_PART = 5000                          # ADM: the Inception Score is a mean over parts of 5,000
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 SIGMA = {"mu": "sigma", "mu_s": "sigma_s"}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "n", "features")
 DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,     # on reading
@@ -109,9 +109,9 @@ def open_source(text, n=20_000, resolution=16, data_dir=None):
         return Source(text, n, lambda i, j: data.glyphs(j - i, resolution, seed, first=i)[0])
     if text == "cifar10":
         images = data.load(text, data_dir=data_dir).images
-        return Source(text, len(images), lambda i, j: images[i:j].permute(0, 2, 3, 1).numpy())
+        return Source(text, len(images), lambda i, j: images[i:j].numpy())
     if path.is_dir():
-        return _open_images(text, sorted(p for p in path.rglob("*") if _is_image(p)), lambda p: p)
+        return _open_images(text, [path / name for name in data.image_names(path)], lambda p: p)
     if not path.exists():
         raise ValueError(f"{text}: no such file or folder; data sets are glyphs, cifar10")
     try:
@@ -119,23 +119,19 @@ def open_source(text, n=20_000, resolution=16, data_dir=None):
             return _open_npz(text, zipfile.ZipFile(path))
         if path.suffix == ".zip":
             archive = zipfile.ZipFile(path)
-            names = sorted(p for p in archive.namelist() if _is_image(pathlib.PurePath(p)))
-            return _open_images(text, names, archive.open)
+            return _open_images(text, data.image_names(archive), archive.open)
         if path.suffix in (".pt", ".pth"):
             return Source(text, statistics=_check_statistics(text, _read_torch(path)))
-    except zipfile.BadZipFile:
-        raise ValueError(f"{text}: damaged, or no {path.suffix} file") from None
+    except (zipfile.BadZipFile, OSError) as e:
+        raise ValueError(f"{text}: damaged, or no {path.suffix} file to be read "
+                         f"({type(e).__name__})") from None
     raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, glyphs or cifar10")
-
-
-def _is_image(path):
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _open_images(name, files, opened):
     """Image files, opened by `opened`, decoded in threads; all must have the size of the first."""
     if not files:
-        raise ValueError(f"{name}: no images in it ({' '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{name}: no images in it ({' '.join(data.IMAGE_TYPES)})")
 
     def decode(file):
         try:
@@ -171,6 +167,8 @@ def _open_npz(name, archive):
             statistics = _check_statistics(name, statistics)
         elif images is None:
             raise ValueError(f"has {', '.join(keys)}; want arr_0 or images, or mu and sigma")
+        else:
+            statistics = {}
         if images is None:
             return Source(name, statistics=statistics)
         member = archive.open(images + ".npy")
@@ -538,7 +536,8 @@ def precision_recall(samples, reference, k=3, rows=2000):
 def kernel_distance(samples, reference, subsets=100, size=1000):
     """KID: mean and standard deviation of the unbiased MMD^2 over subsets (Binkowski et al. 2018).
 
-    Features [N, D], [M, D]; kernel (x.y / D + 1)^3. The subsets are those of torch-fidelity.
+    Features [N, D], [M, D]; kernel (x.y / D + 1)^3. The subsets are those of torch-fidelity
+    (for a reference of up to 10,000 images, which is as many as `measure` keeps).
     """
     random = np.random.RandomState(2020)
     size = min(size, len(samples), len(reference))
@@ -566,10 +565,10 @@ def load_extractor(args, device, rank=0, world=1):
         digest = hashlib.sha256(args.features.read_bytes()).hexdigest()
         return extract, f"{args.features.name} sha256:{digest[:8]}"
     if rank:                               # process 0 downloads, the others find the file
-        dist.barrier()
+        data.wait()
     net = load_inception(args.inception, device)
-    if world > 1 and not rank:
-        dist.barrier()
+    if not rank:
+        data.wait()
     return net, INCEPTION
 
 
@@ -593,15 +592,16 @@ def measure(args, device, rank=0, world=1):
             raise ValueError(f"{source.name}: statistics alone, but the flags ask for "
                              f"{', '.join(moments) or 'features'} of images")
 
+    width = next((len(s.statistics["mu"]) for s in sources if "mu" in s.statistics), None)
     named = {s.name: s.statistics["features"] for s in sources if "features" in s.statistics}
-    name, extract = next(iter(named.values()), INCEPTION), None
+    unnamed = INCEPTION if width in (None, FEATURES) else f"of width {width}, of an unknown network"
+    name, extract = next(iter(named.values()), unnamed), None
     if args.features or any(map(any, wants)):
         extract, name = load_extractor(args, device, rank, world)
     for source, want in zip(sources, wants):
         if named.get(source.name, name) != name:
             raise ValueError(f"{source.name}: statistics of {named[source.name]}, not of {name}")
 
-    width = next((len(s.statistics["mu"]) for s in sources if "mu" in s.statistics), None)
     sides = []
     for source, want in zip(sources, wants):
         side = dict(source.statistics)     # they go before those of the file's images, as in ADM
@@ -636,6 +636,7 @@ def compare(args, sides, name, device):
 
 def main():
     args = parse_args()
+    data.check_output(args.save_stats, args.json)
     device, rank, world = data.start_processes(args.device)
     torch.backends.cudnn.allow_tf32 = False          # it rounds features to 10 bits
     try:
@@ -643,6 +644,9 @@ def main():
         figures = compare(args, sides, name, device) if rank == 0 else {}
     except ValueError as e:
         data.fail(" ".join(str(e).split()))          # a library's message may have several lines
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     if world > 1:
         dist.destroy_process_group()
     if rank:
@@ -653,8 +657,6 @@ def main():
     print(f"{'features':12}{name}")
     for key, figure in figures.items():
         print(f"{key:40}{figure:12.6f}")
-    for path in filter(None, (args.save_stats, args.json)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if args.save_stats:
         known = {key: np.asarray(sides[0][key]) for key in STATISTICS if key in sides[0]}
         np.savez(args.save_stats, **known | dict(features=name))

@@ -105,7 +105,7 @@ def parse_args():
     a("--resolution", type=int, help="height and width; images are cropped and scaled to it")
     a("--num-classes", type=int, help="number of classes (default: the data's)")
     a("--uncond", action=argparse.BooleanOptionalAction, help="leave labels out")
-    a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+    a("--xflip", action=argparse.BooleanOptionalAction, help="mirror half of them (never glyphs)")
     a("--skip-broken", action="store_true", help="list and leave out images that do not decode")
     a("--net", nargs="+", default=[], metavar="K=V", help="network options: width=64 dropout=0.1")
     a("--optimizer", choices=["AdamW", "RAdam"], help="optimiser (G.1)")
@@ -476,7 +476,7 @@ def check(args, num_classes, piece):
 def main():
     args = parse_args()
     device, rank, world = data.start_processes(args.device)
-    stop, piece = data.watch_signals(), args.batch // (args.accum * world)
+    piece = args.batch // (args.accum * world)
 
     # Data, networks, and the step at which the run stands
     try:
@@ -530,6 +530,7 @@ def main():
         differentiate = compiled(differentiate)
     constant = args.epsilon if args.ht == "exp" else equal_integral(args.ht, args.epsilon, args.mu)
 
+    stop = data.watch_signals()
     log = data.Log(out / "log.jsonl", step, args.steps, args.log_every, quiet=rank > 0)
     while step < args.steps:
         # Seed: random numbers of the global batch; neither processes nor --accum change them

@@ -1174,9 +1174,9 @@ def load(path, **options):
 
 
 def load_teacher(path, net, options):
-    """The network of a checkpoint, as from `load`, and its weights also in its student net, made
-    with these options: to it a second time may be new. Raises ValueError also where they fit by name
-    and shape, but mean something else."""
+    """The network of a checkpoint, as from `load`; its student net, made with these options and
+    perhaps with a second time more, gets the same weights. Raises ValueError also where they fit by
+    name and shape but mean something else."""
     teacher = load(path, **{k: v for k, v in options.items() if k in UNSEEN})
     load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
     for k in UNSEEN:

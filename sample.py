@@ -93,6 +93,8 @@ def load(path, device="cpu", raw=False, method=None, options=None):
         checkpoint = data.read_checkpoint(path)
     except ValueError as e:
         raise ValueError(f"{e}; a public network needs --method: flow, facm, ...") from None
+    if "net" not in checkpoint["args"]:
+        raise ValueError(f"{path} does not tell the options of its network")
     if checkpoint["method"] not in METHODS:
         raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
     if options:
@@ -219,8 +221,15 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
     for key in given:
         if key not in inspect.signature(samplers[name]).parameters:
             raise ValueError(f"--{key.replace('_', '-')} is no option of {name} for {role}")
-    if given.get("cfg", 1) != 1 and not net.num_classes:
+    cfg, (start, end) = given.get("cfg", 1), given.get("cfg_interval", (0, 1))
+    if cfg != 1 and not net.num_classes:
         raise ValueError("--cfg: guidance needs a network with classes")
+    if not math.isfinite(cfg) or not 0 <= start <= end <= 1:
+        raise ValueError("want a finite --cfg, and --cfg-interval T0 T1 with 0 <= T0 <= T1 <= 1")
+    if cfg == 1 and ("cfg_interval" in given or "cfg_channels" in given):
+        raise ValueError("--cfg-interval and --cfg-channels say where --cfg guides; give it, too")
+    if given.get("cfg_channels", 1) > checkpoint["args"]["net"]["in_channels"]:
+        raise ValueError(f"--cfg-channels {given['cfg_channels']}: more than the network has")
     if flow and name == "heun" and nfe % 2 == 0:
         raise ValueError(f"NFE {nfe}: heun takes two a step and one in the last, an odd number")
     options |= given
@@ -261,15 +270,25 @@ def draw_batch(net, checkpoint, chosen, seed, first, labels):
     return in_rows(lambda noise, y: chosen[2](noise.transpose(0, 1).contiguous(), y), ROWS, *inputs)
 
 
+def to_pixels(decode, x, first):
+    """uint8 [b, H, W, 3], NumPy, of the samples x from number `first` on. Raises FloatingPointError
+    if they are not finite: as images they would just be black."""
+    images = in_rows(decode, DECODED_ROWS, x)
+    if not images.isfinite().all():
+        raise FloatingPointError(
+            f"samples from number {first} on are not finite: look at the weights, and at --cfg")
+    return data.to_uint8(images).numpy()
+
+
 def draw(net, checkpoint, nfe, labels, seed=0, decode=lambda x: x, **choice):
     """The samples 0, 1, ... with labels int64 [n], in memory: uint8 [n, H, W, 3], NumPy.
 
     choice: sampler and its options, see choose_sampler; decode: see load_decoder.
     """
     chosen = choose_sampler(net, checkpoint, nfe, **choice)
-    batches = (draw_batch(net, checkpoint, chosen, seed, i, labels[i:i + ROWS])
-               for i in range(0, len(labels), ROWS))
-    return torch.cat([data.to_uint8(in_rows(decode, DECODED_ROWS, x)) for x in batches]).numpy()
+    return np.concatenate([
+        to_pixels(decode, draw_batch(net, checkpoint, chosen, seed, i, labels[i:i + ROWS]), i)
+        for i in range(0, len(labels), ROWS)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +334,7 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
 
     def keep(first, x):
-        pixels = data.to_uint8(in_rows(decode, DECODED_ROWS, x)).numpy()
+        pixels = to_pixels(decode, x, first)
         if npz:
             data.put(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
         else:
@@ -374,6 +393,8 @@ def main():
         elif out.suffix != ".png":
             if args.times or args.n_ode is not None:       # the sampler checks them: before writing
                 draw(net, checkpoint, args.nfe, labels[:1], **given)
+            if args.method in METHODS:                     # does the network fit it?
+                draw(net, checkpoint, 1, labels[:1])
             shape = checkpoint["args"]["net"]
             settings = dict(
                 weights=data.fingerprint(net.state_dict()), decoder=data.fingerprint(decoder),
@@ -385,6 +406,8 @@ def main():
                    decode)
     except ValueError as e:
         data.fail(e)
+    except FloatingPointError as e:
+        data.fail(e, always=True)
     except OSError as e:
         data.fail(f"{e}; what is written stays, and the same command goes on", always=True)
     except KeyboardInterrupt:

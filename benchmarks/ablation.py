@@ -176,6 +176,7 @@ def main():
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
+    data.check_output(args.json)
     table = TABLES[args.table]
     if args.n < 100 or args.jobs < 1 or (args.steps or 1) < 1:
         data.fail("--n must be at least 100, --jobs and --steps at least 1")

@@ -64,6 +64,7 @@ def main():
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
+    data.check_output(args.json)
     if min(args.n, args.seeds, args.batch, *args.nfe) < 1 or args.seeds < 2:
         data.fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
     device, _, _ = data.start_processes(args.device)

@@ -83,6 +83,7 @@ def main():
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
+    data.check_output(args.json)
     device, _, _ = data.start_processes(args.device)
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)

@@ -83,6 +83,7 @@ def main():
     p = data.Parser(description=__doc__.splitlines()[0])
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
+    data.check_output(args.json)
     data.start_processes("cpu")            # as the scripts begin
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

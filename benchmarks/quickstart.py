@@ -72,7 +72,7 @@ def load_classifier(size):
     print(f"training the classifier, once, for a minute; it is kept as {path}")
     net = train_classifier(size)
     path.parent.mkdir(exist_ok=True)
-    torch.save(net.state_dict(), path)
+    data.save_checkpoint(path, net.state_dict())
     return net
 
 
@@ -102,7 +102,7 @@ def provenance():
 
 # The samplers that are measured, with their NFE
 SAMPLERS = {
-    "facm": [("cm", 1), ("cm", 2)],
+    "facm": [(None, 1), (None, 2)],        # None: the method's own
     "decm": [("cm", 1), ("cm", 2), *((s, n) for n in (4, 8, 16) for s in ("cm", "mix", "euler")),
              ("euler", 50)],
     "gcm": [(None, 1), (None, 2)]}
@@ -115,12 +115,15 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
+    data.check_output(args.json)
     if args.n < 100:
         data.fail(f"--n {args.n}: 64 features want 100 samples or more")
     try:
         student, teacher = sample.load(args.run / "ckpt.pt"), None     # network and checkpoint
         method, train = student[1]["method"], student[1]["args"]
-        if method != "gcm":
+        if train["data"] != "glyphs":
+            raise ValueError(f"{args.run} is a run on {train['data']}; this judges glyphs")
+        if train["teacher"] or train["pretrain"]:
             teacher = sample.load(train["teacher"] or args.run / "teacher.pt")
     except ValueError as e:
         data.fail(e)

@@ -212,6 +212,7 @@ def parse_args():
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     p.add_argument("--memory-of", nargs=2, help="one network and case, in this process")
     args = p.parse_args()
+    data.check_output(args.json)
     if min(args.batch or 1, args.rounds) < 1:
         data.fail("--batch and --rounds: at least 1")
     return args
