@@ -446,6 +446,7 @@ def main():
     bare = compiled(net) if args.compile else net
     trained = bare
     if world > 1 and not args.fsdp:
+        torch._dynamo.config.optimize_ddp = False          # its cuts lose gradients of a fused pass
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     differentiate = functools.partial(total_derivative, mode=args.jvp)
     if args.compile and args.jvp == "exact":

@@ -42,8 +42,9 @@ import models
 
 METHOD = "gcm"
 
-# A row for each data set; a flag given by hand beats it, and --row too. Table 1 and G, but for the
-# glyphs' small run: minutes want high rates that fall, the curriculum, and G.2's weights and times.
+# A row for each data set; a flag given by hand beats it, and --row too. Table 1 and G without the
+# MMD (--row F or L has it), but for the glyphs' small run: minutes want high rates that fall, the
+# curriculum, and G.2's weights and times.
 PAPER = dict(
     variant="CU", ht="exp", epsilon=0.005, mu=3.5, ct="exp", scheme="gcm", gamma=1.0, lam=6.0,
     pt="sine", pt_ab=(1.0, 0.01), nu_s=4.0, equal=0.0, P_mean=-0.4, P_std=1.0, group=1, jvp="fd",
@@ -62,7 +63,8 @@ PRESETS = {
     "cifar10_finetune": PAPER | dict(      # for --init: ECT's released settings, G.2's weights
         resolution=32, steps=200_000, batch=128, uncond=True, tf32=True, lam=3.0, pt="uniform",
         ht="ect", curriculum=25_000, net=dict(name="DDPM++", dropout=0.2)),
-    "imagenet_latents": PAPER | dict(      # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92
+    # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 --steps 200000
+    "imagenet_latents": PAPER | dict(
         steps=400_000, batch=256, optimizer="AdamW", betas=(0.9, 0.95), sigma_data=1.0,
         variant="VU", epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0,
         net=dict(name="DiT-B/4")),
@@ -129,8 +131,9 @@ def parse_args():
     a("--row", choices=list(configurations()), help="configuration of Tables 2, 3 and 10")
     a("--variant", choices=["CU", "VU"], help="upper limit s: t_0, or drawn (3.4)")
     a("--ht", choices=list(H), help="step h(t) (C.3, Table 7b)")
-    a("--epsilon", type=float, help="eps of 'exp'; the others: integral as that of eps (1-t)^2")
-    a("--curriculum", type=int, help="eps is 0.5, halved every so many steps (G.1, Table 7d)")
+    a("--epsilon", type=float, help="eps of 'exp'; others: integral of eps (1-t)^2")
+    a("--curriculum", type=int, help="eps is 0.5, halved every so many steps, "
+      "in place of --epsilon (G.1, Table 7d)")
     a("--ct", choices=list(C), help="time preconditioning c(t) (Eq. 9, Table 7c)")
     a("--mu", type=float, help="exponent of h(t) and c(t) (Eqs. 36, 37)")
     a("--scheme", choices=list(W), help="whose weights and times (Tables 7e, 11)")
@@ -191,7 +194,7 @@ W = {                                      # w(t); of GCM and, for Tables 7e and
     "meanflow": lambda t, s, h, *_: torch.ones_like(t),
     "facm": lambda t, s, h, *_: torch.where(s == t, 1.0, torch.sin(math.pi / 2 * t)),
     # 1 / (sigma_t - sigma_r), times t, because it was for the denoiser x_t - t f.
-    "ect": lambda t, s, h, *_: t / (tan(t) - tan(t - h)),
+    "ect": lambda t, s, h, *_: t / (tan(t) - tan((t - h).clamp(min=0))),
 }
 
 
@@ -308,7 +311,8 @@ def rms(a, dim):
 def mmd_loss(F, target, base, t, r, s, h, w, M, sigma):
     """Time-aware energy distance [B], in groups of M, of base - h F, the jump's end from t, to base
     - h f_tar, that from r; base: x_t + (s-r) f(x_t, t, s), without gradient.
-    paper: twice this; here: half, because M = 1 is then the norm, but for e^(-h / sigma)."""
+    paper: twice this; here: half, because M = 1 is then the norm, but for e^(-h / sigma).
+    paper: t - r for h; here: h, which is t - r but where s cuts it short, there it may be 0."""
     a, b = ((base - wide(h) * f).flatten(1).unflatten(0, (-1, M)) for f in (F, target))   # Eq. 40
     t, r, s, h, w = (part.unflatten(0, (-1, M)) for part in (t, r, s, h, w))
 
@@ -373,7 +377,8 @@ DETERMINISTIC = ("pushforward",)           # one noise is enough
 
 def default_sampler(nfe, args):
     """The name in SAMPLERS for a run with these args (a dict; G.1)."""
-    return "restart" if args["variant"] == "CU" else "pushforward"
+    ends = args["variant"] == "CU" or args["scheme"] in ("facm", "ect")    # jumps to t_0 alone
+    return "restart" if ends else "pushforward"
 
 
 def sampler_options(args):
@@ -487,7 +492,10 @@ def main():
         if args.init:
             weights, own = models.read_weights(args.init)
             kept = {k: v for k, v in args.net.items() if k in (*models.UNSEEN, "dropout")}
-            args.net = (own or models.infer(weights)) | kept
+            data_net, args.net = args.net, (own or models.infer(weights)) | kept
+            for k in ("input_size", "in_channels", "num_classes"):
+                if args.net.get(k, data_net[k]) != data_net[k]:
+                    raise ValueError(f"{args.init} has {k} {args.net[k]}, the data {data_net[k]}")
         args.net |= dict(second_time=args.variant == "VU")
         args.net |= dict(augment_dim=9) if args.augment else {}
         torch.manual_seed(data.seed_of(args.seed, "init"))
@@ -522,6 +530,7 @@ def main():
     bare = compiled(net) if args.compile else net
     trained = bare
     if world > 1 and not args.fsdp:
+        torch._dynamo.config.optimize_ddp = False          # its cuts lose gradients of a fused pass
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
     options = sampler_options(vars(args))["restart"]
     scaled = functools.partial(precondition, **{k: options[k] for k in options if k != "mid"})
@@ -542,7 +551,8 @@ def main():
         t_all, s_all, density = sample_times(
             torch.stack(u), args.scheme, args.variant, args.pt, args.pt_ab, args.nu_s, args.equal,
             args.P_mean, args.P_std, args.sigma_data)
-        k = 0.5 ** (1 + step // args.curriculum) if args.curriculum else constant
+        # paper: halved for ever; here: to 2^-10, because float32 rounds smaller differences off
+        k = 0.5 ** min(1 + step // args.curriculum, 10) if args.curriculum else constant
         h_all = H[args.ht](t_all.double(), k, args.mu).to(t_all)       # differences of near numbers
         w_all = W[args.scheme](t_all, s_all, h_all, args.gamma, args.lam) / density
 
@@ -570,8 +580,9 @@ def main():
             f, f_bare = (scaled(same_dropout(role, piece, seed)) for role in (trained, bare))
 
             def exact(f, *inputs):                 # seeded out here, where --compile does not reach
+                F = f(*inputs[:-1])
                 torch.manual_seed(seed)
-                return f(*inputs[:-1]), differentiate(*inputs)
+                return F, differentiate(*inputs)
 
             derivative = dict(fused=value_and_derivative, exact=exact, fd=None)[args.jvp]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):

@@ -331,7 +331,9 @@ class UNetBlock(nn.Module):
             qkv = self.qkv(self.norm2(x)).reshape(B, 1, C, 3, H * W).permute(3, 0, 1, 4, 2)
             wide = torch.promote_types(qkv.dtype, torch.float32)
             q, k, v = qkv.to(wide).contiguous().unbind(0)              # [B, 1, HW, C] each
-            h = F.scaled_dot_product_attention(q, k, v).to(qkv.dtype).transpose(2, 3).contiguous()
+            with torch.autocast(x.device.type, enabled=False):
+                h = F.scaled_dot_product_attention(q, k, v)
+            h = h.to(qkv.dtype).transpose(2, 3).contiguous()
             x = (self.proj(h.reshape(B, C, H, W)) + x) * math.sqrt(0.5)
         return x
 

@@ -107,7 +107,7 @@ TABLES = {
         rows=[
             ("(J)", ["--row", "J"], (2.94, 2.15)),
             ("7e: IMM", ["--row", "J", "--scheme", "imm"], (3.63, 2.37)),
-            ("7e: MeanFlow", ["--row", "J", "--scheme", "meanflow", "--equal", "0.75", "--P-mean",
+            ("7e: MeanFlow", ["--row", "J", "--scheme", "meanflow", "--equal", "0.25", "--P-mean",
                               "-2", "--P-std", "2"], (4.10, 2.58)),
             ("7e: FACM", ["--row", "J", "--scheme", "facm", "--equal", "0.5", "--P-mean", "-1",
                           "--P-std", "1.4"], (5.25, 4.24)),

@@ -182,6 +182,17 @@ def damage(folder, what):
     if what == "image beside the class folders":
         Image.new("RGB", (12, 12)).save(write_images(folder, NAMES) / "9.png")
         return folder, "9.png"
+    if what == "16 bits":                  # PIL would make them white
+        write_images(folder, NAMES)
+        Image.fromarray(np.full((12, 12), 30_000, np.uint16)).save(folder / "dog/0.png")
+        return folder, "more than 8 bits"
+    if what == "empty class folder":
+        (write_images(folder, NAMES) / "cow").mkdir()
+        return folder, "cow"
+    if what == "no npz":
+        np.save(folder.with_suffix(".npy"), PIXELS)
+        folder.with_suffix(".npy").rename(folder.with_suffix(".npz"))
+        return folder.with_suffix(".npz"), "set.npz"
     if what == "empty folder":
         folder.mkdir()
         return folder, "no images"
@@ -199,7 +210,8 @@ def damage(folder, what):
 
 @pytest.mark.parametrize("what", [
     "broken image", "mixed sizes", "image beside the class folders", "empty folder", "no zip", "objects in an npz",
-    "floats in an npz", "no images in an npz", "too few labels", "a negative label"])
+    "floats in an npz", "no images in an npz", "too few labels", "a negative label", "16 bits", "empty class folder",
+    "no npz"])
 def test_faults_name_the_file(tmp_path, what):
     path, word = damage(tmp_path / "set", what)
     with pytest.raises(ValueError, match=re.escape(word)):
@@ -212,6 +224,31 @@ def test_skip_broken_lists_what_it_leaves_out(tmp_path, capsys):
     assert np.array_equal(all_images(dataset), PIXELS[[0, 1, 3, 4, 5, 6]])
     assert dataset.labels.tolist() == [0, 0, 1, 2, 2, 2]
     assert "1 broken" in (said := capsys.readouterr().out) and word in said
+
+
+def test_a_class_whose_images_are_all_broken_keeps_its_number(tmp_path):
+    path, _ = damage(tmp_path / "set", "broken image")
+    (path / "dog/sub/1.png").write_bytes(b"")
+    dataset = data.load(str(path), skip_broken=True)
+    assert dataset.labels.tolist() == [0, 0, 2, 2, 2] and dataset.num_classes == 3
+
+
+def test_links_are_followed_and_hidden_files_left_out(tmp_path):
+    write_images(tmp_path / "real", NAMES)
+    (tmp_path / "set").mkdir()
+    for name in ("cat", "eel"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real/eel/._2.png").write_bytes(b"what a Mac adds")
+    (tmp_path / "set/.cache").mkdir()
+    dataset = data.load(str(tmp_path / "set"))
+    assert dataset.labels.tolist() == [0, 0, 1, 1, 1] and np.array_equal(all_images(dataset), PIXELS[[0, 1, 4, 5, 6]])
+
+
+def test_classes_are_not_made_up(tmp_path):
+    np.savez(tmp_path / "x.npz", images=PIXELS)
+    with pytest.raises(ValueError, match="x.npz has no labels: take --uncond"):
+        data.load(str(tmp_path / "x.npz"), num_classes=10)
+    assert data.load(str(tmp_path / "x.npz"), num_classes=10, uncond=True).num_classes == 0
 
 
 def test_cifar10_says_what_to_do_without_a_network(tmp_path, monkeypatch):
@@ -255,11 +292,13 @@ def test_latents_are_normalised_as_published(tmp_path):
     assert torch.allclose(dataset.items(index, flip), (expected - mean) / std, atol=1e-5)
     (tmp_path / "latents_stats.pt").unlink()
     assert torch.allclose(data.load(str(tmp_path)).items(index, flip), 0.18215 * expected)     # the SD-VAE's
+    assert dataset.xflip and not data.load(str(tmp_path), xflip=False).xflip
 
 
 @pytest.mark.parametrize("options, word", [
     (dict(latents_flip=None), "shard001.safetensors has no latents_flip"),
     (dict(labels=torch.zeros(2, dtype=torch.int64)), "shard001.safetensors: .*unequal"),
+    (dict(labels=torch.zeros((3, 1), dtype=torch.int64)), "shard001.safetensors: .*unequal"),
     (dict(latents=torch.zeros(3, 4, 2, 2), latents_flip=torch.zeros(3, 4, 2, 2)), "several shapes"),
     (dict(shape=(32, 2, 2), stats=False), "latents_stats.pt is missing"), (dict(sizes=()), r"no \*.safetensors")])
 def test_faults_of_shards(tmp_path, options, word):
@@ -268,10 +307,12 @@ def test_faults_of_shards(tmp_path, options, word):
         data.load("imagenet_latents", data_dir=str(tmp_path))
 
 
-def test_a_truncated_shard(tmp_path):
+@pytest.mark.parametrize("content", [
+    None, b"version https://git-lfs.github.com/spec/v1", b"\2" + bytes(7) + b"[]"])
+def test_a_truncated_or_foreign_shard(tmp_path, content):
     write_shards(tmp_path)
     path = tmp_path / "latents_rank00_shard001.safetensors"
-    path.write_bytes(path.read_bytes()[:300])
+    path.write_bytes(content or path.read_bytes()[:300])
     with pytest.raises(ValueError, match="shard001"):
         data.load(str(tmp_path))
 
@@ -362,6 +403,53 @@ def test_inspect(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, "inspect", tmp_path / "nowhere")
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: unknown data set")
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["inspect", "glyphs", "--grid", "DIR/x"], "NAME.png"), (["inspect", "glyphs", "--grid", "DIR"], "NAME.png"),
+    (["inspect", "glyphs", "--grid", "/proc/x.png"], "cannot be written"),
+    (["inspect", "glyphs", "--resolution", "0"], "--resolution"),
+    (["inspect", "DIR", "--save-stats"], "no latents"),
+    (["encode", "--images", "DIR", "--vae", "x", "--out", "DIR/z", "--batch", "0"], "at least 1")])
+def test_mistakes_at_the_command_line(tmp_path, monkeypatch, capsys, argv, word):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, *(a.replace("DIR", str(tmp_path)) for a in argv))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and word in said and said.count("\n") == 1
+
+
+def test_encode_leaves_shards_of_others_alone(tmp_path, monkeypatch, capsys):
+    small_vae(tmp_path)
+    write_images(tmp_path / "images", NAMES)
+    write_shards(tmp_path / "z")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "z").iterdir()}
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "encode", "--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--out",
+                tmp_path / "z", "--resolution", 16, "--device", "cpu")
+    assert "another --out" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "z").iterdir()}
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
+
+    def full(checkpoint, file):
+        file.write(b"the beginning")
+        raise RuntimeError("unexpected pos\nmore")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as end:
+        data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
+    assert end.value.code == 2 and "ckpt.pt could not be written (unexpected pos)" in capsys.readouterr().err
+    assert torch.load(tmp_path / "ckpt.pt") == dict(step=1) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_process_of_each_machine_tells_of_a_mistake(monkeypatch, capsys):
+    for rank, local, told in ((0, 0, True), (1, 1, False), (8, 0, True)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        with pytest.raises(SystemExit):
+            data.fail("no such file")
+        assert bool(capsys.readouterr().err) == told
 
 
 # EDM's augmentation

@@ -436,6 +436,8 @@ def spoil(folder, kind):
         np.savez(path, mu=np.zeros(d + 1), sigma=np.eye(d + 1))
     elif kind == "features":
         np.savez(path, mu=np.zeros(d), sigma=np.eye(d), features=fid.INCEPTION)
+    elif kind == "half":
+        save(path, good[:1], mu=np.zeros(d))               # and without sigma no statistics
     elif kind == "text":
         path = folder / "bad.txt"
         path.write_text("text")
@@ -471,7 +473,7 @@ class Harm:
 @pytest.mark.parametrize("place", ["samples", "ref"])
 @pytest.mark.parametrize("kind", [
     "broken image", "cut image", "mixed sizes", "deep image", "empty", "float", "channels first", "objects",
-    "unknown key", "one image", "cut npz", "rotten npz", "shapes", "not finite", "dimension", "features", "text",
+    "unknown key", "half", "one image", "cut npz", "rotten npz", "shapes", "not finite", "dimension", "features", "text",
     "code", "other pt", "no numbers", "zip without images", "no zip"])
 def test_bad_files_end_in_one_line_that_names_them(net, files, tmp_path, monkeypatch, capsys, kind, place):
     path, named = spoil(tmp_path, kind)
@@ -495,6 +497,8 @@ def test_bad_files_end_in_one_line_that_names_them(net, files, tmp_path, monkeyp
     (["--ref", "glyphs", "--features", "nowhere.pt"], "nowhere.pt"),
     (["--ref", "STATISTICS", "--pr"], "features of images"),
     (["--ref", "glyphs", "--clip"], "--clip"),
+    (["--ref", "glyphs", "--json", "/proc/x.json"], "/proc/x.json"),
+    (["--ref", "glyphs", "--save-stats", "/proc/x.npz"], "/proc/x.npz"),
     (["--ref", "glyphs", "--device", "gpu"], "gpu"),
 ])
 def test_bad_flags_end_in_one_line(net, files, tmp_path, monkeypatch, capsys, flags, words):

@@ -12,7 +12,7 @@ import data
 import gcm
 import models
 from test_data import write_shards
-from test_training import assert_same_run, call, first_gradient, kill_and_rerun, refused, rows, run_two
+from test_training import assert_same_run, call, first_gradient, kill_and_rerun, perturb, refused, rows, run_two
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
 SIGMA_D = 0.5
@@ -214,6 +214,19 @@ def test_dividing_by_the_density_keeps_the_effective_weight():
         t, s, density = gcm.sample_times(u, "gcm", "CU", pt, ab, 4.0, 0.0, 0, 1, 0.5)
         means.append((gcm.W["gcm"](t, s, None, 1.0, 6.0) / density * t.cos()).mean().item())
     assert max(means) - min(means) < 1e-3 * means[0]
+
+
+def test_ects_step_ends_at_the_data():
+    """Its weight is 1 / (sigma_t - sigma_r), and sigma_r is never below 0."""
+    t = torch.tensor([0.1, 0.3]).double()
+    assert torch.allclose(gcm.W["ect"](t, None, torch.full_like(t, 0.5)), t / torch.tan(math.pi / 2 * t))
+
+
+def test_the_curriculum_ends_where_float32_would_round_its_difference_off(tmp_path, monkeypatch):
+    steps, step = [], gcm.H["ect"]
+    monkeypatch.setitem(gcm.H, "ect", lambda t, k, mu: steps.append(k) or step(t, k, mu))
+    call(monkeypatch, gcm, *TINY, "--ht", "ect", "--curriculum", 1, "--steps", 13, "--out", tmp_path / "run")
+    assert steps[-13:] == [2.0 ** -min(i, 10) for i in range(1, 14)]
 
 
 def test_times_and_weights_of_the_others():
@@ -433,9 +446,10 @@ def test_samplers_follow_the_flow_map(nfe, mid):
 
 
 def test_samplers_take_their_options_from_the_run():
-    args = dict(variant="VU", ct="exp", mu=3.5, sigma_data=0.5, init=None, t_mid=[0.6])
+    args = dict(variant="VU", scheme="gcm", ct="exp", mu=3.5, sigma_data=0.5, init=None, t_mid=[0.6])
     assert gcm.default_sampler(2, args) == "pushforward" and set(gcm.sampler_options(args)) == set(gcm.SAMPLERS)
     assert gcm.default_sampler(1, dict(args, variant="CU")) == "restart" and "restart" not in gcm.DETERMINISTIC
+    assert gcm.default_sampler(2, dict(args, scheme="facm")) == "restart"          # its s is t_0 or t
     noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
     for name, options in gcm.sampler_options(args).items():
         assert gcm.SAMPLERS[name](as_network(True), noise, None, 2, **options).isfinite().all()
@@ -486,6 +500,8 @@ def test_one_pass_gives_the_derivative_of_the_scaled_network(options, second_tim
 
 
 def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
+    """With dropout, whose masks F and df/dt share."""
+    perturb(monkeypatch)
     for jvp in ("fused", "exact"):
         call(monkeypatch, gcm, *TINY, *VU, "--jvp", jvp, "--steps", 1, "--optimizer", "AdamW", "--betas", 0.9, 0.99,
              "--out", tmp_path / jvp)
@@ -593,10 +609,15 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     (["--row", "Z"], "--row"),
     (["--variant", "VU", "--w", "2", "--uncond"], "--w 2"), (["--pt", "cosh", "--pt-ab", "1", "1"], "--pt-ab"),
     (["--epsilon", "0"], "--epsilon"), (["--t-mid", "0.6", "1.2"], "--t-mid"), (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--init", "SMALL"], "num_classes 3, the data 10"), (["--init", "SMALL", "--resolution", "24"], "input_size 12"),
     (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
     (["--steps", "0"], "both 0"), (["--teacher", "x.pt"], "--teacher"),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    if "SMALL" in flags:
+        net = models.create("DDPM++", input_size=12, num_classes=3, width=8, mult=(1, 1), blocks=1, attention=())
+        torch.save(net.state_dict(), tmp_path / "small.pt")
+        flags = [tmp_path / "small.pt" if flag == "SMALL" else flag for flag in flags]
     assert words in refused(monkeypatch, capsys, gcm, *TINY, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 

@@ -435,6 +435,7 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     (["--shift", "2"], "--shift"),
     (["--shift", "0"], "positive"),
     (["--cfg-interval", "0", "0.5"], "--cfg-interval"),
+    (["--method", "decm"], "second time"),
     (["--times", "0.5"], "--times"),
     (["--n-ode", "1"], "--n-ode"),
     (["--sampler", "heun"], "heun"),
@@ -454,12 +455,28 @@ def test_bad_flags_of_a_teacher_and_of_the_output(run, tmp_path, monkeypatch, ca
                          (["--out", tmp_path / "x.npz", "--sampler", "cm"], "euler, heun"),
                          (["--out", tmp_path / "x.npz", "--times", "0.5"], "--times"),
                          (["--out", tmp_path / "x.npz", "--grid", 1], "NAME.png"),
+                         (["--out", tmp_path / "x.npz", "--cfg", "nan"], "finite"),
+                         (["--out", tmp_path / "x.npz", "--cfg-interval", 0, 0.5], "give it, too"),
+                         (["--out", tmp_path / "x.npz", "--cfg-channels", 1], "give it, too"),
+                         (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-interval", 0.8, 0.2], "T0 <= T1"),
+                         (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-channels", 4], "--cfg-channels 4"),
                          (["--out", run / "ckpt.pt"], "another --out"),
                          (["--out", run / "ckpt.pt" / "x.npz"], "x.npz.partial")):
         line = refused(monkeypatch, capsys, sample, "--ckpt", run / "teacher.pt", *flags)
         assert re.search(words, line) and not list(tmp_path.iterdir())
     (tmp_path / "x.npz").mkdir()
     assert "folder" in refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x", "x.png"])
+def test_samples_that_are_not_finite_are_not_written_as_black_images(run, tmp_path, monkeypatch, capsys, name):
+    checkpoint = data.read_checkpoint(run / "ckpt.pt")
+    next(iter(checkpoint["ema"].values())).fill_(float("nan"))
+    data.save_checkpoint(tmp_path / "nan.pt", checkpoint)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, sample, "--ckpt", tmp_path / "nan.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / name)
+    assert end.value.code == 2 and "error: samples from number 0 on are not finite" in capsys.readouterr().err
+    assert not (tmp_path / name).exists() or not pngs(tmp_path / name)
 
 
 def test_a_finished_folder_is_left_as_it_is(run, tmp_path, monkeypatch):
