@@ -417,6 +417,8 @@ def main():
             raise ValueError("want --segments, --freq >= 1, --lam + --gam > 0, 0 <= --r-max < 1")
         if args.vel_norm is not None and args.vel_norm <= 0:
             raise ValueError(f"--vel-norm {args.vel_norm}: a length above 0, or leave it out")
+        if args.objectives == ["n2n"]:
+            raise ValueError("--objectives n2n comes beside fm or cd, every --freq of their steps")
         out, checkpoint = data.open_run(args, METHOD, rank)
         step = checkpoint["step"] if checkpoint else 0
         if path := args.teacher or (out / "teacher.pt" if step > args.pretrain > 0 else None):

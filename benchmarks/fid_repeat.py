@@ -31,10 +31,12 @@ def distances(args, device):
     net, checkpoint = sample.load(args.ckpt, device)
     labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
     size = checkpoint["args"]["net"]["input_size"]
+    if checkpoint["args"]["net"]["in_channels"] != 3:
+        raise ValueError(f"{args.ckpt} draws latents; sample them by sample.py --vae, and compare by fid.py")
     reference = fid.open_source(args.ref, args.ref_n, size)
     extract, name = fid.load_extractor(args, device)
     moments = reference.statistics
-    if not moments:
+    if "mu" not in moments:
         moments = fid.collect(reference, extract, batch=args.batch, device=device)
     if moments.get("features", name) != name:
         raise ValueError(f"{args.ref}: statistics of {moments['features']}, not of {name}")

@@ -351,7 +351,7 @@ def test_nan_in_either_update_stops_with_its_terms(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--w", "2", "--pretrain", "0"], "--w 1"), (["--freq", "0"], "--freq"), (["--segments", "0"], "--segments"),
-    (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"),
+    (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"), (["--objectives", "n2n"], "beside fm"),
     (["--times", "uniform"], "uniform"), (["--objectives"], "--objectives"), (["--vel-norm", "0"], "--vel-norm"),
     (["--teacher", "nowhere.pt"], "nowhere.pt")])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
