@@ -403,7 +403,7 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     glyphs never do). Under torchrun all processes call it: one of each machine downloads.
     Raises ValueError, naming the file, for what cannot be had.
     """
-    path, labelled = pathlib.Path(name), True
+    path = pathlib.Path(name)
     if resolution is not None and resolution < 1:
         raise ValueError(f"--resolution {resolution}: want 1 or more")
     if name == "glyphs":
@@ -673,8 +673,8 @@ def to_device(tensors, device):
 
 def check_output(*paths):
     """Ends the program, before the work, if one of these files (pathlib.Path or None) cannot be
-    written after it; their folders are made."""
-    for path in filter(None, paths):
+    written after it, which process 0 does; their folders are made."""
+    for path in filter(None, paths) if os.environ.get("RANK", "0") == "0" else ():
         try:
             new = not path.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
