@@ -233,9 +233,10 @@ def flow_velocity(teacher, x1, x0, xt, t, y, y_null, w, eta):
 def decm_loss(net, derivative, xt, v, t, y, w1, p, c):
     """L_FM and L_CM, means over the batch (Algorithm 1, lines 4 to 14). net: F_theta, with
     gradient; derivative: see value_and_derivative."""
-    one = torch.ones_like(t)
+    # A copy: before 2.15 torch.compile fails on the same tensor in two places
+    one, s = torch.ones_like(t), t.clone()
     F_cm, dF_dt, F_fm = value_and_derivative(
-        net, derivative, xt, t, one, y, v, 1, 0, (xt, t, t, y))
+        net, derivative, xt, t, one, y, v, 1, 0, (xt, t, s, y))
     v_tar = cm_target(F_cm.detach(), v, dF_dt, t, w1)
     return fm_loss(F_fm, v, p, c).mean(), adaptive(F_cm, v_tar, p, c).mean()
 
@@ -246,12 +247,12 @@ def n2n_loss(net, derivative, teacher, x1, x0, xt, v, r, t, y, guidance, lam, ga
     xr = interpolate(x1, x0, r)
     v_r = flow_velocity(teacher, x1, x0, xr, r, y, *guidance)
     F_n2n, dF, F_fm = value_and_derivative(
-        net, derivative, xr, r, t, y, gam * v_r, gam, -lam, (xt, t, t, y))
+        net, derivative, xr, r, t, y, gam * v_r, gam, -lam, (xt, t, t.clone(), y))
     v_psi = v
     if vpsi == "model":
         with torch.no_grad():
             f = xr + (t - r)[:, None, None, None] * F_n2n.detach()     # Eq. 9
-            v_psi = (net(f, t, t, y) if teacher is None else
+            v_psi = (net(f, t, t.clone(), y) if teacher is None else
                      guided_velocity(teacher, f, t, y, *guidance))
     v_tar = n2n_target(F_n2n.detach(), v_r, v_psi, dF, r, t, lam, gam, w2)
     return fm_loss(F_fm, v, p, c).mean(), adaptive(F_n2n, v_tar, p, c).mean()

@@ -157,7 +157,8 @@ def conditions(t, condition):
     """c_CM and c_FM, each a pair (time, second time or None): they tell the tasks apart (3.2.2)."""
     if condition == "expanded":
         return (t, None), (2 - t, None)
-    return (t, torch.ones_like(t)), (t, t)
+    # A copy: before 2.15 torch.compile fails on the same tensor in two places
+    return (t, torch.ones_like(t)), (t, t.clone())
 
 
 def interpolate(x1, x0, t):

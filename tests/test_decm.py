@@ -367,7 +367,8 @@ def test_a_run_of_facm_is_refused(finished, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--bf16", "--compile"]], ids=str)
+@pytest.mark.parametrize("flags", [
+    [], ["--bf16"], ["--bf16", "--compile"], ["--jvp", "fused", "--bf16", "--compile"]], ids=str)
 def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in RUN]
     call(monkeypatch, decm, *on_gpu, *flags, "--out", tmp_path / "run")

@@ -633,3 +633,13 @@ def test_nan_stops_with_step_and_terms(tmp_path, monkeypatch):
         call(monkeypatch, gcm, *TINY, "--steps", 4, "--save-every", 1, "--out", tmp_path / "run")
     kept = data.read_checkpoint(tmp_path / "run/ckpt.pt")
     assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("flags", [
+    [], ["--augment", "--row", "F"], ["--row", "L", "--share-time", "--bf16"], [*VU, "--jvp", "fused", "--bf16", "--compile"],
+    [*VU, "--jvp", "exact", "--bf16"]], ids=str)
+def test_trains_on_cuda(tmp_path, monkeypatch, flags):
+    on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
+    call(monkeypatch, gcm, *on_gpu, *flags, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run")
+    assert all(0 < row["grad_norm"] < math.inf for row in rows(tmp_path / "run"))
