@@ -108,7 +108,7 @@ MUTANTS = [
     ("derivative, xt, t, one, y, v, 1, 0", "derivative, xt, t, one, y, v, 1, 1", "cm"),    # s moves, too
     ("derivative, xt, t, one, y, v, 1, 0", "derivative, xt, t, one, y, v, 0, 0", "cm"),    # t does not move
     ("derivative, xt, t, one, y, v, 1, 0", "derivative, xt, t, one, y, -v, 1, 0", "cm"),   # direction of the flow
-    ("xt, t, one, y, v, 1, 0, (xt, t, t, y))", "xt, t, t, y, v, 1, 0, (xt, t, one, y))", "both"),   # conditions swapped
+    ("xt, t, one, y, v, 1, 0, (xt, t, s, y))", "xt, t, t, y, v, 1, 0, (xt, t, one, y))", "both"),   # conditions swapped
     ("derivative, xr, r, t, y, gam * v_r, gam, -lam", "derivative, xr, r, t, y, lam * v_r, lam, -gam", "n2n"),
     ("derivative, xr, r, t, y, gam * v_r, gam, -lam", "derivative, xr, r, t, y, gam * v_r, gam, lam", "n2n"),
     ("derivative, xr, r, t, y, gam * v_r, gam, -lam", "derivative, xr, r, t, y, v_r, gam, -lam", "n2n"),
@@ -118,7 +118,7 @@ MUTANTS = [
     ("f = xr + (t - r)", "f = xt + (t - r)", "n2n"),                                       # v_psi at the wrong point
     ("guided_velocity(teacher, f, t, y", "guided_velocity(teacher, f, r, y", "n2n"),       # ... or time
     ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),      # v at z_t for v_r
-    ("gam * v_r, gam, -lam, (xt, t, t, y))", "gam * v_r, gam, -lam, (xr, r, r, y))", "n2n's fm"),
+    ("gam * v_r, gam, -lam, (xt, t, t.clone(), y))", "gam * v_r, gam, -lam, (xr, r, r, y))", "n2n's fm"),
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),              # another point, still exact
 ]
 
