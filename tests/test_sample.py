@@ -360,8 +360,8 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
 
 
 def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch):
-    flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 640, "--nfe", 16, "--device", "cpu"]
-    process = popen(*flags, "--batch", 4, script="sample.py")                # 160 batches: time enough for a signal
+    flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 1280, "--nfe", 16, "--device", "cpu"]
+    process = popen(*flags, "--batch", 4, script="sample.py")                # 20 batches of 64: time enough for a signal
     done = tmp_path / "x.npz.partial" / "done"
     while not done.exists() or not any(done.read_bytes()):
         assert process.poll() is None, process.stderr.read()
@@ -369,9 +369,9 @@ def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "Traceback" not in said and "same command goes on" in said
-    assert 0 < sum(done.read_bytes()) < 640
+    assert 0 < sum(done.read_bytes()) < 1280
     call(monkeypatch, sample, *flags)
-    assert len(read(tmp_path / "x.npz")[0]) == 640
+    assert len(read(tmp_path / "x.npz")[0]) == 1280
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x"])
