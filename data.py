@@ -14,6 +14,7 @@
 
 import argparse
 import ast
+import contextlib
 import ctypes
 import hashlib
 import io
@@ -129,7 +130,7 @@ class Images(Dataset):
 
     def __init__(self, images, labels, num_classes, xflip=False):
         self.images = torch.from_numpy(images)
-        n, h, w, c = images.shape
+        _, h, w, c = images.shape
         super().__init__(labels, (c, h, w), num_classes, xflip)
 
     def items(self, index, flip):
@@ -202,10 +203,7 @@ class Files(Dataset):
         """uint8 [H, W, 3] at the resolution; ValueError if that is not to be had."""
         try:
             file = io.BytesIO(self.archive.read(name)) if self.archive else self.path / name
-            with Image.open(file) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"mode {image.mode}, more than 8 bits")
-                image = image.convert("RGB")
+            image = read_rgb(file)
         except Exception as e:
             raise ValueError(f"{self.path / name}: no readable image ({e}); "
                              "--skip-broken leaves such files out") from None
@@ -277,7 +275,17 @@ def open_zip(path):
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as e:
-        raise ValueError(f"{path} is no readable zip archive ({type(e).__name__})") from None
+        raise ValueError(f"{path}: damaged, or no {path.suffix} file to be read "
+                         f"({type(e).__name__})") from None
+
+
+def read_rgb(file):
+    """The image in a file, RGB. Raises ValueError for one of more than 8 bits, which PIL would clip
+    to white, and whatever PIL's decoders raise on a damaged one."""
+    with Image.open(file) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"mode {image.mode}, more than 8 bits")
+        return image.convert("RGB")
 
 
 def image_names(place):
@@ -376,19 +384,15 @@ def read_npz(path):
 
 
 def _cifar10(folder):
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        wait()                             # one process of a machine downloads
     try:
         from torchvision.datasets import CIFAR10           # here, because it takes a second
-        train = CIFAR10(folder, train=True, download=True)
+        with one_first():
+            train = CIFAR10(folder, train=True, download=True)
     except Exception as e:
         raise ValueError(
             f"CIFAR-10 could not be downloaded to {folder} ({type(e).__name__}); put "
             "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html there, or "
             "give an npz by --data FILE.npz --preset cifar10") from None
-    if first:
-        wait()
     return train.data, np.array(train.targets)
 
 
@@ -694,6 +698,17 @@ def wait():
         reason = " ".join(str(e).split())
         print(f"process {dist.get_rank()}: another one is gone ({reason})", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_first():
+    """One process of each machine goes through alone, then the others, who find its download."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        wait()
+    yield
+    if first:
+        wait()
 
 
 # --------------------------------------------------------------------------------------------------

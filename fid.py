@@ -38,7 +38,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
@@ -114,17 +113,13 @@ def open_source(text, n=20_000, resolution=16, data_dir=None):
         return _open_images(text, [path / name for name in data.image_names(path)], lambda p: p)
     if not path.exists():
         raise ValueError(f"{text}: no such file or folder; data sets are glyphs, cifar10")
-    try:
-        if path.suffix == ".npz":
-            return _open_npz(text, zipfile.ZipFile(path))
-        if path.suffix == ".zip":
-            archive = zipfile.ZipFile(path)
-            return _open_images(text, data.image_names(archive), archive.open)
-        if path.suffix in (".pt", ".pth"):
-            return Source(text, statistics=_check_statistics(text, _read_torch(path)))
-    except (zipfile.BadZipFile, OSError) as e:
-        raise ValueError(f"{text}: damaged, or no {path.suffix} file to be read "
-                         f"({type(e).__name__})") from None
+    if path.suffix == ".npz":
+        return _open_npz(text, data.open_zip(path))
+    if path.suffix == ".zip":
+        archive = data.open_zip(path)
+        return _open_images(text, data.image_names(archive), archive.open)
+    if path.suffix in (".pt", ".pth"):
+        return Source(text, statistics=_check_statistics(text, _read_torch(path)))
     raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, glyphs or cifar10")
 
 
@@ -135,10 +130,7 @@ def _open_images(name, files, opened):
 
     def decode(file):
         try:
-            with Image.open(opened(file)) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode}, more than 8 bits")
-                return np.asarray(image.convert("RGB"))
+            return np.asarray(data.read_rgb(opened(file)))
         except Exception as e:             # decoders raise about anything on a damaged file
             where = file if isinstance(file, pathlib.Path) else f"{name}: {file}"
             raise ValueError(f"{where}: no readable image ({e})") from None
@@ -161,14 +153,12 @@ def _open_npz(name, archive):
     keys = [key.removesuffix(".npy") for key in archive.namelist()]
     statistics, images = {}, next((key for key in ("arr_0", "images") if key in keys), None)
     try:
-        with np.load(name, allow_pickle=False) as f:
-            statistics = {key: f[key] for key in STATISTICS if key in keys}
         if "mu" in keys and "sigma" in keys:
-            statistics = _check_statistics(name, statistics)
+            with np.load(name, allow_pickle=False) as f:
+                held = {key: f[key] for key in STATISTICS if key in keys}
+            statistics = _check_statistics(name, held)
         elif images is None:
             raise ValueError(f"has {', '.join(keys)}; want arr_0 or images, or mu and sigma")
-        else:
-            statistics = {}
         if images is None:
             return Source(name, statistics=statistics)
         member = archive.open(images + ".npy")
@@ -558,18 +548,14 @@ def kernel_distance(samples, reference, subsets=100, size=1000):
     return distances.mean().item(), distances.std(correction=0).item()
 
 
-def load_extractor(args, device, rank=0, world=1):
+def load_extractor(args, device):
     """The network of the flags: extract(uint8 [b, 3, H, W]) for `collect`, and its name."""
     if args.features:
         extract = load_features(args.features, device)
         digest = hashlib.sha256(args.features.read_bytes()).hexdigest()
         return extract, f"{args.features.name} sha256:{digest[:8]}"
-    if rank:                               # process 0 downloads, the others find the file
-        data.wait()
-    net = load_inception(args.inception, device)
-    if not rank:
-        data.wait()
-    return net, INCEPTION
+    with data.one_first():
+        return load_inception(args.inception, device), INCEPTION
 
 
 def measure(args, device, rank=0, world=1):
@@ -597,7 +583,7 @@ def measure(args, device, rank=0, world=1):
     unnamed = INCEPTION if width in (None, FEATURES) else f"of width {width}, of an unknown network"
     name, extract = next(iter(named.values()), unnamed), None
     if args.features or any(map(any, wants)):
-        extract, name = load_extractor(args, device, rank, world)
+        extract, name = load_extractor(args, device)
     for source, want in zip(sources, wants):
         if named.get(source.name, name) != name:
             raise ValueError(f"{source.name}: statistics of {named[source.name]}, not of {name}")
