@@ -26,6 +26,7 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -408,8 +409,8 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     Raises ValueError, naming the file, for what cannot be had.
     """
     path = pathlib.Path(name)
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"--resolution {resolution}: want 1 or more")
+    if min(a for a in (resolution, num_classes, 1) if a is not None) < 1:
+        raise ValueError("--resolution, --num-classes: want 1 or more")
     if name == "glyphs":
         resolution = 16 if resolution is None else resolution
         if resolution < 12:
@@ -437,12 +438,25 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     if num_classes and not dataset.num_classes and not uncond:
         raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
-    if not uncond and (low < 0 or num_classes and high >= num_classes):
+    if not uncond and low < 0:
+        raise ValueError(f"{data_dir or name}: labels from {low}; want them from 0 on")
+    if not uncond and num_classes and high >= num_classes:
         raise ValueError(f"{data_dir or name}: labels from {low} to {high}; --num-classes "
-                         f"{num_classes or dataset.num_classes} allows 0 to "
-                         f"{(num_classes or dataset.num_classes) - 1}")
+                         f"{num_classes} allows 0 to {num_classes - 1}")
     dataset.num_classes = 0 if uncond else num_classes or dataset.num_classes
     return dataset
+
+
+def fit(options, dataset):
+    """A network's options, with a data set's size, channels and classes. Raises ValueError if they
+    say otherwise; more classes, or none, are allowed."""
+    sizes = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
+                 num_classes=dataset.num_classes)
+    for name, size in sizes.items():
+        other = options.get(name, size)
+        if other != size and (name != "num_classes" or 0 < other < size):
+            raise ValueError(f"the network has {name} {options[name]}, the data {size}")
+    return sizes | options
 
 
 # --------------------------------------------------------------------------------------------------
@@ -589,6 +603,18 @@ def options(items):
         fail(f"--net {' '.join(items)}: want KEY=VALUE, as in width=64 mult=1,2,2")
 
 
+LARGE = 1e15
+BOUNDS = {name: bounds for bounds, names in {          # of the training scripts' numbers
+    (1, LARGE): "accum batch pretrain_batch save_every log_every preview_every group",
+    (0, LARGE): "steps pretrain seed lr pretrain_lr weight_decay warmup tangent_warmup curriculum "
+                "P_std power anchor c",
+    (1e-9, LARGE): "vel_norm epsilon mu nu_s sigma_data",
+    (1e-9, math.inf): "clip kernel_sigma",
+    (0, 1): "betas lr_final label_drop ema_beta equal t_low kappa guide",
+    (0.001, 0.28): "ema_sigma",            # no power function is wider
+}.items() for name in names.split()}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
 
@@ -607,16 +633,23 @@ class Parser(argparse.ArgumentParser):
         given = options(args.net)
         net = row.pop("net")               # its options are those of its network alone
         args.net = given if given.get("name", net["name"]) != net["name"] else net | given
-        args.pretrain_batch = args.pretrain_batch or args.batch         # one given for both
+        if args.pretrain_batch is None:
+            args.pretrain_batch = args.batch           # one given for both
         for name, value in row.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        args.pretrain_batch = args.pretrain_batch or args.batch
+        if args.pretrain_batch is None:
+            args.pretrain_batch = args.batch
         args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
         args.pretrain = 0 if args.teacher else args.pretrain
         pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))
-        if min(args.accum, args.batch, args.save_every, args.log_every, args.preview_every) < 1:
-            fail("--accum, --batch, --save-every, --log-every, --preview-every: at least 1")
+        for name, value in vars(args).items():
+            low, high = BOUNDS.get(name, (-LARGE, LARGE))
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(number, (int, float)) and not low <= number <= high:       # or NaN
+                    least, most = f", at least {low:g}", f", at most {high:g}"
+                    fail(f"--{name.replace('_', '-')} {number}: want a finite number"
+                         + least * (low > -LARGE) + most * (high < LARGE))
         for batch in (args.batch, args.pretrain_batch):
             if batch % pieces:
                 fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
@@ -624,8 +657,8 @@ class Parser(argparse.ArgumentParser):
             fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
         if args.fsdp and args.jvp == "exact":
             fail("--fsdp: torch.func.jvp does not see sharded parameters; take another --jvp")
-        if min(args.steps, args.pretrain) < 0 or args.steps + args.pretrain == 0:
-            fail("--steps and --pretrain must not be negative, nor both 0")
+        if args.steps + args.pretrain == 0:
+            fail("--steps and --pretrain: not both 0")
         return args
 
 
@@ -640,11 +673,21 @@ def keep_freed_memory():
         mallopt(option, value)     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
+def _report(kind, error, trace):
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def start_processes(device):
     """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
 
     device: "cpu", "cuda", "cuda:N" or None for the best there is. Returns (device, rank, world).
+    From here on Ctrl-C ends the program in one line.
     """
+    sys.excepthook = _report
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # whose new name 2.11 lacks
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
@@ -815,9 +858,13 @@ def open_run(args, method, rank):
     checkpoint = read_checkpoint(out / "ckpt.pt")
     if checkpoint["method"] != method:
         raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{out / 'ckpt.pt'} has no optimiser to go on with; use --out or --fresh")
+    falls = args.lr_final < 1 and checkpoint["step"] > args.pretrain       # the rate, by --steps
     for name, old in checkpoint["args"].items():
         new = getattr(args, name, None)
-        if new != old and (name not in MAY_CHANGE or name == "steps" and args.lr_final < 1):
+        old, new = (list(a) if isinstance(a, tuple) else a for a in (old, new))
+        if new != old and (name not in MAY_CHANGE or name == "steps" and falls):
             raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
     return out, checkpoint
 
@@ -861,7 +908,7 @@ class Log:
                 terms = [f"{name} {a}" for (at, name), a in zip(keys, own) if at == broken]
                 raise FloatingPointError(
                     f"step {broken - 1}, process {0 if alone else dist.get_rank()}: "
-                    f"{', '.join(terms)}; the last checkpoint stays in {self.path.parent}")
+                    f"{', '.join(terms)}; the checkpoints before stay in {self.path.parent}")
         columns = {}
         for (_, name), value in zip(keys, mean):
             columns.setdefault(name, []).append(value)
@@ -870,7 +917,10 @@ class Log:
         row["images_per_s"] = round(images / (time.perf_counter() - self.tick), 1)
         self.window, self.tick = [], time.perf_counter()
         if not self.quiet:
-            self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
+            try:
+                self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
+            except OSError as e:
+                fail(f"{self.path}: {e}; checkpoints stay, the same command goes on", always=True)
             self.bar.set_postfix(row)
         return signals
 
@@ -1000,7 +1050,10 @@ def _inspect(args):
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
     print(f"of {len(x)} samples as a network sees them: mean", *mean.numpy().round(4), "std",
           *std.numpy().round(4))
-    save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
+    try:
+        save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
+    except OSError as e:
+        fail(f"{args.grid}: {e}")
     print(f"{args.grid}: {len(x)} of them")
 
 

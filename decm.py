@@ -70,8 +70,8 @@ PRESETS = {
 def parse_args():
     p = data.Parser(description="Dual-End Consistency Model. Defaults: the preset's row.")
     a = p.add_argument
-    a("--data", default="glyphs", help="data set")
-    a("--data-dir", help="where it lies, unless it is drawn here")
+    a("--data", default="glyphs", help="glyphs, cifar10, imagenet_latents, or a path")
+    a("--data-dir", help="folder of cifar10 or imagenet_latents")
     a("--preset", choices=list(PRESETS), help="row of hyper-parameters (default: the data set's)")
     a("--out", help="run directory; the same command resumes it (default: runs/SCRIPT-DATA)")
     a("--steps", type=int, help="steps of the method, after those of --pretrain")
@@ -98,7 +98,7 @@ def parse_args():
     a("--betas", type=float, nargs=2, help="the optimiser's beta_1 and beta_2")
     a("--weight-decay", type=float, default=0.0, help="the optimiser's weight decay")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
-    a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
+    a("--pretrain-lr", type=float, help="that of --pretrain (default: the preset's, else --lr)")
     a("--pretrain-batch", type=int, help="global batch of --pretrain (default: --batch)")
     a("--pretrain-P", type=float, nargs=2, help="--P-mean, --P-std of --pretrain (default: same)")
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
@@ -406,8 +406,7 @@ def main():
     try:
         dataset = data.load(args.data, args.resolution, args.data_dir, args.num_classes,
                             args.uncond, args.xflip, args.skip_broken)
-        args.net = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
-                        num_classes=dataset.num_classes, second_time=True) | args.net
+        args.net = data.fit(args.net, dataset) | dict(second_time=True)
         torch.manual_seed(data.seed_of(args.seed, "init"))
         net, teacher = models.create(**args.net).to(device), None
         if args.w != 1 and not net.num_classes:
@@ -416,8 +415,6 @@ def main():
             raise ValueError(f"--w {args.w}: there is no guidance from scratch; take --w 1")
         if min(args.segments, args.freq) < 1 or args.lam + args.gam <= 0 or not 0 <= args.r_max < 1:
             raise ValueError("want --segments, --freq >= 1, --lam + --gam > 0, 0 <= --r-max < 1")
-        if args.vel_norm is not None and args.vel_norm <= 0:
-            raise ValueError(f"--vel-norm {args.vel_norm}: a length above 0, or leave it out")
         if args.objectives == ["n2n"]:
             raise ValueError("--objectives n2n comes beside fm or cd, every --freq of their steps")
         out, checkpoint = data.open_run(args, METHOD, rank)
@@ -487,7 +484,7 @@ def main():
                        for rows in pieces]
         except ValueError as e:
             log.close()
-            data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
+            data.fail(f"step {step}: {e}; the checkpoints before stay in {out}", always=True)
 
         # Algorithm 1: the N2N objective is an update of its own, every --freq steps
         n2n_follows = stage == METHOD and "n2n" in args.objectives and k % args.freq == 0
@@ -513,10 +510,10 @@ def main():
 
                 roles = F_theta, None if args.jvp == "fused" else derivative
                 guidance = net.num_classes, args.w, args.vel_norm
+                L_fm = L_jump = torch.zeros((), device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     if update == "pretrain":
                         L_fm = pretrain_loss(F_theta, x1, x0, t, s_all[rows], y)
-                        L_jump = torch.zeros_like(L_fm)
                     elif update == METHOD:
                         xt = interpolate(x1, x0, t)
                         v = flow_velocity(teacher, x1, x0, xt, t, y, *guidance)
@@ -549,14 +546,14 @@ def main():
         ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 
-        # Log, preview, save. The finite check is the log's: before anything is saved
+        # Log, save, preview. The finite check is the log's: before anything is saved
         ends = step in (args.pretrain, total)
         saves, shows = (ends or step % n == 0 for n in (args.save_every, args.preview_every))
         signalled = log.add(step, stage, batch, figures, stop, now=saves)
-        if (rank == 0 or args.fsdp) and (shows or signalled):
-            preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
         if saves or signalled:
             save("ckpt.pt")
+        if (rank == 0 or args.fsdp) and (shows or signalled):
+            preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
         if signalled:
             break
 

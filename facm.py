@@ -70,8 +70,8 @@ PRESETS = {
 def parse_args():
     p = data.Parser(description="Flow-Anchored Consistency Models. Defaults: the preset's row.")
     a = p.add_argument
-    a("--data", default="glyphs", help="data set")
-    a("--data-dir", help="where it lies, unless it is drawn here")
+    a("--data", default="glyphs", help="glyphs, cifar10, imagenet_latents, or a path")
+    a("--data-dir", help="folder of cifar10 or imagenet_latents")
     a("--preset", choices=list(PRESETS), help="row of hyper-parameters (default: the data set's)")
     a("--out", help="run directory; the same command resumes it (default: runs/SCRIPT-DATA)")
     a("--steps", type=int, help="steps of the method, after those of --pretrain")
@@ -98,7 +98,7 @@ def parse_args():
     a("--betas", type=float, nargs=2, help="the optimiser's beta_1 and beta_2 (Table 5)")
     a("--weight-decay", type=float, default=0.0, help="the optimiser's weight decay (Table 5)")
     a("--warmup", type=int, help="steps in which the learning rate rises, in each stage")
-    a("--pretrain-lr", type=float, help="learning rate of --pretrain (default: --lr)")
+    a("--pretrain-lr", type=float, help="that of --pretrain (default: the preset's, else --lr)")
     a("--pretrain-batch", type=int, help="global batch of --pretrain (default: --batch)")
     a("--pretrain-P", type=float, nargs=2, help="--P-mean, --P-std of --pretrain (default: same)")
     a("--lr-final", type=float, help="share of --lr to which it then falls, linearly; 1: constant")
@@ -115,7 +115,8 @@ def parse_args():
     a("--jvp", choices=["fused", "exact", "fd"], help="dF/dt: with F in one pass (Chain-JVP), by "
       "torch.func.jvp, or a central difference (A.1)")
     a("--objective", choices=["facm", "scm", "meanflow"], default="facm", help="Tables 2 and 3")
-    a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2")
+    a("--condition", choices=["expanded", "auxiliary"], default="expanded", help="section 3.2.2; "
+      "meanflow has the auxiliary one")
     a("--alpha", choices=list(WEIGHTS), default="1-t^p", help="facm: relaxation (Eq. 12, Table 4)")
     a("--beta", choices=list(WEIGHTS), default="cos", help="facm: weight of L_CM (Eq. 14, Table 4)")
     a("--power", type=float, default=0.5, help="the exponent p in 1-t^p (Table 4)")
@@ -254,7 +255,8 @@ def facm_loss(net, derivative, xt, v, t, y, c_cm, c_fm, alpha, beta, c):
 
 def log_weight(t, phi):
     """a(t) [B] of sCM's adaptive weight, a sum of cosines with the learned coefficients phi [K]."""
-    return torch.cos(math.pi * t[:, None] * torch.arange(len(phi), device=t.device)) @ phi
+    waves = torch.cos(math.pi * t[:, None] * torch.arange(len(phi), device=t.device))
+    return (waves * phi).sum(dim=1)        # by @ it would be bfloat16 under autocast
 
 
 def scm_loss(net, derivative, xt, v, t, y, c_cm, warm, phi):
@@ -435,9 +437,7 @@ def main():
     try:
         dataset = data.load(args.data, args.resolution, args.data_dir, args.num_classes,
                             args.uncond, args.xflip, args.skip_broken)
-        args.net = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
-                        num_classes=dataset.num_classes,
-                        second_time=args.condition == "auxiliary") | args.net
+        args.net = data.fit(args.net, dataset) | dict(second_time=args.condition == "auxiliary")
         torch.manual_seed(data.seed_of(args.seed, "init"))
         net, teacher = models.create(**args.net).to(device), None
         if args.w != 1 and not net.num_classes:
@@ -521,7 +521,7 @@ def main():
                 x1, y = data.to_device(dataset.batch(args.seed, first, batch, rows), device)
             except ValueError as e:
                 log.close()
-                data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
+                data.fail(f"step {step}: {e}; the checkpoints before stay in {out}", always=True)
             x0, t = x0_all[rows], sample_t(normal[rows], *P)
             if teacher is None:
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
@@ -530,10 +530,10 @@ def main():
             synchronise(trained, last=part + 1 == args.accum)
             seed = data.seed_of(args.seed, "dropout", step, rank, part)
             F_theta = same_dropout(trained, piece, seed)
+            L_fm = L_cm = torch.zeros((), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 if stage == "pretrain":
                     L_fm = pretrain_loss(F_theta, x1, x0, t, y, args.condition, mix[rows] < 0.5)
-                    L_cm = torch.zeros_like(L_fm)
                 else:
                     F_bare = net if args.jvp == "exact" else same_dropout(bare, piece, seed)
 
@@ -555,10 +555,8 @@ def main():
                     elif args.objective == "scm":
                         warm = min(1, (k + 1) / max(args.tangent_warmup, 1))
                         L_cm = scm_loss(*roles, xt, v, t, y, c_cm, warm, phi)
-                        L_fm = torch.zeros_like(L_cm)
                     else:
                         L_cm = meanflow_loss(*roles, xt, v, t, r, y, args.c)
-                        L_fm = torch.zeros_like(L_cm)
             terms += torch.stack([L_fm, L_cm]).detach() / args.accum
 
             # Backward: summed over the pieces
@@ -579,14 +577,14 @@ def main():
         ema_update(ema, net, k + 1, gamma, args.ema_beta)
         step += 1
 
-        # Log, preview, save. The finite check is the log's: before anything is saved
+        # Log, save, preview. The finite check is the log's: before anything is saved
         ends = step in (args.pretrain, total)
         saves, shows = (ends or step % n == 0 for n in (args.save_every, args.preview_every))
         signalled = log.add(step, stage, batch, figures, stop, now=saves)
-        if (rank == 0 or args.fsdp) and (shows or signalled):
-            preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
         if saves or signalled:
             save("ckpt.pt")
+        if (rank == 0 or args.fsdp) and (shows or signalled):
+            preview(out / "previews" / f"{step:07d}.png", ema, stage, preview_noise, args)
         if signalled:
             break
 

@@ -630,9 +630,6 @@ def main():
         figures = compare(args, sides, name, device) if rank == 0 else {}
     except ValueError as e:
         data.fail(" ".join(str(e).split()))          # a library's message may have several lines
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     if world > 1:
         dist.destroy_process_group()
     if rank:
@@ -643,14 +640,17 @@ def main():
     print(f"{'features':12}{name}")
     for key, figure in figures.items():
         print(f"{key:40}{figure:12.6f}")
-    if args.save_stats:
-        known = {key: np.asarray(sides[0][key]) for key in STATISTICS if key in sides[0]}
-        np.savez(args.save_stats, **known | dict(features=name))
-    if args.json:
-        args.json.write_text(json.dumps(dict(
-            figures=figures, samples=args.samples, n=counts[0], ref=args.ref, ref_n=counts[1],
-            features=name, torch=torch.__version__, command=shlex.join(["python", *sys.argv])),
-            indent=2) + "\n")
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(dict(
+                figures=figures, samples=args.samples, n=counts[0], ref=args.ref, ref_n=counts[1],
+                features=name, torch=torch.__version__, command=shlex.join(["python", *sys.argv])),
+                indent=2) + "\n")
+        if args.save_stats:
+            known = {key: np.asarray(sides[0][key]) for key in STATISTICS if key in sides[0]}
+            np.savez(args.save_stats, **known | dict(features=name))
+    except OSError as e:
+        data.fail(e)
 
 
 if __name__ == "__main__":

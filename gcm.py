@@ -87,8 +87,8 @@ def configurations():
 def parse_args():
     p = data.Parser(description="A Guide to Training Consistency Models. Defaults: the preset's.")
     a = p.add_argument
-    a("--data", default="glyphs", help="data set")
-    a("--data-dir", help="where it lies, unless it is drawn here")
+    a("--data", default="glyphs", help="glyphs, cifar10, imagenet_latents, or a path")
+    a("--data-dir", help="folder of cifar10 or imagenet_latents")
     a("--preset", choices=list(PRESETS), help="row of hyper-parameters (default: the data set's)")
     a("--out", help="run directory; the same command resumes it (default: runs/SCRIPT-DATA)")
     a("--steps", type=int, help="steps of the method")
@@ -134,7 +134,8 @@ def parse_args():
     a("--epsilon", type=float, help="eps of 'exp'; others: integral of eps (1-t)^2")
     a("--curriculum", type=int, help="eps is 0.5, halved every so many steps, "
       "in place of --epsilon (G.1, Table 7d)")
-    a("--ct", choices=list(C), help="time preconditioning c(t) (Eq. 9, Table 7c)")
+    a("--ct", choices=list(C), help="time preconditioning c(t) (Eq. 9, Table 7c); --init "
+      "keeps its network's own")
     a("--mu", type=float, help="exponent of h(t) and c(t) (Eqs. 36, 37)")
     a("--scheme", choices=list(W), help="whose weights and times (Tables 7e, 11)")
     a("--gamma", type=float, help="w(t) = t^gamma e^(-lambda t) (Eq. 14)")
@@ -151,7 +152,10 @@ def parse_args():
     a("--tf32", action=argparse.BooleanOptionalAction, help="TF32 on a GPU (G.1)")
     a("--t-mid", type=float, nargs="+", default=[0.6], help="times between the steps (G.1)")
     p.set_defaults(pretrain=0, pretrain_batch=None, teacher=None)
-    row = configurations().get(p.parse_known_args()[0].row, {})
+    given = p.parse_known_args()[0]
+    row = configurations().get(given.row, {})
+    row |= dict(curriculum=0) if given.epsilon is not None else {}     # one goes before the other
+    row |= dict(ema_beta=0.0) if given.ema_sigma is not None else {}
     return p.parse(METHOD, {name: preset | row for name, preset in PRESETS.items()})
 
 
@@ -339,7 +343,7 @@ def gcm_loss(f, f_bare, derivative, x, z, t, s, h, w, y, aug, y_null, guidance, 
     else:
         F = f(xt, t, s, y, aug)
         near = F.detach() if reuse else None
-        slope = wide((s - r) / (t - r).clamp(min=1e-12))   # 0 where r = s, also if that is t
+        slope = wide(torch.where(r > s, (s - r) / (t - r), 0))             # t = s: 0, not 0/0
         target = u + slope * difference(f_bare, near, xt, t, r, s, y, aug, u)      # Eq. 39
     if M == 1:
         return (w * rms(F - target, dim=(1, 2, 3))).mean()                         # Eq. 39
@@ -358,9 +362,9 @@ def sample(net, noise, y, nfe, restart, mid, sigma_d, times=None, **options):
     f = precondition(net, sigma_d=sigma_d, **options)
     equal = [TT + (T0 - TT) * i / nfe for i in range(1, nfe)]
     inner = times or (mid if len(mid) == nfe - 1 else equal)
-    if len(inner) != nfe - 1 or not all(T0 < t < TT for t in inner):
-        raise ValueError(f"--times: NFE {nfe} wants {nfe - 1}, each between {T0} and {TT}")
     at, xt = [TT, *inner, T0], sigma_d * noise[0]
+    if len(inner) != nfe - 1 or any(late <= early for late, early in zip(at, at[1:])):
+        raise ValueError(f"--times: NFE {nfe} wants {nfe - 1}, falling, between {TT} and {T0}")
     for i in range(nfe):
         end = T0 if restart else at[i + 1]
         t, s = (torch.full_like(noise[0, :, 0, 0, 0], time) for time in (at[i], end))
@@ -466,14 +470,13 @@ def check(args, num_classes, piece):
     """Raises ValueError for flags that do not go together."""
     others = args.w != 1 or args.equal or args.scheme in ("imm", "meanflow", "facm")
     for wrong, message in (
-            (args.group < 1 or piece % args.group, f"--group {args.group} must divide {piece}, the "
-             "images of a process and piece"),
+            (piece % args.group, f"--group {args.group} must divide {piece}, the images of a "
+             "process and piece: --batch / (processes x --accum)"),
             (args.variant == "CU" and others, "--variant CU wants --w 1 --equal 0, gcm or ect"),
             (args.w != 1 and not num_classes, f"--w {args.w}: guidance needs classes; take --w 1"),
             (args.pt != "uniform" and len(set(args.pt_ab)) == 1, "--pt-ab: a and b must differ"),
-            (min(args.epsilon, args.mu, args.nu_s, args.kernel_sigma, args.sigma_data) <= 0,
-             "--epsilon, --mu, --nu-s, --kernel-sigma, --sigma-data: above 0"),
-            (not all(T0 < t < TT for t in args.t_mid), f"--t-mid: times between {T0} and {TT}")):
+            (sorted({T0, *args.t_mid, TT})[::-1] != [TT, *args.t_mid, T0],
+             f"--t-mid: falling times between {TT} and {T0}")):
         if wrong:
             raise ValueError(message)
 
@@ -487,15 +490,11 @@ def main():
     try:
         dataset = data.load(args.data, args.resolution, args.data_dir, args.num_classes,
                             args.uncond, args.xflip, args.skip_broken)
-        args.net = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
-                        num_classes=dataset.num_classes) | args.net
+        args.net = data.fit(args.net, dataset)
         if args.init:
-            weights, own = models.read_weights(args.init)
+            weights, own = models.read_weights(args.init, velocity=True)
             kept = {k: v for k, v in args.net.items() if k in (*models.UNSEEN, "dropout")}
-            data_net, args.net = args.net, (own or models.infer(weights)) | kept
-            for k in ("input_size", "in_channels", "num_classes"):
-                if args.net.get(k, data_net[k]) != data_net[k]:
-                    raise ValueError(f"{args.init} has {k} {args.net[k]}, the data {data_net[k]}")
+            args.net = data.fit((own or models.infer(weights)) | kept, dataset)
         args.net |= dict(second_time=args.variant == "VU")
         args.net |= dict(augment_dim=9) if args.augment else {}
         torch.manual_seed(data.seed_of(args.seed, "init"))
@@ -551,9 +550,10 @@ def main():
         t_all, s_all, density = sample_times(
             torch.stack(u), args.scheme, args.variant, args.pt, args.pt_ab, args.nu_s, args.equal,
             args.P_mean, args.P_std, args.sigma_data)
-        # paper: halved for ever; here: to 2^-10, because float32 rounds smaller differences off
+        # paper: k is halved for ever, h goes to 0 with 1-t; here: k to 2^-10, h to 1e-5, because
+        # float32 rounds differences over less off
         k = 0.5 ** min(1 + step // args.curriculum, 10) if args.curriculum else constant
-        h_all = H[args.ht](t_all.double(), k, args.mu).to(t_all)       # differences of near numbers
+        h_all = H[args.ht](t_all.double(), k, args.mu).clamp(min=1e-5).to(t_all)
         w_all = W[args.scheme](t_all, s_all, h_all, args.gamma, args.lam) / density
 
         terms = torch.zeros(1, device=device)
@@ -565,7 +565,7 @@ def main():
                     dataset.batch(args.seed, step * args.batch, args.batch, rows), device)
             except ValueError as e:
                 log.close()
-                data.fail(f"step {step}: {e}; the last checkpoint stays in {out}", always=True)
+                data.fail(f"step {step}: {e}; the checkpoints before stay in {out}", always=True)
             z, t, s, h, w = (a[rows] for a in (args.sigma_data * z_all, t_all, s_all, h_all, w_all))
             aug = None
             if args.w != 1:
@@ -606,14 +606,14 @@ def main():
         ema_update(ema, net, step + 1, gamma, args.ema_beta)
         step += 1
 
-        # Log, preview, save. The finite check is the log's: before anything is saved
+        # Log, save, preview. The finite check is the log's: before anything is saved
         ends = step == args.steps
         saves, shows = (ends or step % n == 0 for n in (args.save_every, args.preview_every))
         signalled = log.add(step, METHOD, args.batch, figures, stop, now=saves)
-        if (rank == 0 or args.fsdp) and (shows or signalled):
-            preview(out / "previews" / f"{step:07d}.png", ema, preview_noise, vars(args))
         if saves or signalled:
             save("ckpt.pt")
+        if (rank == 0 or args.fsdp) and (shows or signalled):
+            preview(out / "previews" / f"{step:07d}.png", ema, preview_noise, vars(args))
         if signalled:
             break
 

@@ -399,7 +399,7 @@ class DDPMpp(nn.Module):
                              f"{2 ** (len(mult) - 1)}; {input_size} is not")
         self.num_classes, self.second_time = num_classes, second_time
         self.sigma_data, self.time_scale, self.edm_time = sigma_data, time_scale, edm_time
-        self.pixelnorm = pixelnorm
+        self.pixelnorm, self.augment_dim = pixelnorm, augment_dim
         self.expandable = not edm_time
         emb_channels, noise_channels = 4 * width, (2 if ncsn else 1) * width
         taps = (1, 3, 3, 1) if ncsn else (1, 1)
@@ -467,7 +467,9 @@ class DDPMpp(nn.Module):
                 classes = torch.arange(self.num_classes, device=y.device)
                 onehot = (y[:, None] == classes).to(dtype)                     # null label: zeros
                 emb = emb + self.map_label(onehot * math.sqrt(self.num_classes))
-            if self.map_augment is not None and augment is not None:
+            if self.map_augment is not None:
+                if augment is None:                        # DDP wants every weight used
+                    augment = torch.zeros(t.shape[0], self.augment_dim, device=t.device)
                 emb = emb + self.map_augment(augment.to(dtype))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
@@ -952,8 +954,8 @@ def create(name, **options):
         recent = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14)
         layout = torch.channels_last if recent else torch.contiguous_format
         return NETWORKS[name](**options).to(memory_format=layout)
-    except TypeError as e:
-        raise ValueError(f"network {name}: {e}") from None
+    except (TypeError, ArithmeticError, RuntimeError, UnboundLocalError) as e:
+        raise ValueError(f"network {name} with these options: {e}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1036,12 +1038,12 @@ def _flatten(state, prefix=""):
     return weights
 
 
-def read_weights(path):
+def read_weights(path, velocity=False):
     """The tensors of a .safetensors, .pkl (NVlabs/edm) or PyTorch file, {name: tensor}, and the
     options of models.create, if it is a checkpoint of ours. Averaged weights go before others.
 
     Nothing in the file is executed. Raises ValueError for a file that is missing, damaged, or
-    holds anything but tensors and plain values.
+    holds anything but tensors and plain values, and with `velocity` for our consistency models.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -1061,6 +1063,8 @@ def read_weights(path):
                          f"({type(e).__name__}: {reason})") from None
     args = held.get("args") if isinstance(held, dict) else None
     options = args.get("net") if isinstance(args, dict) else None
+    if velocity and options and held.get("step", 0) > args.get("pretrain", 0):
+        raise ValueError(f"{path} is a consistency model, no velocity; its run has a teacher.pt")
     for key in ("ema", "model_ema", "model", "state_dict"):
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
@@ -1159,14 +1163,14 @@ def infer(weights):
     raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
 
 
-def load(path, **options):
+def load(path, velocity=False, **options):
     """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
 
     options: what no shape tells of public weights (UNSEEN), such as prediction="noise" for
-    facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser. Raises
-    ValueError as read_weights and load_weights do.
+    facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser.
+    velocity, and the ValueErrors: see read_weights and load_weights.
     """
-    weights, own = read_weights(path)
+    weights, own = read_weights(path, velocity)
     try:
         net = create(**(own or infer(weights) | options))
     except (KeyError, ValueError) as e:
@@ -1177,10 +1181,11 @@ def load(path, **options):
 
 def load_teacher(path, net, options):
     """The network of a checkpoint, as from `load`; its student net, made with these options and
-    perhaps with a second time more, gets the same weights. Raises ValueError also where they fit by
-    name and shape but mean something else."""
-    teacher = load(path, **{k: v for k, v in options.items() if k in UNSEEN})
-    load_weights(net, teacher.state_dict(), path, ["map_second", "r_embedder"])
+    perhaps with a second time more, and without labels of augmentation, gets the same weights.
+    Raises ValueError also where they fit by name and shape but mean something else."""
+    teacher = load(path, velocity=True, **{k: v for k, v in options.items() if k in UNSEEN})
+    kept = {k: w for k, w in teacher.state_dict().items() if not k.startswith("map_augment")}
+    load_weights(net, kept, path, ["map_second", "r_embedder", "map_augment"])
     for k in UNSEEN:
         told, own = (getattr(network, k, None) for network in (teacher, net))
         if told != own:

@@ -55,16 +55,17 @@ def parse_args():
       "n/classes (rounded down, or up for the first of them); random; or a list to repeat: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
     a("--batch", type=int, default=ROWS, help=f"samples between two writes, rounded up to {ROWS}s")
-    a("--sampler", help="facm: cm, euler; decm: cm, euler, mix; gcm: restart, pushforward; flow "
-      "matching: euler, heun (default: the method's)")
+    a("--sampler", help="facm: cm, euler, jumps (MeanFlow's); decm: cm, euler, mix; gcm: restart, "
+      "pushforward; flow matching: euler, heun (default: the method's)")
     a("--n-ode", type=int, help="steps along the flow (decm: mix)")
-    a("--times", type=float, nargs="+", help="times in between (gcm)")
+    a("--times", type=float, nargs="+", help="falling times in between (gcm)")
     a("--cfg", type=float, help="flow matching: guidance scale, in 2 passes (default: 1, none)")
     a("--cfg-interval", type=float, nargs=2, metavar=("T0", "T1"), help="guide from time T0 to T1, "
       "1 being data (default: from the --t-low of training, or 0, to 1)")
     a("--cfg-channels", type=int, help="guide the first channels only (LightningDiT's, SiT's: 3)")
     a("--shift", type=float, help="flow matching: LightningDiT's timestep_shift (default: 1, none)")
-    a("--method", choices=["flow", *METHODS], help="what a public network is: flow matching, ...")
+    a("--method", choices=["flow", *METHODS], help="of a public network: flow, or what "
+      "distilled it")
     a("--net", nargs="+", default=[], metavar="K=V", help="its options, such as prediction=noise")
     a("--vae", help="checkpoint of the autoencoder that makes images of latents")
     a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training data, "
@@ -84,7 +85,7 @@ def load(path, device="cpu", raw=False, method=None, options=None):
     args = dict(net=...). options: see models.load. Raises ValueError if the file is no checkpoint.
     """
     if method:
-        net = models.load(path, **(options or {})).to(device)
+        net = models.load(path, method == "flow", **(options or {})).to(device)
         if raw or hasattr(net, "decode"):
             raise ValueError(f"{path}: --raw is for our checkpoints, and autoencoders for --vae")
         args = dict(net=models.infer(net.state_dict()) | (options or {}))
@@ -294,6 +295,9 @@ def draw(net, checkpoint, nfe, labels, seed=0, decode=lambda x: x, **choice):
 # --------------------------------------------------------------------------------------------------
 # Streams to disk.
 
+BEGUN = {"arr_0.npy", "done", "settings.part"}         # may be there before settings.json is
+
+
 def begin(folder, settings, shape, rank, npz):
     """Makes the folder of a stream, or finds it begun with the same settings: which samples are
     done, bool [N]. It holds settings.json, done, and for an npz the images, shape [N, H, W, 3].
@@ -304,7 +308,7 @@ def begin(folder, settings, shape, rank, npz):
         for key in (key for key in settings if old.get(key) != settings[key]):
             raise ValueError(f"{folder} was begun with {key} {old.get(key)}, not {settings[key]}; "
                              "take another --out, or remove it")
-    elif folder.exists() and (not folder.is_dir() or any(folder.glob("*.png"))):
+    elif folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
         raise ValueError(f"{folder} is not of this command; take another --out")
     data.wait()
     if rank == 0 and not note.exists():
@@ -327,6 +331,8 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     """
     n, npz, batch = len(labels), out.suffix == ".npz", -(-batch // ROWS) * ROWS
     folder = out.with_name(out.name + ".partial") if npz else out
+    if npz and out.exists() and data.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
+        raise ValueError(f"{out} is there, and does not hold samples; take another --out")
     done = begin(folder, settings, (n, size, size, 3), rank, npz)
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
     data.wait()                            # all have seen what is done before that changes
@@ -369,12 +375,15 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
 def main():
     args = parse_args()
     out, nfes, options = pathlib.Path(args.out), args.grid or [args.nfe], data.options(args.net)
-    if min(*nfes, args.n, args.batch, args.cfg_channels or 1) < 1:
+    if min(*nfes, args.n, args.batch, 1 if args.cfg_channels is None else args.cfg_channels) < 1:
         data.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
     if args.grid and out.suffix != ".png" or out.suffix in (".png", ".npz") and out.is_dir():
         data.fail(f"--out {out}: want a file NAME.png or NAME.npz, or a folder; --grid: a .png")
-    if args.shift is not None and not 0 < args.shift < math.inf:
-        data.fail(f"--shift {args.shift}: want a positive number; 1 is none")
+    if out.suffix.lower() in (".png", ".npz", ".jpg", ".jpeg", ".webp", ".zip") and (
+            out.suffix not in (".png", ".npz")):
+        data.fail(f"--out {out}: no such format; want NAME.png, NAME.npz or a folder")
+    if args.shift is not None and not 1e-3 <= args.shift <= 1e3:
+        data.fail(f"--shift {args.shift}: want a positive number, 0.001 to 1000; 1 is none")
     given = {key: getattr(args, key) for key in (
         "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
     device, rank, world = data.start_processes(args.device)

@@ -1,5 +1,9 @@
 """Data sets in every form and their faults, the addressing of batches, latents, EDM's augmentation, 8 bits."""
 
+import argparse
+import itertools
+import json
+import math
 import re
 import subprocess
 import sys
@@ -14,6 +18,7 @@ from formula import fill
 from PIL import Image
 
 import data
+import facm
 import models
 
 
@@ -511,3 +516,132 @@ def test_seeds_follow_from_the_key():
     assert len({data.seed_of(0, "step", k) for k in range(1000)}) == 1000
     a, b = (torch.rand(3, generator=data.generator("cpu", 1, "x")) for _ in range(2))
     assert torch.equal(a, b)
+
+
+def test_xflip_draws_anew_for_every_batch_and_every_seed():
+    dataset = data.Images(PIXELS, np.zeros(7), 0, xflip=True)
+    dataset.items = lambda index, flip: tuple(flip.tolist())
+    assert len({dataset.batch(0, first, 7)[0] for first in range(0, 140, 7)}) > 10
+    assert len({dataset.batch(seed, 0, 7)[0] for seed in range(20)}) > 10
+
+
+@pytest.mark.parametrize("size, halves, last", [
+    (7, [(43, 30), (21, 15), (10, 7)], (10, 7)), (20, [(43, 30)], (29, 20)), (30, [(43, 30)], (43, 30)), (31, [], (45, 31))])
+def test_center_crop_is_adms(size, halves, last):
+    """On noise, in which every filter shows: boxes by halves down to less than twice the size, then bicubic."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 87, 3), dtype=np.uint8))
+    expected = image
+    for half in halves:
+        expected = expected.resize(half, Image.BOX)
+    expected = expected.resize(last, Image.BICUBIC)
+    left, top = (n - size >> 1 for n in last)
+    assert np.array_equal(data.center_crop(image, size), np.asarray(expected)[top:top + size, left:left + size])
+
+
+def test_images_of_an_npz_are_scaled_to_the_resolution(tmp_path):
+    np.savez(tmp_path / "x.npz", images=PIXELS)
+    dataset = data.load(str(tmp_path / "x.npz"), 8, xflip=True)
+    expected = np.stack([data.center_crop(Image.fromarray(image), 8) for image in PIXELS])
+    assert dataset.shape == (3, 8, 8) and np.array_equal(dataset.images.numpy(), expected) and dataset.xflip
+    assert data.load(str(write_images(tmp_path / "f", NAMES)), xflip=True).xflip and not data.load(str(tmp_path / "f")).xflip
+
+
+def test_types_in_capitals_are_images(tmp_path):
+    write_images(tmp_path, ["0.PNG", "1.Jpg"])
+    assert data.image_names(tmp_path) == ["0.PNG", "1.Jpg"]
+
+
+def test_statistics_of_more_latents_than_are_read_at_once(tmp_path):
+    z, *_ = write_shards(tmp_path, sizes=(1100, 7), shape=(4, 1, 2))
+    mean, std = data.read_stats(tmp_path, 4)
+    assert torch.allclose(mean, z.mean((0, 2, 3), keepdim=True), atol=1e-5)
+    assert torch.allclose(std, z.std((0, 2, 3), keepdim=True), rtol=1e-5)
+
+
+def test_shards_of_float16(tmp_path):
+    z = torch.randn(3, 4, 2, 2).half()
+    safetensors.torch.save_file(dict(latents=z, latents_flip=-z, labels=torch.arange(3, dtype=torch.int32)),
+                                tmp_path / "x.safetensors")
+    dataset = data.load(str(tmp_path))
+    assert torch.equal(dataset.raw(torch.arange(3), torch.tensor([0, 1, 0]).bool()), torch.stack([z[0], -z[1],
+                                                                                                  z[2]]).float())
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(data.time, "perf_counter", lambda: next(clock))
+    log = data.Log(tmp_path / "log.jsonl", 0, 4, 2)
+    for step, value in enumerate((1.0, 2.0, 5.0, 7.0), 1):
+        log.add(step, "x", 8 * step, dict(loss=torch.tensor(value)), [])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [dict(step=2, stage="x", loss=1.5, images_per_s=24), dict(step=4, stage="x", loss=6, images_per_s=56)]
+
+
+def test_one_batch_given_is_that_of_both_stages(monkeypatch):
+    for flags, batches in (([], (8, 16)), (["--batch", "4"], (4, 4)), (["--batch", "4", "--pretrain-batch", "32"], (4, 32))):
+        monkeypatch.setattr(sys, "argv", ["facm.py", *flags])
+        args = facm.parse_args()
+        assert (args.batch, args.pretrain_batch) == batches
+
+
+def test_augmentations_befall_their_shares():
+    _, labels = data.augment(torch.zeros(20_000, 1, 4, 4), torch.Generator().manual_seed(0))
+    mirror, down, scale, cos, sin, along, across, tx, ty = labels.T
+    for label, share in ((mirror, 0.5), (down, 0.06), (scale, 0.12), (sin, 0.12), (along, 0.12), (across, 0.06), (tx, 0.12)):
+        assert abs((label != 0).double().mean() - share) < 0.015
+    assert torch.equal(tx != 0, ty != 0)
+    angle = torch.atan2(sin, cos + 1)[sin != 0]
+    assert abs(angle.mean()) < 0.12 and abs(angle.std() - math.pi / 3 ** 0.5) < 0.08
+    assert all(abs(a[a != 0].std() - 1) < 0.06 for a in (scale, tx, ty))
+    together = ((scale != 0) & (tx != 0)).double().mean()              # apart from each other
+    assert abs(together - 0.12 ** 2) < 0.005
+
+
+def test_glyphs_are_20000():
+    assert len(data.load("glyphs").labels) == 20_000
+
+
+def test_a_checkpoint_is_there_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
+    data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
+
+    def killed(part, path):
+        assert torch.load(part) == dict(step=2) and torch.load(path) == dict(step=1)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
+    assert torch.load(tmp_path / "ckpt.pt") == dict(step=1)
+
+
+def test_what_may_change_between_two_calls_of_a_run(tmp_path):
+    args = argparse.Namespace(out=str(tmp_path), fresh=False, lr_final=1.0, pretrain=0, steps=1, seed=0, batch=8, accum=1,
+                              w=1.0, betas=[0.9, 0.99])
+    kept = vars(args) | dict(betas=(0.9, 0.99))                        # a preset's, now given by hand
+    checkpoint = dict(method="facm", args=kept, step=1, model={}, ema={}, optimizer={})
+    data.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    for name in vars(args):
+        changed = argparse.Namespace(**vars(args) | {name: 2}) if name not in ("out", "fresh") else args
+        if name in ("seed", "batch", "w", "lr_final", "betas", "pretrain"):
+            with pytest.raises(ValueError, match=name):
+                data.open_run(changed, "facm", 0)
+        else:
+            assert data.open_run(changed, "facm", 0)[1]["step"] == 1
+    data.save_checkpoint(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
+    with pytest.raises(ValueError, match="no optimiser"):
+        data.open_run(args, "facm", 0)
+
+
+def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
+    log = data.Log(tmp_path / "log.jsonl", 0, 2, 1)
+    log.file.close()
+    log.file = open("/dev/full", "w", buffering=1)
+    with pytest.raises(SystemExit) as end:
+        log.add(1, "x", 8, dict(loss=torch.tensor(1.0)), [])
+    assert end.value.code == 2 and "error: " in (said := capsys.readouterr().err) and "log.jsonl" in said
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(capsys):
+    data._report(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
+    data._report(ValueError, ValueError("x"), None)
+    assert "ValueError: x" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import Gaussian, fused, mutant
 
+import decm
 import facm
 
 SOURCE = pathlib.Path(facm.__file__).read_text()
@@ -309,3 +310,68 @@ def test_pretraining_mixes_the_two_conditions():
     facm.pretrain_loss(net, x1, x0, t, None, "auxiliary", mixed)
     assert torch.equal(seen[0][0], torch.where(mixed, 2 - t, t)) and seen[0][1] is None
     assert torch.equal(seen[1][0], t) and torch.equal(seen[1][1], torch.where(mixed, t, torch.ones_like(t)))
+
+
+@pytest.mark.parametrize("module", [facm, decm], ids=["facm", "decm"])
+def test_the_flow_begins_with_noise_and_ends_with_data(module):
+    x1, x0 = torch.randn(2, 3, 1, 2, 2)
+    xt = module.interpolate(x1, x0, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(xt[0], x0[0]) and torch.allclose(xt[1], 0.75 * x0[1] + 0.25 * x1[1]) and torch.equal(xt[2], x1[2])
+
+
+def test_pretraining_learns_the_velocity_from_noise_to_data():
+    x1, x0, t = *torch.randn(2, 3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9])
+
+    def net(x, *_):
+        assert torch.allclose(x, x0 + t[:, None, None, None] * (x1 - x0), atol=1e-6)
+        return x1 - x0
+
+    assert facm.pretrain_loss(net, x1, x0, t, None, "expanded", t > 0.4) == 0
+    assert decm.pretrain_loss(net, x1, x0, t, t, None) == 0
+
+
+def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():
+    """With v = dF/dt = 0 the target is (1 - alpha) F, and its gradient alpha beta F / sqrt(e + c)."""
+    F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
+    zero, t = torch.zeros_like(F), torch.full((1,), 0.5).double()
+    _, L_cm = facm.facm_loss(lambda *_: torch.cat([F, F.detach()]), lambda *_: zero, zero, zero, t, None, (t, None),
+                             (2 - t, None),
+                             torch.full_like(t, 0.5), torch.full_like(t, 0.25), 1e-3)
+    root = math.sqrt(0.25 * 0.065 + 1e-3)
+    assert math.isclose(L_cm.item(), 0.25 * 0.25 * 0.065 / root)
+    L_cm.backward()
+    assert torch.allclose(F.grad.flatten(), 0.5 * 0.25 * F.detach().flatten() / root)
+
+
+def test_a_teacher_with_a_second_time_is_asked_for_the_velocity():
+    seen = []
+
+    def teacher(x, t, s, y):
+        seen.append((t, s))
+        return x
+
+    teacher.second_time = True
+    x, t, y = torch.ones(2, 1, 2, 2), torch.tensor([0.3, 0.6]), torch.tensor([1, 2])
+    facm.flow_velocity(None, teacher, x, x, x, t, None, y, 5, 1.0, 0.0)
+    decm.flow_velocity(teacher, x, x, x, t, y, 5, 1.0, None)
+    assert len(seen) == 2 and all(torch.equal(t, s) for t, s in seen)
+
+
+def test_meanflow_is_sampled_by_jumps():
+    assert facm.default_sampler(2, dict(objective="meanflow")) == "jumps" and facm.default_sampler(2, {}) == "cm"
+
+
+def test_ema_with_a_constant_rate():
+    ema, net = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * ema.weight + 0.1 * net.weight
+    facm.ema_update(ema, net, 5, 6.0, 0.9)
+    assert torch.allclose(ema.weight, expected)
+
+
+def test_scms_learned_weight_keeps_its_digits_under_autocast():
+    t, phi = torch.rand(4), torch.randn(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = facm.log_weight(t, phi)
+    assert torch.equal(a, facm.log_weight(t, phi)) and a.dtype == torch.float32
+    expected = sum(phi[k] * torch.cos(math.pi * k * t) for k in range(8))
+    assert torch.allclose(a, expected, atol=1e-5)

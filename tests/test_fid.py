@@ -555,3 +555,8 @@ def test_a_mistake_in_the_part_of_the_second_process_is_told_once(net, tmp_path)
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(told) == 1 and "7.png" in told[0], done.stderr
     assert "fid.py\", line" not in done.stderr
+
+
+def test_the_constants_of_adm_and_torch_fidelity():
+    assert (fid.KEPT_REFERENCE, fid.SCORE_PART, fid.FEW) == (10_000, 5_000, 2_048)
+    assert fid.kernel_distance.__defaults__ == (100, 1000) and fid.precision_recall.__defaults__ == (3, 2000)

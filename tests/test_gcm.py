@@ -12,7 +12,7 @@ import data
 import gcm
 import models
 from test_data import write_shards
-from test_training import assert_same_run, call, first_gradient, kill_and_rerun, perturb, refused, rows, run_two
+from test_training import assert_same_run, call, first_gradient, kill_and_rerun, perturb, refused, rows, run_two, watch
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
 SIGMA_D = 0.5
@@ -89,8 +89,9 @@ def test_residual_of_the_difference_falls_linearly_in_h(variant, reuse):
 MUTANTS = [
     ("target = u + slope * difference", "target = u - slope * difference", False),           # sign
     ("target = u + slope * difference", "target = u + 2 * slope * difference", False),       # factor
-    ("slope = wide((s - r) / (t - r)", "slope = wide((s - r) / (t - s)", False),             # another pair
-    ("slope = wide((s - r) / (t - r)", "slope = wide((r - t) / (t - r)", False),
+    ("slope = wide(torch.where(r > s, (s - r) / (t - r)", "slope = wide(torch.where(r > s, (s - r) / (t - s)", False),
+                # another pair
+    ("slope = wide(torch.where(r > s, (s - r) / (t - r)", "slope = wide(torch.where(r > s, (r - t) / (t - r)", False),
     ("xr = xt + wide(r - t) * u", "xr = xt - wide(r - t) * u", False),                       # step in the wrong direction
     ("F - f(xr, r, s, y, aug)", "F - f(xr, t, s, y, aug)", False),                           # its time
     ("F - f(xr, r, s, y, aug)", "F - f(xt, r, s, y, aug)", False),                           # its place
@@ -422,7 +423,7 @@ def test_times_of_the_samplers_are_one_less_than_the_nfe():
         options = SCALING | dict(second_time=True)
         given = sampler(net, noise, None, 3, mid=(0.6,), times=[0.8, 0.3], **options)
         assert torch.equal(given, sampler(net, noise, None, 3, mid=(0.8, 0.3), **options))
-        for nfe, times in ((2, [0.8, 0.3]), (3, [0.5]), (2, [1.2]), (1, [0.6])):
+        for nfe, times in ((2, [0.8, 0.3]), (3, [0.5]), (2, [1.2]), (1, [0.6]), (3, [0.3, 0.8])):
             with pytest.raises(ValueError, match=f"NFE {nfe} wants {nfe - 1}"):
                 sampler(net, noise, None, nfe, mid=(0.6,), times=times, **options)
 
@@ -643,3 +644,91 @@ def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
     call(monkeypatch, gcm, *on_gpu, *flags, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run")
     assert all(0 < row["grad_norm"] < math.inf for row in rows(tmp_path / "run"))
+
+
+def test_gcms_point_and_direction_and_weight():
+    """Without guidance: x_t = (1-t) x + t z, u = z - x, and at s = t the loss is w |F - u|."""
+    x, z, t, w = *torch.randn(2, 3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([1.0, 2.0, 4.0])
+
+    def f(xt, t_, s, y, aug):
+        assert torch.allclose(xt, x + gcm.wide(t) * (z - x), atol=1e-6)
+        return z - x + 1
+
+    loss = gcm.gcm_loss(f, f, lambda f, *a: (f(*a[:-1]), torch.zeros_like(x)), x, z, t, t, 0.01 + 0 * t, w, None, None, 0,
+                        (1.0, 0.0, (0, 1)), 1, 0.1, True)
+    assert torch.allclose(loss, w.mean())
+
+
+def test_the_pair_of_the_mmd_ends_at_s(monkeypatch):
+    """base - h F is x_t + (s-t) F, the end of the jump from t, where s does not cut the step short."""
+    seen = []
+    monkeypatch.setattr(gcm, "mmd_loss", lambda F, target, base, *a: seen.append((base, a)) or F.mean())
+    x, z, t, s, h = *torch.randn(2, 2, 1, 2, 2), torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.495]), torch.full((2,), 0.01)
+    gcm.gcm_loss(lambda xt, *_: torch.full_like(xt, 3.0), None, lambda f, *a: (f(*a[:-1]), 0 * x), x, z, t, s, h, h,
+                 None, None, 0,
+                 (1.0, 0.0, (0, 1)), 2, 0.1, True)
+    (base, (_, r, *_)), = seen
+    assert torch.allclose(r, torch.tensor([0.49, 0.495]))
+    assert torch.allclose(base, (x + z) / 2 + 3 * gcm.wide(s - r), atol=1e-6)
+
+
+def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
+    calls, rates = {}, []
+    watch(monkeypatch, calls, gcm, "sample_times", "gcm_loss", "ema_update")
+    watch(monkeypatch, calls, data.Dataset, "batch")
+    watch(monkeypatch, calls, data, "augment", "generator")
+    honest = torch.optim.RAdam.step
+    monkeypatch.setattr(torch.optim.RAdam, "step", lambda self,
+                        *a: rates.append(self.param_groups[0]["lr"]) or honest(self, *a))
+    call(monkeypatch, gcm, *TINY, "--variant", "VU", "--steps", 2, "--seed", 7, "--label-drop", 1, "--w", 3, "--kappa",
+         0.4, "--guide", 0.1,
+         0.8, "--group", 2, "--kernel-sigma", 0.3, "--share-time", "--curriculum", 0, "--ht", "exp", "--epsilon", 0.02,
+         "--mu", 2, "--pt", "sine", "--pt-ab", 1,
+         0.1, "--nu-s", 3, "--equal", 0.25, "--P-mean", -1, "--P-std", 1.5, "--gamma", 0.5, "--lambda", 2,
+         "--sigma-data", 0.6,
+         "--optimizer", "RAdam", "--warmup", 1, "--lr", 1e-3, "--lr-final", 0.5, "--augment", "--jvp", "fused",
+         "--ema-sigma", 0.2, "--ema-beta", 0.9,
+         "--out", tmp_path / "run")
+    assert [a[1:4] for a in calls["batch"]] == [(7, 0, 8), (7, 8, 8)]
+    assert [a[2:] for a in calls["ema_update"]] == [(k, gcm.ema_gamma(0.2), 0.9) for k in (1, 2)]
+    assert rates == [1e-3, 0.75e-3]
+    assert [a for a in calls["generator"] if "augment" in a] == [("cpu", 7, "augment", k) for k in (0, 1)]
+    for step, (u, *rest) in enumerate(calls.pop("sample_times")):
+        assert rest == ["gcm", "VU", "sine", [1.0, 0.1], 3.0, 0.25, -1.0, 1.5, 0.6]
+        g = data.generator("cpu", 7, "step", step)
+        z, drawn = torch.randn((8, 3, 12, 12), generator=g), torch.rand((5, 8), generator=g)
+        assert torch.equal(u, drawn[:4, ::2].repeat_interleave(2, 1))
+        _, _, _, x, noise, t, s, h, w, y, aug, null, guidance, M, sigma = calls["gcm_loss"][step]
+        t_, s_, density = gcm.sample_times(u, *rest)
+        assert torch.equal(noise, 0.6 * z) and torch.equal(t, t_) and torch.equal(s, s_) and (y == 10).all()
+        assert torch.allclose(h, 0.02 * torch.exp(-2 * t))
+        assert torch.allclose(w, t ** 0.5 * torch.exp(-2 * t) / density)
+        assert (guidance, M, sigma) == ((3.0, 0.4, [0.1, 0.8]), 2, 0.3)
+
+
+def test_other_steps_take_the_constant_of_equal_integral(tmp_path, monkeypatch):
+    calls = {}
+    watch(monkeypatch, calls, gcm, "gcm_loss")
+    call(monkeypatch, gcm, *TINY, "--curriculum", 0, "--ht", "linear", "--epsilon", 0.03, "--steps", 1, "--out",
+         tmp_path / "run")
+    t, h = (calls["gcm_loss"][0][k] for k in (5, 7))
+    assert torch.allclose(h, 0.02 * (1 - t), rtol=1e-4)
+
+
+def test_no_step_is_shorter_than_float32_can_take(tmp_path, monkeypatch):
+    calls = {}
+    watch(monkeypatch, calls, gcm, "gcm_loss")
+    call(monkeypatch, gcm, *TINY, "--curriculum", 0, "--ht", "cubic", "--epsilon", 1e-5, "--steps", 1, "--out",
+         tmp_path / "run")
+    t, h = (calls["gcm_loss"][0][k] for k in (5, 7))
+    assert (h >= 1e-5 * (1 - 1e-6)).all() and (t - h < t).all()
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], (650, 0.0)), (["--epsilon", "0.1"], (0, 0.0)), (["--epsilon", "0.1", "--curriculum", "9"], (9, 0.0)),
+    (["--preset", "cifar10"], (None, 0.9999)), (["--preset", "cifar10", "--ema-sigma", "0.1"], (None, 0.0)),
+    (["--preset", "cifar10_finetune", "--epsilon", "0.1"], (0, 0.9999))], ids=str)
+def test_a_flag_given_by_hand_beats_its_alternative_in_the_preset(monkeypatch, flags, expected):
+    monkeypatch.setattr("sys.argv", ["gcm.py", *flags])
+    args = gcm.parse_args()
+    assert (args.curriculum, args.ema_beta) == expected

@@ -1,6 +1,7 @@
 """The networks: derivatives in three ways, options that change nothing until trained, randomness, precision."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -232,3 +233,108 @@ def test_compiled_derivative_equals_the_eager_one():
     eager = facm.total_derivative(net, x, (t, s), y, v)
     compiled = torch.compile(facm.total_derivative)(net, x, (t, s), y, v)
     assert (eager - compiled).abs().max() < 1e-3 * eager.abs().max()
+
+
+def test_time_scale_multiplies_both_times():
+    net = build(time_scale=8.0, second_time=True)
+    x, t, s, y, _ = inputs(net)
+    plain = copy.deepcopy(net)
+    plain.time_scale = 1.0
+    assert torch.allclose(net.embed(t, s, y), plain.embed(8 * t, 8 * s, y))
+    assert not torch.allclose(net.embed(t, s, y), plain.embed(8 * t, s, y), atol=1e-4)
+
+
+def test_an_adaptive_block_without_modulation_is_the_plain_one():
+    a, b = (build(adaptive_scale=adaptive).enc["8x8_block0"] for adaptive in (True, False))
+    for block in (a, b):
+        block.affine.weight.data.zero_(), block.affine.bias.data.zero_()
+    b.load_state_dict({k: v for k, v in a.state_dict().items() if "affine" not in k}, strict=False)
+    x, emb = torch.randn(2, 8, 8, 8), torch.randn(2, 32)
+    assert torch.allclose(a(x, emb), b(x, emb), atol=1e-6)
+
+
+def test_pixel_norm_takes_out_the_size_of_every_scale_and_shift():
+    dit, unet = build("DiT", pixelnorm=True), build(adaptive_scale=True, pixelnorm=True)
+    block, plain = copy.deepcopy(dit.blocks[0]), dit.blocks[0]
+    for part in (0, 1, 3, 4):                                          # gates, 2 and 5, are left as they are
+        for p in block.adaLN_modulation[1].parameters():
+            p.data[32 * part:32 * part + 32] *= 7
+    h, emb = torch.randn(3, 16, 32), torch.randn(3, 32)
+    assert torch.allclose(block(h, emb, None), plain(h, emb, None), atol=1e-4)
+    block, plain = copy.deepcopy(unet.enc["8x8_block0"]), unet.enc["8x8_block0"]
+    for p in block.affine.parameters():
+        p.data *= 7
+    x, emb = torch.randn(2, 8, 8, 8), torch.randn(2, 32)
+    assert torch.allclose(block(x, emb), plain(x, emb), atol=1e-4)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    out = models.Dropout(0.2).train()(torch.ones(100_000))
+    assert abs((out == 0).double().mean() - 0.2) < 0.01 and torch.allclose(out[out > 0], torch.tensor(1.25))
+
+
+def test_a_unet_begins_as_edms():
+    """Xavier-uniform times the gain of its place; biases are zero."""
+    torch.manual_seed(0)
+    net = models.create("DDPM++", input_size=8, in_channels=3, width=64, mult=(1, 2), blocks=1, attention=(8,),
+                        num_classes=4)
+    block = net.enc["8x8_block0"]
+    for layer, gain in ((block.conv0, 1), (block.conv1, 1e-5), (block.qkv, 0.2 ** 0.5), (block.proj, 1e-5),
+                        (block.affine, 1),
+                        (net.dec["8x8_aux_conv"], 1e-5), (net.map_layer0, 1)):
+        w, area = layer.weight, math.prod(layer.weight.shape[2:])
+        bound = gain * math.sqrt(6 / (area * (w.shape[0] + w.shape[1])))
+        assert 0.97 * bound < w.abs().max() <= bound and abs(w.mean()) < 0.1 * bound and not layer.bias.any()
+
+
+@pytest.mark.parametrize("name", ["DiT", "LightningDiT"])
+def test_a_dit_begins_as_published(name):
+    """Blocks that are the identity and an output of zero (adaLN-Zero); embeddings with deviation 0.02."""
+    torch.manual_seed(0)
+    net = models.create(**SMALL[name] | dict(num_classes=1000, width=64))
+    x, h, emb = torch.randn(2, 3, 8, 8), torch.randn(2, 16, 64), torch.randn(2, 64)
+    assert not net(x, torch.rand(2), None, torch.tensor([0, 5])).any() and torch.equal(net.blocks[0](h, emb,
+                                                                                                     net.feat_rope), h)
+    for w in (net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight, net.y_embedder["embedding_table"].weight):
+        assert abs(w.std() - 0.02) < 0.002
+    w = net.blocks[0].attn.qkv.weight
+    assert abs(w.abs().max() - math.sqrt(6 / sum(w.shape))) < 0.01
+
+
+def test_edm_time_stands_still_beyond_edms_sigmas():
+    net = build(edm_time=True).double()
+    at = lambda sigma: net.embed(1 / (1 + torch.tensor([sigma]).double()), None, None)     # noqa: E731
+    assert torch.allclose(at(81.0), at(80.0)) and not torch.allclose(at(80.0), at(79.0))
+    assert torch.allclose(at(1e-3), at(2e-3)) and not torch.allclose(at(2e-3), at(2.1e-3))
+
+
+@pytest.mark.parametrize("name, width, depth, heads", [
+    ("DiT-S/2", 384, 12, 6), ("DiT-B/4", 768, 12, 12), ("DiT-L/2", 1024, 24, 16), ("DiT-XL/2", 1152, 28, 16),
+    ("LightningDiT-L/2", 1024, 24, 16), ("LightningDiT-1p0B/1", 1536, 24, 24), ("LightningDiT-1p6B/2", 1792, 28, 28)])
+def test_sizes_are_the_published_ones(name, width, depth, heads):
+    with torch.device("meta"):
+        net = models.create(name, input_size=16)
+    assert (net.pos_embed.shape[2], len(net.blocks), net.heads, str(net.patch)) == (width, depth, heads, name[-1])
+
+
+def test_expandable():
+    assert not build(edm_time=True).expandable and not build("DiT", prediction="noise").expandable
+
+
+def test_without_augmentation_its_labels_are_zero():
+    """And their weight gets a gradient, without which DDP stops."""
+    net = build(augment_dim=9)
+    x, t, s, y, _ = inputs(net)
+    out = net(x, t)
+    assert torch.equal(out, net(x, t, augment=torch.zeros(3, 9)))
+    out.sum().backward()
+    assert net.map_augment.weight.grad is not None and not net.map_augment.weight.grad.any()
+
+
+def test_a_teacher_that_knew_augmentation_teaches_one_that_does_not(tmp_path):
+    teacher = build(augment_dim=9, edm_time=True)
+    torch.save(teacher.state_dict(), tmp_path / "edm.pt")
+    student = models.create(**UNET | dict(edm_time=True))
+    x, t, *_ = inputs(student)
+    assert torch.equal(models.load_teacher(tmp_path / "edm.pt", student, {})(x, t), student(x, t))

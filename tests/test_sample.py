@@ -486,3 +486,62 @@ def test_a_finished_folder_is_left_as_it_is(run, tmp_path, monkeypatch):
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()}
     call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / "f", "--batch", 1)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()} == before and len(before) == 5
+
+
+def test_every_sample_has_a_noise_of_its_own():
+    noise = sample.draw_noise(3, [4, 9], 2, (1, 2, 2))
+    for k, i in enumerate((4, 9)):
+        assert torch.equal(noise[:, k], torch.randn((2, 1, 2, 2), generator=data.generator("cpu", 3, "sample", i)))
+    assert not torch.equal(noise[:, 0], noise[:, 1])
+
+
+def test_random_labels_follow_the_seed():
+    a, again, b = (sample.choose_labels("random", 50, 10, seed) for seed in (0, 0, 1))
+    assert torch.equal(a, again) and not torch.equal(a, b)
+
+
+def test_images_of_another_autoencoder_are_not_mixed_in(tmp_path, monkeypatch, capsys):
+    public(tmp_path), small_vae(tmp_path)
+    for k in range(2):
+        torch.save(dict(mean=torch.full((4,), float(k)), std=torch.ones(4)), tmp_path / f"{k}.pt")
+    flags = ["--ckpt", tmp_path / "public.pt", "--method", "flow", "--n", 3, "--out", tmp_path / "x", "--device", "cpu",
+             "--vae", tmp_path / "vae.pt", "--latent-stats"]
+    call(monkeypatch, sample, *flags, tmp_path / "0.pt")
+    capsys.readouterr()
+    assert "decoder" in refused(monkeypatch, capsys, sample, *flags, tmp_path / "1.pt")
+
+
+def test_a_flow_with_a_second_time_is_asked_for_the_velocity():
+    seen = []
+    net = models.create("DiT", input_size=8, in_channels=3, num_classes=4, patch=4, width=16, depth=1, heads=2,
+                        second_time=True)
+    monkey = net.forward
+    net.forward = lambda x, t, s=None, y=None: (seen.append((t, s)), monkey(x, t, s, y))[1]
+    checkpoint = dict(method="flow", step=1, args=dict(net=models.infer(net.state_dict())))
+    sample.draw(net, checkpoint, 2, torch.arange(3))
+    assert seen and all(torch.equal(t, s) for t, s in seen)
+
+
+def test_nothing_of_others_is_overwritten(run, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "mine.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    (tmp_path / "mine/cat").mkdir(parents=True)
+    before = (tmp_path / "mine.npz").read_bytes()
+    for out in ("mine.npz", "mine"):
+        words = refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--n", 2, "--out", tmp_path / out,
+                        "--device", "cpu")
+        assert "take another --out" in words
+    assert (tmp_path / "mine.npz").read_bytes() == before and [p.name for p in (tmp_path / "mine").iterdir()] == ["cat"]
+
+
+def test_a_folder_that_was_only_just_begun_is_ours(run, tmp_path, monkeypatch):
+    (tmp_path / "x.npz.partial").mkdir()
+    (tmp_path / "x.npz.partial/done").write_bytes(b"0")
+    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 2, "--out", tmp_path / "x.npz", "--device", "cpu")
+    assert read(tmp_path / "x.npz")[0].shape == (2, 12, 12, 3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--cfg-channels", "0"], "at least 1"), (["--shift", "1e300"], "0.001 to 1000"), (["--out", "x.JPG"], "no such format"),
+    (["--out", "x.PNG"], "no such format")], ids=str)
+def test_more_senseless_flags(run, tmp_path, monkeypatch, capsys, flags, words):
+    assert words in refused(monkeypatch, capsys, sample, "--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", *flags)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import re
@@ -485,7 +486,7 @@ def refused(monkeypatch, capsys, module, *argv):
     (["--resolution", "4"], "legible"),
     (["--batch", "7", "--accum", "2"], "--batch 7"),
     (["--batch", "0"], "at least 1"),
-    (["--steps", "-1"], "negative"),
+    (["--steps", "-1"], "--steps -1: want a finite number, at least 0"),
     (["--steps", "0", "--pretrain", "0"], "both 0"),
     (["--steps", "many"], "--steps"),
     (["--learning-rate", "1"], "--learning-rate"),
@@ -561,3 +562,127 @@ def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
     call(monkeypatch, facm, *on_gpu, *flags, "--pretrain", 3, "--steps", 3, "--out", tmp_path / "run")
     assert len(rows(tmp_path / "run")) == 6
+
+
+def watch(monkeypatch, calls, owner, *names):
+    """Notes the arguments of these functions in calls[name], one tuple a call."""
+    for name in names:
+        def spy(*args, name=name, honest=getattr(owner, name), **options):
+            calls.setdefault(name, []).append(args)
+            return honest(*args, **options)
+        monkeypatch.setattr(owner, name, spy)
+
+
+def test_facms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
+    """Two steps of each stage: images, noise, times, labels, guidance, weights, EMA, seeds and optimiser."""
+    calls = {}
+    watch(monkeypatch, calls, facm, "pretrain_loss", "flow_velocity", "facm_loss", "ema_update", "same_dropout")
+    watch(monkeypatch, calls, data.Dataset, "batch")
+    call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 2, "--seed", 7, "--lr", "1e-12", "--pretrain-lr", "1e-12",
+         "--jvp", "fd", "--label-drop", 1, "--w", 3, "--t-low", 0.25, "--alpha", "cos", "--beta", "1", "--c", 0.5,
+         "--P-mean", -1, "--P-std", 1.5, "--pretrain-P", 0.5, 1,
+         "--ema-sigma", 0.2, "--ema-beta", 0.9, "--betas", 0.8, 0.95, "--weight-decay", 0.1, "--out", tmp_path / "run")
+    assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 32, 8), (7, 40, 8)]
+    assert [a[2:] for a in calls["ema_update"]] == [(k, facm.ema_gamma(0.2), 0.9) for k in (1, 2, 1, 2)]
+    assert len({a[2] for a in calls["same_dropout"]}) == 4
+    for step, P in enumerate([(0.5, 1)] * 2 + [(-1, 1.5)] * 2):
+        g = data.generator("cpu", 7, "step", step)
+        n, stage, k = (16, "pretrain_loss", 3) if step < 2 else (8, "facm_loss", 4)
+        x0, normal = torch.randn((n, 3, 12, 12), generator=g), torch.randn(n, generator=g)
+        assert torch.equal(calls[stage][step % 2][k], facm.sample_t(normal, *P))
+        if step < 2:
+            assert torch.equal(calls[stage][step][2], x0)
+            assert (calls[stage][step][4] == 10).all()                 # --label-drop 1, but not with a teacher
+            assert 0 < calls[stage][step][6].sum() < 16                # c_FM for some
+        else:
+            assert torch.equal(calls["flow_velocity"][step - 2][3], x0)
+            assert calls["flow_velocity"][step - 2][-2:] == (3.0, 0.25)
+            t, y, *_, alpha, beta, c = calls[stage][step - 2][4:]
+            assert (y < 10).all() and torch.equal(alpha, torch.cos(t * math.pi / 2)) and (beta == 1).all() and c == 0.5
+    checkpoint = data.read_checkpoint(tmp_path / "run/ckpt.pt")
+    torch.manual_seed(data.seed_of(7, "init"))
+    begin = models.create(**checkpoint["args"]["net"]).state_dict()
+    assert all(torch.allclose(checkpoint["model"][k], w, atol=1e-6) for k, w in begin.items())
+    group = checkpoint["optimizer"]["param_groups"][0]
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.1)
+
+
+@pytest.mark.parametrize("script", [facm, decm], ids=["facm", "decm"])
+def test_the_second_stage_begins_with_the_average_and_a_new_optimiser(tmp_path, monkeypatch, script):
+    call(monkeypatch, script, *TINY, "--jvp", "fd", "--pretrain", 3, "--pretrain-lr", 0.01, "--steps", 1, "--lr",
+         "1e-12", "--out", tmp_path)
+    end, teacher = data.read_checkpoint(tmp_path / "ckpt.pt"), data.read_checkpoint(tmp_path / "teacher.pt")
+    assert all(torch.allclose(end["model"][k], w, atol=1e-6) for k, w in teacher["ema"].items())
+    assert not torch.equal(teacher["model"]["map_layer0.weight"], teacher["ema"]["map_layer0.weight"])
+    assert {int(entry["step"]) for entry in end["optimizer"]["state"].values()} == {1 if script is facm else 2}
+
+
+def test_anchor_weighs_its_loss(tmp_path, monkeypatch):
+    perturb(monkeypatch)
+    g = {}
+    for anchor in (0, 1, 3):
+        out = tmp_path / str(anchor)
+        call(monkeypatch, facm, *TINY, "--pretrain", 0, "--steps", 1, "--jvp", "fd", "--anchor", anchor, "--clip", 1e9,
+             "--out", out)
+        g[anchor] = first_gradient(out)
+    fm = g[1] - g[0]
+    assert torch.allclose(g[3] - g[0], 3 * fm, atol=1e-4 * fm.abs().max()) and fm.abs().max() > 0
+
+
+def test_scm_counts_the_warm_up_of_its_tangent_from_the_second_stage_on(tmp_path, monkeypatch):
+    calls = {}
+    watch(monkeypatch, calls, facm, "scm_loss")
+    call(monkeypatch, facm, *TINY, "--objective", "scm", "--jvp", "fd", "--pretrain", 2, "--steps", 3,
+         "--tangent-warmup", 2, "--out", tmp_path)
+    assert [a[7] for a in calls["scm_loss"]] == [0.5, 1, 1]
+
+
+@pytest.mark.parametrize("script, flags", [
+    (facm, "--pretrain 0 --w 1"), (decm, "--pretrain 0 --w 1 --objectives fm"), (gcm, "--optimizer AdamW --betas 0.9 0.99")],
+    ids=["facm", "decm", "gcm"])
+def test_clip_bounds_the_gradient(tmp_path, monkeypatch, script, flags):
+    perturb(monkeypatch)
+    call(monkeypatch, script, *TINY[:11], *flags.split(), "--jvp", "fd", "--steps", 1, "--clip", 0.01, "--out", tmp_path)
+    assert first_gradient(tmp_path).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--ema-sigma 0", "--ema-sigma 0.0: want a finite number, at least 0.001, at most 0.28"), ("--ema-beta 2",
+                                                                                               "--ema-beta"),
+                                                                                               ("--clip nan", "--clip nan"),
+    ("--clip 0", "--clip"), ("--lr inf", "--lr inf"), ("--w nan", "--w nan"), ("--seed -1", "--seed"), ("--lr-final 2",
+                                                                                                        "--lr-final"),
+    ("--label-drop -1", "--label-drop"), ("--betas 2 0.9", "--betas 2"), ("--pretrain-P nan 1", "--pretrain-P nan"),
+    ("--pretrain-batch 0", "--pretrain-batch"), ("--save-every 0", "--save-every"), ("--net input_size=8", "input_size 8"),
+    ("--net in_channels=4", "in_channels 4"), ("--net num_classes=2", "num_classes 2"), ("--net width=0",
+                                                                                         "DDPM++ with these options"),
+    ("--net mult=1", "DDPM++ with these options"), ("--num-classes -1", "--num-classes")])
+def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, flags, words):
+    assert words in refused(monkeypatch, capsys, facm, *TINY[:4], *flags.split(), "--out", tmp_path / "run")
+
+
+def test_only_a_velocity_can_be_a_teacher(finished, tmp_path, monkeypatch, capsys):
+    common = ["--device", "cpu", "--resolution", 12, "--out", tmp_path / "run"]
+    words = "consistency model, no velocity; its run has a teacher.pt"
+    net = TINY[4:9]
+    assert words in refused(monkeypatch, capsys, facm, *common, *net, "--teacher", finished / "ckpt.pt")
+    assert words in refused(monkeypatch, capsys, gcm, *common, "--init", finished / "ckpt.pt")
+    assert words in refused(monkeypatch, capsys, sample, "--ckpt", finished / "ckpt.pt", "--method", "flow", "--out",
+                            tmp_path / "x.npz")
+
+
+def test_steps_may_change_until_the_rate_depends_on_them(tmp_path, monkeypatch, capsys):
+    command = [*TINY, "--jvp", "fd", "--lr-final", 0, "--pretrain", 1, "--out", tmp_path / "run"]
+    call(monkeypatch, facm, *command, "--steps", 0)
+    call(monkeypatch, facm, *command, "--steps", 1)
+    capsys.readouterr()
+    assert "steps 1, not 2" in refused(monkeypatch, capsys, facm, *command, "--steps", 2)
+
+
+def test_the_checkpoint_goes_before_the_preview(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/previews").touch()                                # no folder: no preview can be written
+    with pytest.raises(FileExistsError):
+        call(monkeypatch, facm, *TINY, "--jvp", "fd", "--preview-every", 1, "--save-every", 1, "--pretrain", 1,
+             "--steps", 0, "--out", tmp_path / "run")
+    assert data.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 1
