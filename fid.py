@@ -581,12 +581,16 @@ def measure(args, device, rank=0, world=1):
     width = next((len(s.statistics["mu"]) for s in sources if "mu" in s.statistics), None)
     named = {s.name: s.statistics["features"] for s in sources if "features" in s.statistics}
     unnamed = INCEPTION if width in (None, FEATURES) else f"of width {width}, of an unknown network"
-    name, extract = next(iter(named.values()), unnamed), None
-    if args.features or any(map(any, wants)):
+    extract, needed = None, any(map(any, wants))
+    name = INCEPTION if needed else next(iter(named.values()), unnamed)
+    if args.features:
         extract, name = load_extractor(args, device)
-    for source, want in zip(sources, wants):
+    for source in sources:
         if named.get(source.name, name) != name:
-            raise ValueError(f"{source.name}: statistics of {named[source.name]}, not of {name}")
+            raise ValueError(f"{source.name}: statistics of {named[source.name]}, not of {name}; "
+                             "--features FILE gives another network")
+    if needed and not extract:             # after the checks, because it may be downloaded
+        extract, _ = load_extractor(args, device)
 
     sides = []
     for source, want in zip(sources, wants):

@@ -560,3 +560,11 @@ def test_a_mistake_in_the_part_of_the_second_process_is_told_once(net, tmp_path)
 def test_the_constants_of_adm_and_torch_fidelity():
     assert (fid.KEPT_REFERENCE, fid.SCORE_PART, fid.FEW) == (10_000, 5_000, 2_048)
     assert fid.kernel_distance.__defaults__ == (100, 1000) and fid.precision_recall.__defaults__ == (3, 2000)
+
+
+def test_statistics_of_another_network_are_told_before_anything_is_downloaded(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4), features="resnet.pt sha256:01234567")
+    monkeypatch.setattr(fid, "load_inception", None)
+    said = refused(monkeypatch, capsys, fid, tmp_path / "x.npz", "--ref", tmp_path / "ref.npz", "--device", "cpu")
+    assert "statistics of resnet.pt" in said and "--features" in said
