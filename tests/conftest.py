@@ -2,7 +2,7 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch, and for child processes: sums depend on it to the last bit
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for child processes: sums depend on it to the last bit
 
 import torch  # noqa: E402
 

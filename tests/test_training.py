@@ -277,7 +277,7 @@ def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monke
         if number == 1:
             call(monkeypatch, facm, *common, *flags, "--out", two)
         else:
-            torchrun(*common, *flags, "--fsdp", "--out", two)
+            run_two(*common, *flags, "--fsdp", "--out", two)
         a, b = first_gradient(one), first_gradient(two)
         assert (a - b).abs().max() < 1e-5 * a.abs().max() > 0, number
         a, b = (data.read_checkpoint(out / "ckpt.pt") for out in (one, two))
