@@ -1,5 +1,6 @@
 """net(..., tangent=...): value and derivative from one pass, beside torch.func.jvp, mutants, and what wraps a network."""
 
+import os
 import pathlib
 import types
 
@@ -170,6 +171,7 @@ def one_of_two(rank, folder):
             assert (a - b).norm() < 1e-5 * (b.norm() + 1e-3), name
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)                            # gloo's threads now and then abort at Python's end
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
