@@ -455,7 +455,7 @@ def fit(options, dataset):
     for name, size in sizes.items():
         other = options.get(name, size)
         if other != size and (name != "num_classes" or 0 < other < size):
-            raise ValueError(f"the network has {name} {options[name]}, the data {size}")
+            raise ValueError(f"the network has {name} {other}, the data {size}")
     return sizes | options
 
 
@@ -605,7 +605,8 @@ def options(items):
 
 LARGE = 1e15
 BOUNDS = {name: bounds for bounds, names in {          # of the training scripts' numbers
-    (1, LARGE): "accum batch pretrain_batch save_every log_every preview_every group",
+    (1, LARGE): "accum batch pretrain_batch save_every log_every preview_every group "
+                "segments freq",
     (0, LARGE): "steps pretrain seed lr pretrain_lr weight_decay warmup tangent_warmup curriculum "
                 "P_std power anchor c",
     (1e-9, LARGE): "vel_norm epsilon mu nu_s sigma_data",
@@ -629,7 +630,8 @@ class Parser(argparse.ArgumentParser):
             fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
         if args.preset not in presets:
             fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
-        row = dict(presets[args.preset])
+        row = presets[args.preset]
+        row = dict(pretrain_batch=row["batch"]) | row
         given = options(args.net)
         net = row.pop("net")               # its options are those of its network alone
         args.net = given if given.get("name", net["name"]) != net["name"] else net | given
@@ -638,8 +640,6 @@ class Parser(argparse.ArgumentParser):
         for name, value in row.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        if args.pretrain_batch is None:
-            args.pretrain_batch = args.batch
         args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
         args.pretrain = 0 if args.teacher else args.pretrain
         pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))

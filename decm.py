@@ -413,8 +413,8 @@ def main():
             raise ValueError(f"--w {args.w}: guidance needs a network with classes; take --w 1")
         if args.w != 1 and not args.teacher and not args.pretrain:
             raise ValueError(f"--w {args.w}: there is no guidance from scratch; take --w 1")
-        if min(args.segments, args.freq) < 1 or args.lam + args.gam <= 0 or not 0 <= args.r_max < 1:
-            raise ValueError("want --segments, --freq >= 1, --lam + --gam > 0, 0 <= --r-max < 1")
+        if args.lam + args.gam <= 0 or not 0 <= args.r_max < 1:
+            raise ValueError("want --lam + --gam > 0, 0 <= --r-max < 1")
         if args.objectives == ["n2n"]:
             raise ValueError("--objectives n2n comes beside fm or cd, every --freq of their steps")
         out, checkpoint = data.open_run(args, METHOD, rank)

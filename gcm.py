@@ -475,7 +475,7 @@ def check(args, num_classes, piece):
             (args.variant == "CU" and others, "--variant CU wants --w 1 --equal 0, gcm or ect"),
             (args.w != 1 and not num_classes, f"--w {args.w}: guidance needs classes; take --w 1"),
             (args.pt != "uniform" and len(set(args.pt_ab)) == 1, "--pt-ab: a and b must differ"),
-            (sorted({T0, *args.t_mid, TT})[::-1] != [TT, *args.t_mid, T0],
+            (any(a <= b for a, b in zip([TT, *args.t_mid], [*args.t_mid, T0])),
              f"--t-mid: falling times between {TT} and {T0}")):
         if wrong:
             raise ValueError(message)

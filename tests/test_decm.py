@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from oracle import Gaussian, fused, mutant
-from test_training import TINY, assert_same_run, call, first_gradient, kill_and_rerun, perturb, refused, rows, run_two, watch
+from test_training import (TINY, assert_same_run, call, first_gradient, kill_and_rerun, learning_rates, perturb, refused, rows,
+                           run_two, watch)
 
 import data
 import decm
@@ -379,13 +380,10 @@ def test_decms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
     calls = {}
     watch(monkeypatch, calls, decm, "sample_t", "pretrain_loss", "flow_velocity", "decm_loss", "n2n_loss", "ema_update")
     watch(monkeypatch, calls, data.Dataset, "batch")
-    call(monkeypatch, decm, *TINY, "--jvp", "fd", "--pretrain", 2, "--steps", 2, "--seed", 7, "--label-drop", 1, "--w",
-         3, "--vel-norm",
-         5, "--times", "nseg", "--segments", 3, "--w1", "1-t", "--w2", "1-sqrt", "--lam", 0.2, "--gam", 0.7, "--vpsi",
-         "data",
-         "--r-max", 0.1, "--freq", 2, "--P-mean", -1, "--P-std", 1.5, "--pretrain-P", 0.5, 1, "--ema-sigma", 0.2,
-         "--ema-beta",
-         0.9, "--out", tmp_path / "run")
+    call(monkeypatch, decm, *TINY, "--jvp", "fd", "--pretrain", 2, "--steps", 2, "--seed", 7, "--label-drop", 1,
+         "--w", 3, "--vel-norm", 5, "--times", "nseg", "--segments", 3, "--w1", "1-t", "--w2", "1-sqrt", "--lam", 0.2,
+         "--gam", 0.7, "--vpsi", "data", "--r-max", 0.1, "--freq", 2, "--P-mean", -1, "--P-std", 1.5,
+         "--pretrain-P", 0.5, 1, "--ema-sigma", 0.2, "--ema-beta", 0.9, "--out", tmp_path / "run")
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 32, 8), (7, 40, 8)]
     assert [a[2:] for a in calls["ema_update"]] == [(k, decm.ema_gamma(0.2), 0.9) for k in (1, 2, 1, 2)]
     assert [(a[0], *a[3:]) for a in calls["sample_t"]] == [("arctan", 0.5, 1, 3)] * 2 + [("nseg", -1, 1.5, 3)] * 3
@@ -412,18 +410,13 @@ def test_objectives_add_up(tmp_path, monkeypatch):
     for names in (["fm"], ["cd"], ["fm", "cd"]):
         out = tmp_path / "-".join(names)
         call(monkeypatch, decm, *TINY, "--jvp", "fd", "--pretrain", 0, "--steps", 1, "--w", 1, "--clip", 1e9,
-             "--objectives", *names,
-             "--out", out)
+             "--objectives", *names, "--out", out)
         g.append(first_gradient(out))
     assert torch.allclose(g[0] + g[1], g[2], atol=1e-4 * g[2].abs().max()) and min(a.norm() for a in g) > 0
 
 
-@pytest.mark.parametrize("script", ["decm"])
-def test_learning_rate(tmp_path, monkeypatch, script):
-    rates, honest = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self,
-                        *a: rates.append(self.param_groups[0]["lr"]) or honest(self, *a))
+def test_both_updates_of_a_step_have_its_learning_rate(tmp_path, monkeypatch):
+    rates = learning_rates(monkeypatch, torch.optim.AdamW)
     call(monkeypatch, decm, *TINY, "--jvp", "fd", "--warmup", 2, "--pretrain-lr", 2, "--lr", 1, "--lr-final", 0.5,
-         "--pretrain", 4,
-         "--steps", 2, "--freq", 2, "--clip", 1e-9, "--out", tmp_path / "run")
+         "--pretrain", 4, "--steps", 2, "--freq", 2, "--clip", 1e-9, "--out", tmp_path / "run")
     assert rates == [1.0, 1.75, 1.5, 1.25, 0.5, 0.5, 0.75]

@@ -335,8 +335,7 @@ def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():
     F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
     zero, t = torch.zeros_like(F), torch.full((1,), 0.5).double()
     _, L_cm = facm.facm_loss(lambda *_: torch.cat([F, F.detach()]), lambda *_: zero, zero, zero, t, None, (t, None),
-                             (2 - t, None),
-                             torch.full_like(t, 0.5), torch.full_like(t, 0.25), 1e-3)
+                             (2 - t, None), torch.full_like(t, 0.5), torch.full_like(t, 0.25), 1e-3)
     root = math.sqrt(0.25 * 0.065 + 1e-3)
     assert math.isclose(L_cm.item(), 0.25 * 0.25 * 0.065 / root)
     L_cm.backward()

@@ -75,6 +75,17 @@ def rows(out):
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
+def learning_rates(monkeypatch, optimizer):
+    """A list to which every step of such an optimiser appends its rate."""
+    rates, honest = [], optimizer.step
+
+    def step(self, *inputs):
+        rates.append(self.param_groups[0]["lr"])
+        return honest(self, *inputs)
+    monkeypatch.setattr(optimizer, "step", step)
+    return rates
+
+
 def wait_for_step(process, out, step):
     for _ in range(6000):
         if any(row["step"] >= step for row in rows(out)):
@@ -444,13 +455,7 @@ def test_an_image_that_disappears_ends_the_run_and_keeps_the_checkpoint(tmp_path
 
 
 def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, capsys):
-    rates = []
-    honest = torch.optim.AdamW.step
-
-    def step(self, *inputs):
-        rates.append(self.param_groups[0]["lr"])
-        return honest(self, *inputs)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    rates = learning_rates(monkeypatch, torch.optim.AdamW)
     command = [*TINY, "--warmup", 2, "--pretrain-lr", 2, "--lr", 1, "--lr-final", 0.5, "--pretrain", 4,
                "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--steps", 2)
@@ -609,8 +614,8 @@ def test_facms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", [facm, decm], ids=["facm", "decm"])
 def test_the_second_stage_begins_with_the_average_and_a_new_optimiser(tmp_path, monkeypatch, script):
-    call(monkeypatch, script, *TINY, "--jvp", "fd", "--pretrain", 3, "--pretrain-lr", 0.01, "--steps", 1, "--lr",
-         "1e-12", "--out", tmp_path)
+    call(monkeypatch, script, *TINY, "--jvp", "fd", "--pretrain", 3, "--pretrain-lr", 0.01, "--steps", 1,
+         "--lr", "1e-12", "--out", tmp_path)
     end, teacher = data.read_checkpoint(tmp_path / "ckpt.pt"), data.read_checkpoint(tmp_path / "teacher.pt")
     assert all(torch.allclose(end["model"][k], w, atol=1e-6) for k, w in teacher["ema"].items())
     assert not torch.equal(teacher["model"]["map_layer0.weight"], teacher["ema"]["map_layer0.weight"])
@@ -647,16 +652,13 @@ def test_clip_bounds_the_gradient(tmp_path, monkeypatch, script, flags):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--ema-sigma 0", "--ema-sigma 0.0: want a finite number, at least 0.001, at most 0.28"), ("--ema-beta 2",
-                                                                                               "--ema-beta"),
-                                                                                               ("--clip nan", "--clip nan"),
-    ("--clip 0", "--clip"), ("--lr inf", "--lr inf"), ("--w nan", "--w nan"), ("--seed -1", "--seed"), ("--lr-final 2",
-                                                                                                        "--lr-final"),
+    ("--ema-sigma 0", "--ema-sigma 0.0: want a finite number, at least 0.001, at most 0.28"),
+    ("--ema-beta 2", "--ema-beta"), ("--clip nan", "--clip nan"), ("--clip 0", "--clip"), ("--lr inf", "--lr inf"),
+    ("--w nan", "--w nan"), ("--seed -1", "--seed"), ("--lr-final 2", "--lr-final"),
     ("--label-drop -1", "--label-drop"), ("--betas 2 0.9", "--betas 2"), ("--pretrain-P nan 1", "--pretrain-P nan"),
     ("--pretrain-batch 0", "--pretrain-batch"), ("--save-every 0", "--save-every"), ("--net input_size=8", "input_size 8"),
-    ("--net in_channels=4", "in_channels 4"), ("--net num_classes=2", "num_classes 2"), ("--net width=0",
-                                                                                         "DDPM++ with these options"),
-    ("--net mult=1", "DDPM++ with these options"), ("--num-classes -1", "--num-classes")])
+    ("--net in_channels=4", "in_channels 4"), ("--net num_classes=2", "num_classes 2"),
+    ("--net width=0", "DDPM++ with these options"), ("--net mult=1", "DDPM++ with these options"), ("--num-classes -1", "--num-classes")])
 def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, facm, *TINY[:4], *flags.split(), "--out", tmp_path / "run")
 
