@@ -1,44 +1,28 @@
-"""What the methods share beside networks: images in and out, seeds, command lines, run directories.
+"""Data sets in, pictures out.
 
     load(name, ...)        a Dataset; its `batch` is addressed by (seed, images before it)
     glyphs(n, size, seed)  class-conditional coloured digits, drawn here; nothing is downloaded
+    augment                EDM's augmentation
     to_uint8, save_grid    pixels are floats in [-1, 1] inside the methods and uint8 on disk
-    seed_of, generator     random numbers that follow from a key alone
-    Parser, fail           command lines whose errors are one line and exit code 2
-    start_processes        torchrun's processes and their devices
-    open_run, Log          run directories, which the same command resumes, and their checkpoints
 
     python data.py inspect DATA                                     # what is in a data set?
-    python data.py encode --images DIR --vae CKPT --out LATENTS     # images -> latents
 """
 
-import argparse
-import ast
-import contextlib
-import ctypes
-import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import pathlib
-import signal
-import sys
-import time
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
-import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
+import run
 
 # --------------------------------------------------------------------------------------------------
 # Glyphs: a distribution that ships as code.
@@ -46,7 +30,7 @@ from tqdm import tqdm
 SUPERSAMPLING = 4          # a glyph is drawn this many times larger, then averaged down
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(points):
     return ImageFont.load_default(points)
 
@@ -115,7 +99,7 @@ class Dataset:
         def gather(first):
             index, flip = self.index(seed, first, batch, rows), torch.zeros(batch, dtype=torch.bool)
             if self.xflip:
-                flip = torch.rand(batch, generator=generator("cpu", seed, "flip", first)) < 0.5
+                flip = torch.rand(batch, generator=run.generator("cpu", seed, "flip", first)) < 0.5
             return self.items(index, flip[rows]), self.labels[index]
 
         if not self.ahead:
@@ -243,8 +227,8 @@ class Latents(Dataset):
     def __init__(self, folder, xflip=True):
         paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"{folder}: no *.safetensors; `python data.py encode` makes some")
-        self.shards = [_map_shard(path) for path in paths]
+            raise ValueError(f"{folder}: no *.safetensors; `python encode.py` makes some")
+        self.shards = [map_shard(path) for path in paths]
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
         if len(shapes) > 1:
             raise ValueError(f"{folder}: shards with latents of several shapes, {sorted(shapes)}")
@@ -307,7 +291,7 @@ def _permutation(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
-def _map_shard(path):
+def map_shard(path):
     """{name: memory-mapped array} of a .safetensors file: length, a JSON header, data."""
     kinds = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
     try:
@@ -386,8 +370,8 @@ def read_npz(path):
 
 def _cifar10(folder):
     try:
-        from torchvision.datasets import CIFAR10           # here, because it takes a second
-        with one_first():
+        from torchvision.datasets import CIFAR10  # here, because it takes a second
+        with run.one_process_first():
             train = CIFAR10(folder, train=True, download=True)
     except Exception as e:
         raise ValueError(
@@ -447,7 +431,13 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     return dataset
 
 
-def fit(options, dataset):
+def load_for(args):
+    """The data set that a training script's flags ask for; ValueError as from load."""
+    return load(args.data, args.resolution, args.data_dir, args.num_classes, args.uncond,
+                args.xflip, args.skip_broken)
+
+
+def fit_network_to(dataset, options):
     """A network's options, with a data set's size, channels and classes. Raises ValueError if they
     say otherwise; more classes, or none, are allowed."""
     sizes = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
@@ -555,452 +545,24 @@ def save_grid(path, images, columns, scale=1, labels=()):
     sheet.save(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Seeds.
-
-def seed_of(*key):
-    """A seed that follows from the key (plain values) alone: no random state needs to be saved."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+def preview_noise(seed, shape):
+    """The noise of all previews of a run, [2, 20, *shape]: for two steps of 20 samples."""
+    return torch.randn((2, 20, *shape), generator=run.generator("cpu", seed, "preview"))
 
 
-def generator(device, *key):
-    """A random generator on `device`, seeded by the key."""
-    return torch.Generator(device).manual_seed(seed_of(*key))
-
-
-def fingerprint(tensors):
-    """A hash of a dict of tensors."""
-    digest = hashlib.sha256()
-    for name, w in tensors.items():
-        digest.update(name.encode() + w.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-# --------------------------------------------------------------------------------------------------
-# Command lines and processes.
-
-def fail(message, always=False):
-    """Ends the program by a user's mistake: one line, from one process of each machine or from any,
-    and exit code 2."""
-    if always or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("\n" * always + f"error: {message}", file=sys.stderr)    # below another one's bar
-    sys.exit(2)
-
-
-def _literal(text):
-    """A number, tuple, ... as Python writes it, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def options(items):
-    """{"width": 64, ...} from the words of --net, such as width=64 mult=1,2,2."""
-    try:
-        return {k: _literal(v) for k, v in (item.split("=") for item in items)}
-    except ValueError:
-        fail(f"--net {' '.join(items)}: want KEY=VALUE, as in width=64 mult=1,2,2")
-
-
-LARGE = 1e15
-BOUNDS = {name: bounds for bounds, names in {          # of the training scripts' numbers
-    (1, LARGE): "accum batch pretrain_batch save_every log_every preview_every group "
-                "segments freq",
-    (0, LARGE): "steps pretrain seed lr pretrain_lr weight_decay warmup tangent_warmup curriculum "
-                "P_std power anchor c",
-    (1e-9, LARGE): "vel_norm epsilon mu nu_s sigma_data",
-    (1e-9, math.inf): "clip kernel_sigma",
-    (0, 1): "betas lr_final label_drop ema_beta equal t_low kappa guide",
-    (0.001, 0.28): "ema_sigma",            # no power function is wider
-}.items() for name in names.split()}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
-
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-    def parse(self, method, presets):
-        """A training script's flags; the preset's row fills in those that were not given."""
-        args = self.parse_args()
-        args.preset = args.preset or args.data
-        if args.preset not in presets and pathlib.Path(args.data).exists():
-            fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
-        if args.preset not in presets:
-            fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
-        row = presets[args.preset]
-        row = dict(pretrain_batch=row["batch"]) | row
-        given = options(args.net)
-        net = row.pop("net")               # its options are those of its network alone
-        args.net = given if given.get("name", net["name"]) != net["name"] else net | given
-        if args.pretrain_batch is None:
-            args.pretrain_batch = args.batch           # one given for both
-        for name, value in row.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
-        args.pretrain = 0 if args.teacher else args.pretrain
-        pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))
-        for name, value in vars(args).items():
-            low, high = BOUNDS.get(name, (-LARGE, LARGE))
-            for number in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(number, (int, float)) and not low <= number <= high:       # or NaN
-                    least, most = f", at least {low:g}", f", at most {high:g}"
-                    fail(f"--{name.replace('_', '-')} {number}: want a finite number"
-                         + least * (low > -LARGE) + most * (high < LARGE))
-        for batch in (args.batch, args.pretrain_batch):
-            if batch % pieces:
-                fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
-        if args.fsdp and "WORLD_SIZE" not in os.environ:
-            fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
-        if args.fsdp and args.jvp == "exact":
-            fail("--fsdp: torch.func.jvp does not see sharded parameters; take another --jvp")
-        if args.steps + args.pretrain == 0:
-            fail("--steps and --pretrain: not both 0")
-        return args
-
-
-def keep_freed_memory():
-    """Has glibc keep what is freed: large blocks go back to the system otherwise, and come again as
-    new pages, which takes a tenth or more of a training step on a CPU. No effect elsewhere."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+def save_preview(path, preview, net, stage, noise, args):
+    """Writes the images that preview(net, stage, noise, args) draws, 10 in a row; those of latents
+    are left to sample.py. All processes of --fsdp draw them; path None: this one writes nothing."""
+    if noise.shape[2] != 3:
         return
-    for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 25)):
-        mallopt(option, value)     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-
-
-def _report(kind, error, trace):
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def start_processes(device):
-    """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
-
-    device: "cpu", "cuda", "cuda:N" or None for the best there is. Returns (device, rank, world).
-    From here on Ctrl-C ends the program in one line.
-    """
-    sys.excepthook = _report
-    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # whose new name 2.11 lacks
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError
-    except RuntimeError:
-        fail(f"--device {device}: want cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {device}: no such CUDA GPU here; use --device cpu")
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    if device.type == "cuda" and number >= torch.cuda.device_count():
-        fail(f"process {number} has no GPU of its own; start {torch.cuda.device_count()} of them",
-             always=True)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if "WORLD_SIZE" not in os.environ:
-        return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def to_device(tensors, device):
-    """Copies of CPU tensors on the device; a GPU gets them without being waited for."""
-    if device.type == "cuda":
-        tensors = [a.pin_memory() for a in tensors]
-    return [a.to(device, non_blocking=True) for a in tensors]
-
-
-def check_output(*paths):
-    """Ends the program, before the work, if one of these files (pathlib.Path or None) cannot be
-    written after it, which process 0 does; their folders are made."""
-    for path in filter(None, paths) if os.environ.get("RANK", "0") == "0" else ():
-        try:
-            new = not path.exists()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            open(path, "ab").close()
-            if new:
-                path.unlink()
-        except OSError as e:
-            fail(f"{path} cannot be written ({type(e).__name__})")
-
-
-def wait():
-    """All processes meet here; one that ended before, and said why, ends the others, too."""
-    try:
-        if dist.is_initialized():
-            dist.barrier()
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        print(f"process {dist.get_rank()}: another one is gone ({reason})", file=sys.stderr)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def one_first():
-    """One process of each machine goes through alone, then the others, who find its download."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        wait()
-    yield
-    if first:
-        wait()
+    images = preview(net, stage, noise, args)
+    if path:
+        path.parent.mkdir(exist_ok=True)
+        save_grid(path, to_uint8(images), columns=10, scale=3)
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: checkpoints, directories, logs.
-
-def save_checkpoint(path, checkpoint):
-    """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
-    renames it: a kill at any moment leaves the old checkpoint or the new one. Ends the program if
-    the disk is full."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:   # RuntimeError: torch.save's own
-        part.unlink(missing_ok=True)
-        reason = str(e).splitlines()[0]
-        fail(f"{path} could not be written ({reason}); what was there is kept", always=True)
-
-
-def save_run(path, method, args, step, net, ema, optimizer, **more):
-    """The checkpoint of a run at a step, as read_checkpoint gives it back; more: tensors. Called
-    by all processes, which then put together what is sharded; the first one writes it."""
-    def whole(state):
-        if isinstance(state, dict):
-            return {name: whole(part) for name, part in state.items()}
-        return state.full_tensor() if hasattr(state, "full_tensor") else state
-
-    checkpoint = dict(
-        method=method, args=vars(args), step=step, model=net.state_dict(), ema=ema.state_dict(),
-        optimizer=optimizer.state_dict(), torch_version=str(torch.__version__))
-    checkpoint = whole(checkpoint | more)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        save_checkpoint(path, checkpoint)
-
-
-def load_optimizer(optimizer, state):
-    """The optimiser's state of a checkpoint, of sharded parameters this process's part, laid out
-    in memory as the parameter is: fused optimisers pair the two by their place, whatever was
-    saved. Raises ValueError if it does not fit."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def part(i, a):
-        if i >= len(params) or a.shape != params[i].shape:
-            return a
-        if hasattr(params[i], "placements"):
-            from torch.distributed.tensor import distribute_tensor     # here: this takes a second
-            return distribute_tensor(a, params[i].device_mesh, params[i].placements)
-        return torch.empty_like(params[i], dtype=a.dtype).copy_(a)
-
-    entries = {i: {name: part(i, a) for name, a in entry.items()}
-               for i, entry in state["state"].items()}
-    optimizer.load_state_dict(state | dict(state=entries))
-
-
-def read_checkpoint(path):
-    """What a checkpoint file holds, on the CPU; nothing in it is executed.
-
-    Returns a dict with method, args, step, model, ema, optimizer and torch_version.
-    Raises ValueError if the file is missing, damaged or of another kind.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as e:
-        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
-                         f"({type(e).__name__})") from None
-    needed = {"method", "args", "step", "model", "ema"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of facm.py, decm.py or gcm.py")
-    return checkpoint
-
-
-def put(path, place, content):
-    """Writes bytes into a file from that place on, through to the disk. Not by a memory map, whose
-    pages would count as memory of the process."""
-    with open(path, "r+b" if path.exists() else "wb") as file:
-        file.seek(place)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-MAY_CHANGE = ("data_dir steps save_every log_every preview_every device accum fresh out "
-              "fsdp grad_checkpoint").split()
-
-
-def open_run(args, method, rank):
-    """The run directory and its newest checkpoint, or None. --fresh renames an old directory to
-    NAME.old-K. Raises ValueError if the run is another method's, or was begun with other flags."""
-    out = pathlib.Path(args.out)
-    if rank == 0:
-        if args.fresh and out.exists():
-            names = (out.with_name(f"{out.name}.old-{k}") for k in itertools.count(1))
-            old = out.rename(next(name for name in names if not name.exists()))
-            print(f"--fresh: the old run is now {old}")
-        out.mkdir(parents=True, exist_ok=True)
-    wait()
-    if not (out / "ckpt.pt").exists():
-        return out, None
-    checkpoint = read_checkpoint(out / "ckpt.pt")
-    if checkpoint["method"] != method:
-        raise ValueError(f"{out} is a run of {checkpoint['method']}.py; use --out or --fresh")
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"{out / 'ckpt.pt'} has no optimiser to go on with; use --out or --fresh")
-    falls = args.lr_final < 1 and checkpoint["step"] > args.pretrain       # the rate, by --steps
-    for name, old in checkpoint["args"].items():
-        new = getattr(args, name, None)
-        old, new = (list(a) if isinstance(a, tuple) else a for a in (old, new))
-        if new != old and (name not in MAY_CHANGE or name == "steps" and falls):
-            raise ValueError(f"{out} was begun with {name} {old}, not {new}; use --out or --fresh")
-    return out, checkpoint
-
-
-class Log:
-    """log.jsonl and the progress bar: every `every` steps the means of the figures since the last.
-
-    Lines of a run that was killed, past `step`, are dropped. Silent if `quiet` (other processes).
-    """
-
-    def __init__(self, path, step, total, every, quiet=False):
-        self.path, self.every, self.quiet = path, every, quiet
-        self.window, self.tick = [], time.perf_counter()
-        self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
-        if not quiet:
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            keep = [n for n in old if n.endswith("\n") and json.loads(n)["step"] <= step]
-            path.write_text("".join(keep))
-            self.file = open(path, "a", buffering=1)
-
-    def add(self, step, stage, images, figures, stop, now=False):
-        """Takes what a step has brought: its number of images, its figures {name: tensor []}, which
-        may differ from step to step, and the signals of this process. The device is waited for now
-        or when it is time, not with every step: then a line is written, and the number of signals
-        of all processes is returned, else 0. Raises FloatingPointError with the step and its
-        figures if one is not finite."""
-        self.bar.update()
-        self.window.append((step, images, figures))
-        alone = not dist.is_initialized()
-        if not (now or step % self.every == 0 or alone and stop):
-            return 0
-        own = torch.stack([a for *_, figures in self.window for a in figures.values()])
-        mean = torch.cat([own, own.new_tensor([len(stop)])])
-        if not alone:
-            dist.all_reduce(mean)
-            mean[:-1] /= dist.get_world_size()
-        own, (*mean, signals) = own.tolist(), mean.tolist()
-        keys = [(at, name) for at, _, figures in self.window for name in figures]
-        for (broken, _), value in zip(keys, mean):
-            if not math.isfinite(value):
-                terms = [f"{name} {a}" for (at, name), a in zip(keys, own) if at == broken]
-                raise FloatingPointError(
-                    f"step {broken - 1}, process {0 if alone else dist.get_rank()}: "
-                    f"{', '.join(terms)}; the checkpoints before stay in {self.path.parent}")
-        columns = {}
-        for (_, name), value in zip(keys, mean):
-            columns.setdefault(name, []).append(value)
-        row = {name: round(float(np.mean(column)), 6) for name, column in columns.items()}
-        images = sum(images for _, images, _ in self.window)
-        row["images_per_s"] = round(images / (time.perf_counter() - self.tick), 1)
-        self.window, self.tick = [], time.perf_counter()
-        if not self.quiet:
-            try:
-                self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
-            except OSError as e:
-                fail(f"{self.path}: {e}; checkpoints stay, the same command goes on", always=True)
-            self.bar.set_postfix(row)
-        return signals
-
-    def close(self):
-        """Ends the bar; the file is written through at each line."""
-        self.bar.close()
-
-
-def watch_signals():
-    """A list to which SIGTERM and SIGINT append their number: the loop then saves and exits."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    return caught
-
-
-# --------------------------------------------------------------------------------------------------
-# python data.py encode | inspect
-
-def _encode(args):
-    """Writes the latents of images, and of the mirrored images, in LightningDiT's layout: a sample
-    of the autoencoder's posterior each, with noise from (seed, image). Whole shards are kept."""
-    import models                          # of ours only here: everything else stands alone
-
-    if min(args.batch, args.shard, args.resolution) < 1:
-        fail("--batch, --shard, --resolution: at least 1")
-    device, rank, world = start_processes(args.device)
-    out = pathlib.Path(args.out)
-    try:
-        vae = models.load(args.vae).to(device).requires_grad_(False)
-        if not hasattr(vae, "encode"):
-            raise ValueError(f"{args.vae} is no autoencoder")
-        images = load(args.images, args.resolution, skip_broken=args.skip_broken)
-        if not isinstance(images, (Files, Images)):
-            raise ValueError(f"{args.images} holds no images")
-        if images.shape[1] % vae.factor:
-            raise ValueError(f"--resolution {images.shape[1]} is no multiple of {vae.factor}")
-        out.mkdir(parents=True, exist_ok=True)
-        setting = dict(images=str(args.images), vae=str(args.vae), resolution=images.shape[1],
-                       n=len(images.labels), shard=args.shard, processes=world, seed=args.seed)
-        note = out / "encode.json"
-        if not note.exists() and any(out.glob("*.safetensors")):
-            raise ValueError(f"{out} holds shards of another origin; use another --out")
-        if note.exists() and json.loads(note.read_text()) != setting:
-            raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
-        wait()                             # all have read it before it is written
-        if rank == 0:
-            note.write_text(json.dumps(setting))
-    except (ValueError, OSError) as e:
-        fail(e)
-    try:
-        first, end = (len(images.labels) * k // world for k in (rank, rank + 1))
-        for number, start in enumerate(range(first, end, args.shard)):
-            path = out / f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
-            rows = torch.arange(start, min(start + args.shard, end))
-            if path.exists():
-                _map_shard(path)
-                continue
-            z = {"latents": [], "latents_flip": []}
-            for part in tqdm(rows.split(args.batch), desc=path.stem, disable=rank > 0):
-                for name in z:
-                    mirror = name == "latents_flip"
-                    x = images.items(part, torch.full((len(part),), mirror)).to(device)
-                    mean, std = vae.encode(x)
-                    draws = (generator("cpu", args.seed, i, mirror) for i in part.tolist())
-                    noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
-                    z[name].append((mean + std * noise.to(device)).cpu())
-            tensors = {name: torch.cat(parts).contiguous() for name, parts in z.items()}
-            shard = safetensors.torch.save(tensors | {"labels": images.labels[rows]})
-            pathlib.Path(f"{path}.part").write_bytes(shard)
-            os.replace(f"{path}.part", path)
-        wait()
-        if rank == 0:
-            save_stats(out)
-            print(f"{out}: {len(images.labels)} images encoded")
-    except (ValueError, OSError) as e:     # of this process's own images
-        fail(e, always=True)
-    if world > 1:
-        dist.destroy_process_group()
-
+# python data.py inspect
 
 def latent_stats(shards):
     """mean and std [1, C, 1, 1] of the latents, not mirrored, of _map_shard's shards."""
@@ -1017,18 +579,18 @@ def latent_stats(shards):
 
 def save_stats(folder):
     """Writes latents_stats.pt (mean, std) of the shards in a folder."""
-    shards = [_map_shard(path) for path in sorted(pathlib.Path(folder).glob("*.safetensors"))]
+    shards = [map_shard(path) for path in sorted(pathlib.Path(folder).glob("*.safetensors"))]
     if not sum(len(shard["labels"]) for shard in shards):
         raise ValueError(f"{folder}: no latents in it")
     mean, std = latent_stats(shards)
     torch.save(dict(mean=mean, std=std), pathlib.Path(folder) / "latents_stats.pt")
 
 
-def _inspect(args):
+def inspect(args):
     """Prints counts, shapes, classes and statistics of a data set, and writes a grid of 100."""
     if args.grid.suffix != ".png":
-        fail(f"--grid {args.grid}: want NAME.png")
-    check_output(args.grid)
+        run.fail(f"--grid {args.grid}: want NAME.png")
+    run.check_output(args.grid)
     try:
         if args.save_stats:
             save_stats(args.data_dir if args.data == "imagenet_latents" else args.data)
@@ -1036,7 +598,7 @@ def _inspect(args):
         index = torch.linspace(0, len(dataset.labels) - 1, 100).long().unique()
         x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
     except ValueError as e:
-        fail(e)
+        run.fail(e)
     counts = torch.bincount(dataset.labels)
     print(f"{args.data}: {len(dataset.labels)} samples of shape {list(dataset.shape)}, "
           f"{dataset.num_classes} classes with {counts.min()} to {counts.max()} samples each")
@@ -1053,38 +615,21 @@ def _inspect(args):
     try:
         save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
     except OSError as e:
-        fail(f"{args.grid}: {e}")
+        run.fail(f"{args.grid}: {e}")
     print(f"{args.grid}: {len(x)} of them")
 
 
 def main():
-    p = Parser(description=__doc__.splitlines()[0])
-    commands = p.add_subparsers(required=True, metavar="encode|inspect", parser_class=Parser)
-    a = commands.add_parser("encode", help="images -> shards of latents (torchrun: on many GPUs)")
-    a.set_defaults(run=_encode)
-    a.add_argument("--images", required=True, help="folder, zip or npz")
-    a.add_argument("--vae", required=True, help="checkpoint of an AutoencoderKL")
-    a.add_argument("--out", required=True, help="folder of the shards; a second run goes on")
-    a.add_argument("--resolution", type=int, default=256, help="crop and scale the images to it")
-    a.add_argument("--batch", type=int, default=16, help="images at a time")
-    a.add_argument("--shard", type=int, default=10_000, help="images in a shard")
-    a.add_argument("--seed", type=int, default=0, help="of the posterior's noise")
-    a.add_argument("--device", help="cpu, cuda or cuda:N")
-    a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")
+    parser = run.Parser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=run.Parser)
     a = commands.add_parser("inspect", help="counts, shapes, classes, statistics, a grid")
-    a.set_defaults(run=_inspect)
     a.add_argument("data", help="data set or path, as --data of the scripts")
     a.add_argument("--data-dir", help="where it lies")
     a.add_argument("--resolution", type=int, help="images are cropped and scaled to it")
     a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG to write")
     a.add_argument("--save-stats", action="store_true", help="write latents_stats.pt, too")
     a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")
-    args = p.parse_args()
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted; encode goes on with its shard", file=sys.stderr)
-        sys.exit(130)
+    inspect(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ import sys
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
+import run
 
 INCEPTION = "inception-2015-12-05"
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -58,7 +60,7 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,
 
 
 def parse_args():
-    p = data.Parser(description="FID and its relatives, from one pass over the images.")
+    p = run.Parser(description="FID and its relatives, from one pass over the images.")
     a = p.add_argument
     a("samples", help="folder, zip, npz, statistics (.npz, .pt), glyphs, glyphs:SEED or cifar10")
     a("--ref", help="the reference, of the same kinds; not needed for --is and --save-stats")
@@ -554,7 +556,7 @@ def load_extractor(args, device):
         extract = load_features(args.features, device)
         digest = hashlib.sha256(args.features.read_bytes()).hexdigest()
         return extract, f"{args.features.name} sha256:{digest[:8]}"
-    with data.one_first():
+    with run.one_process_first():
         return load_inception(args.inception, device), INCEPTION
 
 
@@ -626,14 +628,14 @@ def compare(args, sides, name, device):
 
 def main():
     args = parse_args()
-    data.check_output(args.save_stats, args.json)
-    device, rank, world = data.start_processes(args.device)
+    run.check_output(args.save_stats, args.json)
+    device, rank, world = run.start_processes(args.device)
     torch.backends.cudnn.allow_tf32 = False          # it rounds features to 10 bits
     try:
         sides, name = measure(args, device, rank, world)
         figures = compare(args, sides, name, device) if rank == 0 else {}
     except ValueError as e:
-        data.fail(" ".join(str(e).split()))          # a library's message may have several lines
+        run.fail(" ".join(str(e).split()))          # a library's message may have several lines
     if world > 1:
         dist.destroy_process_group()
     if rank:
@@ -654,7 +656,7 @@ def main():
             known = {key: np.asarray(sides[0][key]) for key in STATISTICS if key in sides[0]}
             np.savez(args.save_stats, **known | dict(features=name))
     except OSError as e:
-        data.fail(e)
+        run.fail(e)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
     y  [B] int64, optional    labels 0..num_classes-1; num_classes is the null label, and so is None
 
 With tangent=(dx, dt, ds) it is (F, dF): the same F, with gradient, and from the same pass, without
-gradient, its derivative in that direction of (x, t, s); None is no motion.
+gradient, its derivative in that direction of (x, t, s); None is no motion (jvp.py).
 
 `net.num_classes` is 0 for an unconditional network; `net.expandable` says that it tells the times
 t and 2 - t apart, as FACM's expanded interval needs. A forward pass draws no random numbers except
@@ -16,22 +16,17 @@ Dropout's in train mode. The time embedding is computed in float32 also under au
 a derivative in time would be lost in bfloat16. Parameter names are those of public checkpoints.
 """
 
-import argparse
-import collections
-import dataclasses
-import io
 import math
-import operator
-import pickle
-import re
+from collections.abc import Sequence
 from functools import partial
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from jvp import duals
 
 
 def run_block(net, block, *inputs):
@@ -44,158 +39,6 @@ def run_block(net, block, *inputs):
 def _check_second_time(net, s):
     if (s is None) == net.second_time:
         raise ValueError("the second time s goes with second_time=True, and only with it")
-
-
-# --------------------------------------------------------------------------------------------------
-# A value and its tangent in one pass: forward-mode differentiation (FACM's Chain-JVP).
-
-def _apply(func, *args, **kwargs):
-    """func of Duals: the value by func itself, the tangent by its rule, which keeps no gradient."""
-    value = func(*_part(args, "value"), **kwargs)
-    with torch.no_grad():
-        if func.__name__ in LINEAR:
-            tangent = func(*_part(args, "tangent"), **kwargs)
-        else:
-            tangent = RULES[func.__name__](value, *args, **kwargs)
-    if isinstance(value, (list, tuple)):
-        return [Dual(*pair) for pair in zip(value, tangent)]
-    return Dual(value, tangent)
-
-
-def _part(args, name):
-    """args with the value, or the tangent, in place of every Dual; a list has nothing but Duals."""
-    return [[getattr(d, name) for d in a] if isinstance(a, list) else
-            getattr(a, name) if isinstance(a, Dual) else a for a in args]
-
-
-def _operator(func):
-    return lambda self, *other: _apply(func, self, *other)
-
-
-@dataclasses.dataclass
-class Dual:
-    """A tensor and its derivative in some direction, of the same shape and dtype. PyTorch's
-    functions, methods and operators take it for a tensor, if there is a rule for them below;
-    a parameter or any other tensor beside it is a constant. (dual - tensor and dual / tensor are
-    dual.sub and dual.div in what torch.compile is to take.)"""
-
-    value: torch.Tensor
-    tangent: torch.Tensor
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return _apply(func, *args, **(kwargs or {}))
-
-    def __getattr__(self, name):
-        if name in ("shape", "dtype", "device"):
-            return getattr(self.value, name)
-        return partial(_apply, getattr(torch.Tensor, name), self)
-
-    __add__ = __radd__ = _operator(operator.add)
-    __mul__ = __rmul__ = _operator(operator.mul)
-    __sub__, __truediv__ = _operator(operator.sub), _operator(operator.truediv)
-    __pow__, __neg__ = _operator(operator.pow), _operator(operator.neg)
-    __getitem__ = _operator(operator.getitem)
-
-    def __rsub__(self, other):
-        return -self + other
-
-    def detach(self):
-        """The value alone, a constant."""
-        return self.value.detach()
-
-
-torch.export.register_dataclass(Dual)          # FSDP's hooks look for the tensors in what they get
-
-# These commute with differentiation: the tangent goes the way of the value.
-LINEAR = set("""avg_pool2d cat chunk contiguous flatten getitem interpolate mean neg permute reshape
-                stack to transpose unbind""".split())
-
-
-def _add(y, a, b, sign=1):
-    if isinstance(a, Dual) and isinstance(b, Dual):
-        return torch.add(a.tangent, b.tangent, alpha=sign)
-    tangent = a.tangent if isinstance(a, Dual) else sign * b.tangent
-    return tangent.to(y.dtype).expand(y.shape)
-
-
-def _mul(y, a, b):
-    if not isinstance(a, Dual):
-        return a * b.tangent
-    if not isinstance(b, Dual):
-        return a.tangent * b
-    return torch.addcmul(a.tangent * b.value, a.value, b.tangent)
-
-
-def _div(y, a, b):
-    return (a.tangent - y * b.tangent) / b.value if isinstance(b, Dual) else a.tangent / b
-
-
-def _addcmul(y, c, a, b):
-    product = _mul(y, a, b)
-    return product.add_(c.tangent) if isinstance(c, Dual) else product
-
-
-def _normalise(y, x, mean, weight, eps):
-    """y = (x - mean(x)) / sigma, sigma^2 = var(x) + eps; mean(a): that of each group."""
-    if weight is not None:
-        raise NotImplementedError("the tangent of a normalisation with the affine part inside")
-    value, tangent = x.value.to(y.dtype), x.tangent.to(y.dtype)
-    sigma = (mean((value - mean(value)).square_()) + eps).sqrt()
-    centred = tangent - mean(tangent)
-    return centred.addcmul_(y, mean(y * tangent), value=-1).div_(sigma)
-
-
-def _layer_norm(y, x, shape, weight=None, bias=None, eps=1e-5):
-    return _normalise(y, x, lambda a: a.mean(-1, keepdim=True), weight, eps)
-
-
-def _group_norm(y, x, groups, weight=None, bias=None, eps=1e-5):
-    def mean(a):                                                       # [B, C, 1, 1]
-        means = a.mean(dim=(2, 3)).unflatten(1, (groups, -1))
-        return means.mean(2, keepdim=True).expand_as(means).flatten(1)[:, :, None, None]
-
-    return _normalise(y, x, mean, weight, eps)
-
-
-def _attention(y, q, k, v):
-    """y = P v, P = softmax(S), S = q k^T / sqrt(d): dy = (P dS) v - rowsum(P dS) y + P dv. Only
-    here the weights P are formed; the value's fused attention does without."""
-    (q, dq), (k, dk), (v, dv) = ((a.value, a.tangent) for a in (q, k, v))
-    k, dk = (a.transpose(-1, -2) / math.sqrt(q.shape[-1]) for a in (k, dk))
-    P = (q @ k).softmax(dim=-1)
-    P_dS = (dq @ k).add_(q @ dk).mul_(P)
-    return (P_dS @ v).add_(P @ dv).sub_(P_dS.sum(-1, keepdim=True) * y).to(y.dtype)
-
-
-# By the name of f, the tangent of y = f(x, ...), given y and the arguments of f. Where f acts on
-# each element alone its Jacobian is diagonal, and the backward pass is the tangent.
-RULES = dict(
-    add=_add, sub=lambda y, a, b: _add(y, a, b, sign=-1), mul=_mul, div=_div, truediv=_div,
-    addcmul=_addcmul,
-    pow=lambda y, x, n: n * x.value ** (n - 1) * x.tangent,
-    square=lambda y, x: (x.value * x.tangent).mul_(2),
-    rsqrt=lambda y, x: -0.5 * y ** 3 * x.tangent,
-    log=lambda y, x: x.tangent / x.value,
-    expm1=lambda y, x: (y + 1) * x.tangent,
-    sin=lambda y, x: x.value.cos() * x.tangent,
-    cos=lambda y, x: -x.value.sin() * x.tangent,
-    abs=lambda y, x: x.value.sign() * x.tangent,
-    clamp=lambda y, x, low, high: torch.where(
-        (low <= x.value) & (x.value <= high), x.tangent, 0),
-    silu=lambda y, x, inplace=False: torch.ops.aten.silu_backward(x.tangent, x.value),
-    gelu=lambda y, x, approximate="none": torch.ops.aten.gelu_backward(
-        x.tangent, x.value, approximate=approximate),
-    linear=lambda y, x, w, b=None: F.linear(x.tangent, w),
-    conv2d=lambda y, x, w, b=None, *size, **sizes: F.conv2d(x.tangent, w, None, *size, **sizes),
-    conv_transpose2d=lambda y, x, w, **sizes: F.conv_transpose2d(x.tangent, w, **sizes),
-    layer_norm=_layer_norm, group_norm=_group_norm, scaled_dot_product_attention=_attention)
-
-
-def _duals(values, tangents):
-    """Each value with its tangent: None has none, and a tangent of None is zero."""
-    return [x if x is None else Dual(x, torch.zeros_like(x) if dx is None else dx)
-            for x, dx in zip(values, tangents)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,15 +119,47 @@ class GroupNorm(nn.Module):
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
+@torch.library.custom_op("models::keep_mask", mutates_args=())
+def keep_mask(seed: torch.Tensor, shape: Sequence[int], p: float,
+              device: torch.device) -> torch.Tensor:
+    """bool of a shape, True with probability 1 - p, drawn from a seed, int64 [] on the CPU. An
+    operation of its own, which torch.compile takes as it is: masks are those of eager code."""
+    generator = torch.Generator(device).manual_seed(seed.item())
+    return torch.rand(shape, generator=generator, device=device) >= p
+
+
+@keep_mask.register_fake
+def _(seed, shape, p, device):
+    return torch.empty(shape, dtype=torch.bool, device=device)
+
+
 class Dropout(nn.Dropout):
-    """nn.Dropout whose mask follows from the random state and the shape alone, not from precision
-    or memory layout: these differ between the passes of a step, the mask must not."""
+    """nn.Dropout whose mask follows from a seed that the layer holds, so that all passes of a step
+    have one mask, whatever their precision and memory layout: see seed_dropout. Without a seed
+    every pass has a mask of its own."""
+
+    seed, rows = None, None
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        kept = torch.rand(x.shape, device=x.device) >= self.p
-        return x * kept / (1 - self.p)
+        seed, rows = self.seed, self.rows or x.shape[0]
+        if seed is None:
+            seed = torch.randint(2 ** 63 - 1, ())
+        kept = keep_mask(seed, (rows, *x.shape[1:]), self.p, x.device)
+        return x * kept.repeat(x.shape[0] // rows, *[1] * (kept.dim() - 1)) / (1 - self.p)
+
+
+def seed_dropout(net, seed, rows):
+    """Gives net's Dropout layers their masks for the passes that follow: a function of the seed (0
+    to 2^63 - 1), the layer and the place among `rows` samples, and the same for each `rows` of a
+    larger batch."""
+    layers = [m for m in net.modules() if isinstance(m, Dropout)]
+    for i, layer in enumerate(layers):
+        if layer.seed is None:
+            layer.seed = torch.zeros((), dtype=torch.int64)
+        layer.seed.fill_((seed + i * 0x9E3779B97F4A7C15) % (2 ** 63 - 1))    # not recompiled
+        layer.rows = rows
 
 
 class UNetBlock(nn.Module):
@@ -476,7 +351,7 @@ class DDPMpp(nn.Module):
     def forward(self, x, t, s=None, y=None, augment=None, tangent=None):
         """As every network here; augment [B, augment_dim] float: the augmentation's labels."""
         if tangent is not None:
-            h = self.forward(*_duals((x, t, s), tangent), y, augment)
+            h = self.forward(*duals((x, t, s), tangent), y, augment)
             return h.value, h.tangent
         _check_second_time(self, s)
         emb = self.embed(t, s, y, augment)
@@ -771,7 +646,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, s=None, y=None, tangent=None):
         if tangent is not None:
-            h = self.forward(*_duals((x, t, s), tangent), y)
+            h = self.forward(*duals((x, t, s), tangent), y)
             return h.value, h.tangent
         _check_second_time(self, s)
         if self.prediction == "velocity":
@@ -941,8 +816,9 @@ NETWORKS = {
 }
 
 
-def create(name, **options):
-    """The network `name` of NETWORKS with its constructor's options.
+def create(name, seed=None, **options):
+    """The network `name` of NETWORKS with its constructor's options, its weights drawn from a seed
+    (None: from PyTorch's random state).
 
     Raises ValueError for an unknown name, an unknown option or sizes that do not fit together.
     """
@@ -953,241 +829,20 @@ def create(name, **options):
         # 2.14 the forward mode of group_norm fails on them.
         recent = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14)
         layout = torch.channels_last if recent else torch.contiguous_format
-        return NETWORKS[name](**options).to(memory_format=layout)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return NETWORKS[name](**options).to(memory_format=layout)
     except (TypeError, ArithmeticError, RuntimeError, UnboundLocalError) as e:
         raise ValueError(f"network {name} with these options: {e}") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# Weights: ours and public ones.
-
-def load_weights(net, weights, path, may_lack=()):
-    """net.load_state_dict, strict but for missing names that begin with one of `may_lack`.
-
-    Raises ValueError, before net is changed, with the first parameter of the file `path` that is
-    missing, unexpected or of another shape.
-    """
-    own = net.state_dict()
-    problems = {
-        "lacks": [k for k in own if k not in weights and not k.startswith(tuple(may_lack))],
-        "has the unknown": [k for k in weights if k not in own],
-        "has another shape of": [
-            k for k in weights if k in own and own[k].shape != weights[k].shape],
-    }
-    for what, names in problems.items():
-        if names:
-            raise ValueError(f"{path} does not fit this network: it {what} {names[0]} "
-                             f"(and {len(names) - 1} more)")
-    net.load_state_dict(weights, strict=False)
 
 
 def shard(net):
     """Cuts net's parameters among the processes (FSDP): a block is gathered when it is computed.
     Gradients, and an optimiser made after this, are in parts, too. In place."""
-    from torch.distributed.device_mesh import init_device_mesh         # here: this takes a second
+    from torch.distributed.device_mesh import init_device_mesh  # here: this takes a second
     from torch.distributed.fsdp import fully_shard
     net.to(memory_format=torch.contiguous_format)          # FSDP takes no other layout
     mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
     for part in [m for m in net.modules() if isinstance(m, (UNetBlock, DiTBlock))] + [net]:
         fully_shard(part, mesh=mesh)
-
-
-class _Plain(dict):
-    """Stands for an object in a pickle that is only a container, whose state becomes its items, or
-    for a NumPy number, which is left out."""
-
-    def __init__(self, *args):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
-
-
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers, executes nothing, and refuses every other name.
-
-    NVlabs/edm's networks hold their own source code; here they come back as dicts of their state.
-    """
-
-    ALLOWED = {
-        "collections.OrderedDict": collections.OrderedDict, "builtins.set": set,
-        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-        "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-        "torch.storage._load_from_bytes":
-            lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
-        "torch_utils.persistence._reconstruct_persistent_obj":
-            lambda meta: _Plain() | meta["state"],
-        **dict.fromkeys(["torch.nn.modules.container.ModuleDict", "dnnlib.util.EasyDict",
-                         "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-                         "numpy.dtype"], _Plain),
-    }
-
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor "
-                                         "nor a plain container")
-        return self.ALLOWED[f"{module}.{name}"]
-
-
-def _flatten(state, prefix=""):
-    """The state_dict of an unpickled network: {"enc.32x32_conv.weight": tensor, ...}."""
-    tensors = {**state.get("_parameters", {}), **state.get("_buffers", {})}
-    weights = {prefix + k: v.detach() for k, v in tensors.items() if v is not None}
-    for name, child in state.get("_modules", {}).items():
-        weights |= _flatten(child or {}, f"{prefix}{name}.")
-    return weights
-
-
-def read_weights(path, velocity=False):
-    """The tensors of a .safetensors, .pkl (NVlabs/edm) or PyTorch file, {name: tensor}, and the
-    options of models.create, if it is a checkpoint of ours. Averaged weights go before others.
-
-    Nothing in the file is executed. Raises ValueError for a file that is missing, damaged, or
-    holds anything but tensors and plain values, and with `velocity` for our consistency models.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            held = safetensors.torch.load_file(path)
-        elif str(path).endswith(".pkl"):
-            with open(path, "rb") as f:
-                held = _flatten(_Unpickler(f).load()["ema"])
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                held = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as e:
-        asks = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(e))
-        reason = f"it asks for {asks[1]}" if asks else " ".join(str(e).split())[:120]
-        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
-                         f"({type(e).__name__}: {reason})") from None
-    args = held.get("args") if isinstance(held, dict) else None
-    options = args.get("net") if isinstance(args, dict) else None
-    if velocity and options and held.get("step", 0) > args.get("pretrain", 0):
-        raise ValueError(f"{path} is a consistency model, no velocity; its run has a teacher.pt")
-    for key in ("ema", "model_ema", "model", "state_dict"):
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-            break
-    if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
-        raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
-    prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.))+")
-    weights = {prefix.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
-    if any(k.startswith("encoder.down_blocks") for k in weights):
-        weights = _from_diffusers(weights)
-    if "quant_conv.weight" in weights:             # what an autoencoder needs in training alone
-        weights = {k: v for k, v in weights.items()
-                   if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
-    return weights, options
-
-
-DIFFUSERS = [
-    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
-    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
-    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0", r"up.\1.upsample"),
-    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.(group_norm|norm)\.", "mid.attn_1.norm."),
-    (r"mid_block\.attentions\.0\.(to_|query|key|value|proj_attn)", r"mid.attn_1.\1"),
-    (r"attn_1\.(to_q|query)\.", "attn_1.q."), (r"attn_1\.(to_k|key)\.", "attn_1.k."),
-    (r"attn_1\.(to_v|value)\.", "attn_1.v."),
-    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
-    (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
-]
-
-
-def _from_diffusers(weights):
-    """A diffusers AutoencoderKL's weights under CompVis' names; its decoder counts levels down."""
-    levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("decoder.up_blocks."))
-    renamed = {}
-    for name, w in weights.items():
-        for pattern, new in DIFFUSERS:
-            name = re.sub(pattern, new, name)
-        name = re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", name)
-        linear = ".attn_1." in name and w.dim() == 2
-        renamed[name] = w[:, :, None, None] if linear else w
-    return renamed
-
-
-UNSEEN = "heads prediction sigma_data edm_time time_scale pixelnorm".split()
-
-
-def infer(weights):
-    """The options of `create` that the names and shapes in public weights tell.
-
-    Raises ValueError for weights of no network that there is.
-    """
-    shape = {k: tuple(w.shape) for k, w in weights.items()}
-    count = lambda pattern: len({m[1] for k in shape if (m := re.match(pattern, k))})  # noqa: E731
-    if "x_embedder.proj.weight" in shape:
-        width, channels, patch, _ = shape["x_embedder.proj.weight"]
-        heads = 16 if width == 1152 else max(width // 64, 1)
-        if "feat_rope.freqs_cos" in shape:
-            heads = width // shape["feat_rope.freqs_cos"][1]
-        mlp, gated = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"
-        return dict(
-            name="DiT", input_size=round(shape["pos_embed"][1] ** 0.5) * patch, patch=patch,
-            in_channels=channels, width=width, depth=count(r"blocks\.(\d+)\."), heads=heads,
-            num_classes=shape.get("y_embedder.embedding_table.weight", (1,))[0] - 1,
-            mlp_ratio=4.0 if gated in shape else shape[mlp][0] / width,
-            qknorm="blocks.0.attn.q_norm.weight" in shape, swiglu=gated in shape,
-            rope="feat_rope.freqs_cos" in shape, rmsnorm="blocks.0.norm1.weight" in shape,
-            wo_shift=shape["blocks.0.adaLN_modulation.1.weight"][0] == 4 * width,
-            learn_sigma=shape["final_layer.linear.weight"][0] == 2 * channels * patch ** 2,
-            second_time="r_embedder.mlp.0.weight" in shape)
-    if "map_layer0.weight" in shape:
-        sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
-        top = f"enc.{sizes[0]}x{sizes[0]}"
-        width, channels = shape[f"{top}_conv.weight"][:2]
-        conv = [shape[f"enc.{n}x{n}_block0.conv1.weight"][0] for n in sizes]
-        block = f"{top}_block0."
-        return dict(
-            name="NCSN++" if "map_noise.freqs" in shape else "DDPM++", input_size=sizes[0],
-            in_channels=channels, width=width, mult=tuple(c // width for c in conv),
-            blocks=count(rf"{re.escape(top)}_block(\d+)\."),
-            attention=tuple(n for n in sizes if f"enc.{n}x{n}_block0.qkv.weight" in shape),
-            num_classes=shape.get("map_label.weight", (0, 0))[1],
-            augment_dim=shape.get("map_augment.weight", (0, 0))[1],
-            adaptive_scale=shape[block + "affine.weight"][0] == 2 * conv[0],
-            second_time="map_second.0.weight" in shape, sigma_data=0.5, edm_time=True)
-    if "post_quant_conv.weight" in shape:
-        levels = count(r"encoder\.down\.(\d+)\.")
-        conv = [shape[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
-        width, z = shape["encoder.conv_in.weight"][0], shape["post_quant_conv.weight"][1]
-        name = "AutoencoderKL-f8d4" if (levels, z) == (4, 4) else "AutoencoderKL"
-        return dict(
-            name=name, width=width, blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
-            attention=tuple(
-                i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shape),
-            z_channels=z, mult=tuple(c // width for c in conv))
-    raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
-
-
-def load(path, velocity=False, **options):
-    """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
-
-    options: what no shape tells of public weights (UNSEEN), such as prediction="noise" for
-    facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser.
-    velocity, and the ValueErrors: see read_weights and load_weights.
-    """
-    weights, own = read_weights(path, velocity)
-    try:
-        net = create(**(own or infer(weights) | options))
-    except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
-    load_weights(net, weights, path)
-    return net.eval()
-
-
-def load_teacher(path, net, options):
-    """The network of a checkpoint, as from `load`; its student net, made with these options and
-    perhaps with a second time more, and without labels of augmentation, gets the same weights.
-    Raises ValueError also where they fit by name and shape but mean something else."""
-    teacher = load(path, velocity=True, **{k: v for k, v in options.items() if k in UNSEEN})
-    kept = {k: w for k, w in teacher.state_dict().items() if not k.startswith("map_augment")}
-    load_weights(net, kept, path, ["map_second", "r_embedder", "map_augment"])
-    for k in UNSEEN:
-        told, own = (getattr(network, k, None) for network in (teacher, net))
-        if told != own:
-            raise ValueError(f"{path} has {k}={told}, its student {own}: take --net {k}={told}")
-    return teacher

@@ -17,6 +17,7 @@ because other numbers of rows round otherwise: an image is the same to the last 
 """
 
 import functools
+import hashlib
 import importlib
 import inspect
 import io
@@ -37,13 +38,15 @@ from tqdm import tqdm
 
 import data
 import models
+import run
+import weights
 
-METHODS = ("facm", "decm", "gcm")
+METHODS = ("facm", "decm", "gcm", "baselines")
 ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoencoder's
 
 
 def parse_args():
-    p = data.Parser(description="Images from a checkpoint.")
+    p = run.Parser(description="Images from a checkpoint.")
     a = p.add_argument
     a("--ckpt", required=True, help="checkpoint of a script here or, with --method, a public one")
     a("--out", required=True, help="NAME.png (one grid), NAME.npz, or a folder of PNGs")
@@ -82,16 +85,16 @@ def load(path, device="cpu", raw=False, method=None, options=None):
     """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
 
     method: for a public file, "flow" or what distilled it; its checkpoint has method, step 1 and
-    args = dict(net=...). options: see models.load. Raises ValueError if the file is no checkpoint.
+    args = dict(net=...). options: see weights.load. Raises ValueError if the file is no checkpoint.
     """
     if method:
-        net = models.load(path, method == "flow", **(options or {})).to(device)
+        net = weights.load(path, method == "flow", **(options or {})).to(device)
         if raw or hasattr(net, "decode"):
             raise ValueError(f"{path}: --raw is for our checkpoints, and autoencoders for --vae")
-        args = dict(net=models.infer(net.state_dict()) | (options or {}))
+        args = dict(net=weights.options_from_shapes(net.state_dict()) | (options or {}))
         return net, dict(method=method, step=1, args=args)
     try:
-        checkpoint = data.read_checkpoint(path)
+        checkpoint = run.read_checkpoint(path)
     except ValueError as e:
         raise ValueError(f"{e}; a public network needs --method: flow, facm, ...") from None
     if "net" not in checkpoint["args"]:
@@ -101,7 +104,7 @@ def load(path, device="cpu", raw=False, method=None, options=None):
     if options:
         raise ValueError(f"--net: {path} tells the options of its network itself")
     net = models.create(**checkpoint["args"]["net"])
-    models.load_weights(net, checkpoint["model" if raw else "ema"], path)
+    run.load_weights(net, checkpoint["model" if raw else "ema"], path)
     return net.to(device).eval(), checkpoint
 
 
@@ -125,7 +128,7 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
     if not path:
         raise ValueError(f"this network draws latents of {channels} channels; --vae CKPT, their "
                          "autoencoder, makes images of them")
-    vae = models.load(path).to(device).requires_grad_(False)
+    vae = weights.load(path).to(device).requires_grad_(False)
     if not hasattr(vae, "decode") or vae.z_channels != channels:
         raise ValueError(f"--vae {path}: no autoencoder with latents of {channels} channels")
     place = stats or args.get("data_dir") or args.get("data")
@@ -146,7 +149,7 @@ def choose_labels(labels, n, num_classes, seed):
     if labels == "all":
         return torch.arange(n) % max(num_classes, 1)
     if labels == "random":
-        random = data.generator("cpu", seed, "labels")
+        random = run.generator("cpu", seed, "labels")
         return torch.randint(max(num_classes, 1), (n,), generator=random)
     try:
         given = torch.tensor([int(label) for label in labels.split(",")])
@@ -244,7 +247,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
 def draw_noise(seed, indices, count, shape):
     """[count, len(indices), *shape], standard normal: sample i's noise is drawn from (seed, i)."""
     return torch.stack([
-        torch.randn((count, *shape), generator=data.generator("cpu", seed, "sample", i))
+        torch.randn((count, *shape), generator=run.generator("cpu", seed, "sample", i))
         for i in indices], dim=1)
 
 
@@ -295,6 +298,14 @@ def draw(net, checkpoint, nfe, labels, seed=0, decode=lambda x: x, **choice):
 # --------------------------------------------------------------------------------------------------
 # Streams to disk.
 
+def fingerprint(tensors):
+    """A hash of a dict of tensors."""
+    digest = hashlib.sha256()
+    for name, w in tensors.items():
+        digest.update(name.encode() + w.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 BEGUN = {"arr_0.npy", "done", "settings.part"}         # may be there before settings.json is
 
 
@@ -310,7 +321,7 @@ def begin(folder, settings, shape, rank, npz):
                              "take another --out, or remove it")
     elif folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
         raise ValueError(f"{folder} is not of this command; take another --out")
-    data.wait()
+    run.barrier()
     if rank == 0 and not note.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if npz:
@@ -318,7 +329,7 @@ def begin(folder, settings, shape, rank, npz):
         (folder / "done").write_bytes(bytes(shape[0]))
         note.with_suffix(".part").write_text(json.dumps(settings))
         os.replace(note.with_suffix(".part"), note)
-    data.wait()
+    run.barrier()
     return np.frombuffer((folder / "done").read_bytes(), bool)
 
 
@@ -335,20 +346,20 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
         raise ValueError(f"{out} is there, and does not hold samples; take another --out")
     done = begin(folder, settings, (n, size, size, 3), rank, npz)
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
-    data.wait()                            # all have seen what is done before that changes
+    run.barrier()                            # all have seen what is done before that changes
     todo = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
     offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
 
     def keep(first, x):
         pixels = to_pixels(decode, x, first)
         if npz:
-            data.put(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
+            run.write_at(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
         else:
             for i, image in enumerate(pixels, first):
                 png = io.BytesIO()
                 Image.fromarray(image).save(png, "PNG")
-                data.put(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
-        data.put(folder / "done", first, bytes([1]) * len(pixels))
+                run.write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
+        run.write_at(folder / "done", first, bytes([1]) * len(pixels))
 
     with tqdm(total=sum(j - i for i, j in todo), unit="image", disable=rank > 0) as bar, \
             ThreadPoolExecutor(1) as thread:
@@ -359,34 +370,35 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
             kept = thread.submit(keep, first, x)
             bar.update(end - first)
         kept.result()
-    data.wait()
+    run.barrier()
     if npz and rank == 0:
         np.save(folder / "arr_1.npy", labels.numpy())
         with zipfile.ZipFile(folder / "npz", "w") as archive:
             for name in ("arr_0.npy", "arr_1.npy"):
-                with archive.open(name, "w", force_zip64=True) as member:
-                    with open(folder / name, "rb") as source:
-                        shutil.copyfileobj(source, member, 2 ** 20)
-        data.put(folder / "npz", 0, b"")
+                with archive.open(name, "w", force_zip64=True) as member, (
+                        open(folder / name, "rb")) as source:
+                    shutil.copyfileobj(source, member, 2 ** 20)
+        run.write_at(folder / "npz", 0, b"")
         os.replace(folder / "npz", out)
         shutil.rmtree(folder)
 
 
 def main():
     args = parse_args()
-    out, nfes, options = pathlib.Path(args.out), args.grid or [args.nfe], data.options(args.net)
+    out, nfes = pathlib.Path(args.out), args.grid or [args.nfe]
+    options = run.parse_net_options(args.net)
     if min(*nfes, args.n, args.batch, 1 if args.cfg_channels is None else args.cfg_channels) < 1:
-        data.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
+        run.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
     if args.grid and out.suffix != ".png" or out.suffix in (".png", ".npz") and out.is_dir():
-        data.fail(f"--out {out}: want a file NAME.png or NAME.npz, or a folder; --grid: a .png")
+        run.fail(f"--out {out}: want a file NAME.png or NAME.npz, or a folder; --grid: a .png")
     if out.suffix.lower() in (".png", ".npz", ".jpg", ".jpeg", ".webp", ".zip") and (
             out.suffix not in (".png", ".npz")):
-        data.fail(f"--out {out}: no such format; want NAME.png, NAME.npz or a folder")
+        run.fail(f"--out {out}: no such format; want NAME.png, NAME.npz or a folder")
     if args.shift is not None and not 1e-3 <= args.shift <= 1e3:
-        data.fail(f"--shift {args.shift}: want a positive number, 0.001 to 1000; 1 is none")
+        run.fail(f"--shift {args.shift}: want a positive number, 0.001 to 1000; 1 is none")
     given = {key: getattr(args, key) for key in (
         "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
-    device, rank, world = data.start_processes(args.device)
+    device, rank, world = run.start_processes(args.device)
     try:
         net, checkpoint = load(args.ckpt, device, args.raw, args.method, options)
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
@@ -406,7 +418,7 @@ def main():
                 draw(net, checkpoint, 1, labels[:1])
             shape = checkpoint["args"]["net"]
             settings = dict(
-                weights=data.fingerprint(net.state_dict()), decoder=data.fingerprint(decoder),
+                weights=fingerprint(net.state_dict()), decoder=fingerprint(decoder),
                 net=shape, method=checkpoint["method"], sampler=chosen[0][0], nfe=args.nfe,
                 n=args.n, options=chosen[0][3], seed=args.seed, labels=args.labels,
                 device=device.type)
@@ -414,11 +426,11 @@ def main():
                    lambda i, j: draw_batch(net, checkpoint, chosen[0], args.seed, i, labels[i:j]),
                    decode)
     except ValueError as e:
-        data.fail(e)
+        run.fail(e)
     except FloatingPointError as e:
-        data.fail(e, always=True)
+        run.fail(e, always=True)
     except OSError as e:
-        data.fail(f"{e}; what is written stays, and the same command goes on", always=True)
+        run.fail(f"{e}; what is written stays, and the same command goes on", always=True)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,5 @@
 """facm.py against closed forms: the Gaussian oracle, mutants of the source, EMA, samplers, derivatives."""
 
-import functools
 import math
 import pathlib
 
@@ -10,6 +9,8 @@ from oracle import Gaussian, fused, mutant
 
 import decm
 import facm
+import run
+from jvp import JVP, forward_mode
 
 SOURCE = pathlib.Path(facm.__file__).read_text()
 ORACLE = Gaussian()
@@ -43,12 +44,10 @@ def losses(module, condition="expanded", teacher=True, w=1.0, mode="exact", x1=N
     """L_FM and L_CM of the oracle network, float64."""
     if x1 is None:
         x1, x0, t = ORACLE.draw(64)
-    net = fused(OracleNet(condition == "auxiliary"))
-    derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
-    y, xt, (c_cm, c_fm) = torch.full((len(t),), 1), module.interpolate(x1, x0, t), module.conditions(t, condition)
     teacher = OracleNet(condition == "auxiliary", teacher=True) if teacher else None
-    v = module.flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, Y_NULL, w, 0.125)
-    return module.facm_loss(net, derivative, xt, v, t, y, c_cm, c_fm, torch.ones_like(t), torch.ones_like(t), 1e-3)
+    return module.facm_loss(fused(OracleNet(condition == "auxiliary")), JVP[mode], x1, x0, t, torch.full((len(t),), 1),
+                            alpha=torch.ones_like, beta=torch.ones_like, c=1e-3, condition=condition, teacher=teacher,
+                            y_null=Y_NULL, w=w, t_low=0.125)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fused"])
@@ -66,119 +65,19 @@ def test_oracle_has_zero_residual_with_the_finite_difference():
 @pytest.mark.parametrize("old, new, hurt", [
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v - (1 - t) * dF_dt)", "cm"),       # sign of (1-t) dF/dt
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v + t * dF_dt)", "cm"),             # its factor
-    ("tangents = (v, torch.ones_like(t))", "tangents = (v, -torch.ones_like(t))", "cm"),  # time tangent's sign
-    ("tangents = (v, torch.ones_like(t))", "tangents = (v, torch.zeros_like(t))", "cm"),  # time tangent left out
-    ("tangents = (v, torch.ones_like(t))", "tangents = (-v, torch.ones_like(t))", "cm"),  # direction of the flow
+    ("*c_cm, y, v, 1, 0", "*c_cm, y, v, -1, 0", "cm"),                                    # time tangent's sign
+    ("*c_cm, y, v, 1, 0", "*c_cm, y, v, 0, 0", "cm"),                                     # time tangent left out
+    ("*c_cm, y, v, 1, 0", "*c_cm, y, -v, 1, 0", "cm"),                                    # direction of the flow
+    ("*c_cm, y, v, 1, 0, (xt, *c_fm, y)", "*c_cm, y, v, 1, 0, (xt, *c_cm, y)", "fm"),     # the anchor's condition
     ("return (t, None), (2 - t, None)", "return (2 - t, None), (t, None)", "both"),       # conditions swapped
     ("return (t, None), (2 - t, None)", "return (t, None), (1 + t, None)", "fm"),         # 2-t misread
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another point, still exact
-    ("tangent = v, torch.ones_like(t)", "tangent = v, -torch.ones_like(t)", "fused"),
-    ("tangent = v, torch.ones_like(t)", "tangent = -v, torch.ones_like(t)", "fused"),
 ])
 def test_mutants_are_caught(old, new, hurt):
-    L_fm, L_cm = losses(mutant(SOURCE, old, new))
-    assert (L_cm > 1e-2) == (hurt in ("cm", "both"))
-    assert (L_fm > 1e-2) == (hurt in ("fm", "both"))
-    if "tangents" not in old:
-        L_fm, L_cm = losses(mutant(SOURCE, old, new), mode="fused")
-        assert (L_cm > 1e-2) == (hurt in ("cm", "both", "fused"))
+    for mode in ("exact", "fused"):
+        L_fm, L_cm = losses(mutant(SOURCE, old, new), mode=mode)
+        assert (L_cm > 1e-2) == (hurt in ("cm", "both"))
         assert (L_fm > 1e-2) == (hurt in ("fm", "both"))
-
-
-class AverageNet:
-    """MeanFlow's ideal: the average velocity from t to s, which at s = t is the velocity."""
-
-    num_classes, second_time = 0, True
-
-    def __call__(self, x, t, s, y=None):
-        there = s == t
-        average = ORACLE.average_velocity(x, t, torch.where(there, t + 0.5, s))       # not 0 / 0 there
-        return torch.where(ORACLE.expand(there), ORACLE.velocity(x, t), average)
-
-
-def compared(module, objective, mode="exact", warm=1.0, phi=torch.zeros(3).double()):
-    """The loss of sCM's or MeanFlow's ideal network, float64; a quarter of MeanFlow's r is t."""
-    x1, x0, t = ORACLE.draw(64)
-    xt = facm.interpolate(x1, x0, t)
-    v = ORACLE.velocity(xt, t)
-    net = fused(OracleNet(False) if objective == "scm" else AverageNet())
-    derivative = functools.partial(module.total_derivative, net, mode=mode) if mode != "fused" else None
-    if objective == "scm":
-        return module.scm_loss(net, derivative, xt, v, t, None, (t, None), warm, phi)
-    r = torch.where(torch.arange(64) < 16, t, t + (1 - t) * torch.linspace(0.1, 1, 64).double())
-    return module.meanflow_loss(net, derivative, xt, v, t, r, None, 1e-3)
-
-
-@pytest.mark.parametrize("objective", ["scm", "meanflow"])
-def test_oracle_has_zero_residual_under_the_compared_objectives(objective):
-    assert compared(facm, objective) < 1e-14
-    assert compared(facm, objective, mode="fused") < 1e-14
-    assert compared(facm, objective, mode="fd") < 1e-4
-
-
-@pytest.mark.parametrize("objective, old, new", [
-    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v + warm * (1 - t)"),
-    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v - warm * t"),
-    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() + v - warm * (1 - t)"),
-    ("scm", "tangents = (v, torch.ones_like(t))", "tangents = (v, torch.zeros_like(t))"),
-    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v + (r - t)["),
-    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v - (1 - t)["),
-    ("meanflow", "derivative, xt, (t, r), y, v", "derivative, xt, (r, t), y, v"),
-    ("meanflow", "tangents = (v, torch.ones_like(t))", "tangents = (v, -torch.ones_like(t))"),
-])
-def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):
-    assert compared(mutant(SOURCE, old, new), objective) > 1e-2
-
-
-def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
-    """With the share q of dF/dt the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
-    x1, x0, t = ORACLE.draw(64)
-    xt = facm.interpolate(x1, x0, t)
-    dF_dt = facm.total_derivative(OracleNet(False), xt, (t, None), None, ORACLE.velocity(xt, t))
-    weight = torch.cos(math.pi / 2 * t) * 0.75 * (1 - t)
-    length = (ORACLE.expand(weight) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
-    assert torch.allclose(compared(facm, "scm", warm=0.25), (length / (length + 0.1)).square().mean())
-
-    F = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)              # g = -v = (-3, 4)
-    v, zero = torch.tensor([3.0, -4.0]).double().reshape(1, 1, 1, 2), torch.zeros(1).double()
-    facm.scm_loss(lambda *_: F, lambda *_: torch.zeros_like(F), xt, v, zero, None, (zero, None), 1.0, zero).backward()
-    assert torch.allclose(F.grad.flatten(), torch.tensor([-3.0, 4.0]).double() / (math.sqrt(12.5) + 0.1))
-
-
-def test_scm_learns_the_logarithm_of_the_error_over_time():
-    """The gradient of e exp(-a) + a in phi_k is (1 - e exp(-a)) cos(pi k t), which vanishes at a = ln e."""
-    t, phi = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.2, -0.1, 0.4]).double().requires_grad_()
-    basis = torch.stack([torch.ones(2).double(), torch.cos(math.pi * t), torch.cos(2 * math.pi * t)], dim=1)
-    a = basis @ phi.detach()
-    assert torch.allclose(facm.log_weight(t, phi), a)
-    F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # so e = (c / (c + 0.1))^2
-    c = torch.cos(math.pi / 2 * t)
-    zero = torch.zeros_like(F)
-    facm.scm_loss(lambda *_: F, lambda *_: zero, zero, zero, t, None, (t, None), 1.0, phi).backward()
-    assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) * (c / (c + 0.1)) ** 2)[:, None]).mean(0))
-
-
-def test_meanflow_weight_and_times():
-    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the rows that are asked for."""
-    F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
-    t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
-    loss = facm.meanflow_loss(lambda *_: F, lambda *_: zero, zero, zero, t, t, None, 1e-3)
-    assert math.isclose(loss.item(), 0.065 / 0.066)
-    loss.backward()
-    assert torch.allclose(F.grad.flatten(), torch.tensor([0.3, -0.2]).double() / 0.066)
-    same = torch.arange(1000) % 4 < 3
-    normal = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
-    t, r = facm.sample_t_r(normal, same, -0.8, 1.6)
-    assert torch.equal(r == t, same) and (r[~same] > t[~same]).all()
-    both = torch.cat([t, r[~same]]).sort().values
-    drawn = facm.sample_t(normal, -0.8, 1.6)
-    assert torch.isin(both, drawn).all() and torch.equal(t, drawn.min(0).values)
-
-
-@pytest.mark.parametrize("nfe", [1, 2, 5])
-def test_jumps_follow_the_flow_exactly(nfe):
-    noise = torch.randn(1, 16, 2, 3, 3, dtype=torch.float64)
-    assert torch.allclose(facm.sample_jumps(AverageNet(), noise, None, nfe), ORACLE.mu + ORACLE.sd * noise[0])
 
 
 def test_from_scratch_the_target_is_right_on_average():
@@ -191,8 +90,9 @@ def test_from_scratch_the_target_is_right_on_average():
         x1 = mean + offset
         x0 = (xt - ORACLE.expand(t) * x1) / (1 - ORACLE.expand(t))
         net = OracleNet(False)
-        v = facm.guided_velocity(net, xt, t, (2 - t, None), torch.ones(64, dtype=torch.int64), Y_NULL, 1.0, 0.125, x1 - x0)
-        dF_dt = facm.total_derivative(net, xt, (t, None), None, v)
+        v = facm.guided_velocity(net, xt, t, (2 - t, None), torch.ones(64, dtype=torch.int64), y_null=Y_NULL, w=1.0,
+                                 t_low=0.125, v_cond=x1 - x0)
+        dF_dt = forward_mode(net, xt, t, None, None, v, 1, 0)
         g = net(xt, t) - (v + (1 - ORACLE.expand(t)) * dF_dt)
         targets.append(net(xt, t) - g)
     assert (sum(targets) / 2 - net(xt, t)).abs().max() < 1e-12
@@ -205,7 +105,8 @@ def test_guidance_costs_one_evaluation_more_and_none_when_off(teacher):
     y = torch.ones(8, dtype=torch.int64)
     for w, extra in ((1.0, 0), (1.75, 1)):
         net = OracleNet(False, teacher=True)
-        facm.guided_velocity(net, x1, t, (t, None), y, Y_NULL, w, 0.0, None if teacher else x1 - x0)
+        facm.guided_velocity(net, x1, t, (t, None), y, y_null=Y_NULL, w=w, t_low=0.0,
+                             v_cond=None if teacher else x1 - x0)
         assert net.samples == 8 * (teacher + extra) and net.passes <= 1
 
 
@@ -215,9 +116,9 @@ def test_guidance_extrapolates_from_t_low_on_and_never_for_the_null_label():
     t = torch.tensor([0.1, 0.125, 0.5, 0.5], dtype=torch.float64)
     y = torch.tensor([3, 3, 3, 0])
     x = torch.zeros(4, 2, 3, 3, dtype=torch.float64)
-    v = facm.guided_velocity(net, x, t, (t, None), y, 0, 1.75, 0.125)
+    v = facm.guided_velocity(net, x, t, (t, None), y, y_null=0, w=1.75, t_low=0.125)
     assert v[:, 0, 0, 0].tolist() == [3, 5.25, 5.25, 0]                # w * 3 = 5.25 where guided
-    v = facm.guided_velocity(net, x, t, (t, None), y, 0, 1.75, 0.125, v_cond=x + 2)
+    v = facm.guided_velocity(net, x, t, (t, None), y, y_null=0, w=1.75, t_low=0.125, v_cond=x + 2)
     assert v[:, 0, 0, 0].tolist() == [2, 3.5, 3.5, 2]
 
 
@@ -261,13 +162,13 @@ def test_sampled_times_follow_eq_20():
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
 def test_ema_is_the_power_function_average(sigma_rel):
-    gamma = facm.ema_gamma(sigma_rel)
+    gamma = run.ema_gamma(sigma_rel)
     assert math.isclose((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)), sigma_rel ** 2)
     net, ema = torch.nn.Linear(1, 1, bias=False).double(), torch.nn.Linear(1, 1, bias=False).double()
     values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
     for k, value in enumerate(values, 1):
         net.weight.data.fill_(value)
-        facm.ema_update(ema, net, k, gamma)
+        run.ema_update(ema, net, k, gamma)
     edges = (torch.arange(51).double() / 50) ** (gamma + 1)            # weight of step k: k^g+1 - (k-1)^g+1
     assert math.isclose(ema.weight.item(), (values * edges.diff()).sum().item(), rel_tol=1e-12)
 
@@ -306,8 +207,8 @@ def test_pretraining_mixes_the_two_conditions():
         return ORACLE.velocity(x, t.where(t <= 1, 2 - t))
     x1, x0, t = ORACLE.draw(8)
     mixed = torch.arange(8) < 4
-    facm.pretrain_loss(net, x1, x0, t, None, "expanded", mixed)
-    facm.pretrain_loss(net, x1, x0, t, None, "auxiliary", mixed)
+    facm.pretrain_loss(net, x1, x0, t, None, condition="expanded", mixed=mixed)
+    facm.pretrain_loss(net, x1, x0, t, None, condition="auxiliary", mixed=mixed)
     assert torch.equal(seen[0][0], torch.where(mixed, 2 - t, t)) and seen[0][1] is None
     assert torch.equal(seen[1][0], t) and torch.equal(seen[1][1], torch.where(mixed, t, torch.ones_like(t)))
 
@@ -326,7 +227,7 @@ def test_pretraining_learns_the_velocity_from_noise_to_data():
         assert torch.allclose(x, x0 + t[:, None, None, None] * (x1 - x0), atol=1e-6)
         return x1 - x0
 
-    assert facm.pretrain_loss(net, x1, x0, t, None, "expanded", t > 0.4) == 0
+    assert facm.pretrain_loss(net, x1, x0, t, None, condition="expanded", mixed=t > 0.4) == 0
     assert decm.pretrain_loss(net, x1, x0, t, t, None) == 0
 
 
@@ -334,8 +235,11 @@ def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():
     """With v = dF/dt = 0 the target is (1 - alpha) F, and its gradient alpha beta F / sqrt(e + c)."""
     F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
     zero, t = torch.zeros_like(F), torch.full((1,), 0.5).double()
-    _, L_cm = facm.facm_loss(lambda *_: torch.cat([F, F.detach()]), lambda *_: zero, zero, zero, t, None, (t, None),
-                             (2 - t, None), torch.full_like(t, 0.5), torch.full_like(t, 0.25), 1e-3)
+
+    def still(net, *inputs):                                           # F and no derivative
+        return F, zero, F.detach()
+    _, L_cm = facm.facm_loss(None, still, zero, zero, t, None, alpha=lambda t: 0 * t + 0.5, beta=lambda t: 0 * t + 0.25,
+                             c=1e-3, teacher=lambda *_: zero)
     root = math.sqrt(0.25 * 0.065 + 1e-3)
     assert math.isclose(L_cm.item(), 0.25 * 0.25 * 0.065 / root)
     L_cm.backward()
@@ -351,26 +255,22 @@ def test_a_teacher_with_a_second_time_is_asked_for_the_velocity():
 
     teacher.second_time = True
     x, t, y = torch.ones(2, 1, 2, 2), torch.tensor([0.3, 0.6]), torch.tensor([1, 2])
-    facm.flow_velocity(None, teacher, x, x, x, t, None, y, 5, 1.0, 0.0)
-    decm.flow_velocity(teacher, x, x, x, t, y, 5, 1.0, None)
+    facm.flow_velocity(None, teacher, x, x, x, t, None, y, y_null=5, w=1.0, t_low=0.0)
+    decm.flow_velocity(teacher, x, x, x, t, y, y_null=5, w=1.0)
     assert len(seen) == 2 and all(torch.equal(t, s) for t, s in seen)
-
-
-def test_meanflow_is_sampled_by_jumps():
-    assert facm.default_sampler(2, dict(objective="meanflow")) == "jumps" and facm.default_sampler(2, {}) == "cm"
 
 
 def test_ema_with_a_constant_rate():
     ema, net = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = 0.9 * ema.weight + 0.1 * net.weight
-    facm.ema_update(ema, net, 5, 6.0, 0.9)
+    run.ema_update(ema, net, 5, 6.0, 0.9)
     assert torch.allclose(ema.weight, expected)
 
 
-def test_scms_learned_weight_keeps_its_digits_under_autocast():
-    t, phi = torch.rand(4), torch.randn(8)
-    with torch.autocast("cpu", torch.bfloat16):
-        a = facm.log_weight(t, phi)
-    assert torch.equal(a, facm.log_weight(t, phi)) and a.dtype == torch.float32
-    expected = sum(phi[k] * torch.cos(math.pi * k * t) for k in range(8))
-    assert torch.allclose(a, expected, atol=1e-5)
+def test_the_loss_takes_any_callable_without_labels():
+    """y = None, a network without attributes, guidance asked for: there is nothing to guide by."""
+    x1, x0, t = ORACLE.draw(8)
+    options = dict(alpha=torch.ones_like, beta=torch.ones_like)
+    plain = facm.facm_loss(lambda x, t, s, y: x * t[:, None, None, None], JVP["fd"], x1, x0, t, None, w=3.0, **options)
+    same = facm.facm_loss(lambda x, t, s, y: x * t[:, None, None, None], JVP["fd"], x1, x0, t, None, **options)
+    assert plain == same and all(term > 0 for term in plain)

@@ -24,6 +24,7 @@ import decm
 import facm
 import gcm
 import models
+import run
 import sample
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
@@ -117,7 +118,7 @@ def same(a, b):
 
 def assert_same_run(a, b, names=("ckpt.pt", "teacher.pt")):
     for name in names:
-        x, y = (data.read_checkpoint(out / name) for out in (a, b))
+        x, y = (run.read_checkpoint(out / name) for out in (a, b))
         for part in ("model", "ema", "optimizer", "step"):
             assert same(x[part], y[part]), (name, part)
     timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in rows(out)] for out in (a, b)]
@@ -138,9 +139,9 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [row["stage"] for row in rows(finished)] == ["pretrain"] * 6 + ["facm"] * 6
     assert rows(finished)[0]["L_cm"] == 0 < rows(finished)[-1]["L_cm"]
     checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
-    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version", "phi"}
+    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
     assert (checkpoint["method"], checkpoint["step"]) == ("facm", 12)
-    assert data.read_checkpoint(finished / "teacher.pt")["step"] == 6
+    assert run.read_checkpoint(finished / "teacher.pt")["step"] == 6
     assert {p.name for p in (finished / "previews").iterdir()} == {"0000006.png", "0000012.png"}
 
 
@@ -160,32 +161,6 @@ def test_resume_is_exact_from_every_step(finished, tmp_path, monkeypatch):
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_scm_resumes_with_its_learned_weight(tmp_path, monkeypatch):
-    flags = [*TINY, "--objective", "scm", "--pretrain", 2, "--tangent-warmup", 3]
-    call(monkeypatch, facm, *flags, "--steps", 4, "--out", tmp_path / "whole")
-    for steps in range(5):
-        call(monkeypatch, facm, *flags, "--steps", steps, "--out", tmp_path / "run")
-    assert_same_run(tmp_path / "whole", tmp_path / "run", ["ckpt.pt"])
-    whole, run = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["phi"] for name in ("whole", "run"))
-    assert torch.equal(whole, run) and whole.abs().min() > 0
-
-
-@pytest.mark.parametrize("number, flags", [(0, []), (3, ["--equal", 0.75]), (6, ["--pretrain", 0])], ids=str)
-def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, number, flags):
-    """0 when distilling, 0.75 from scratch, or as asked for; of the whole batch, whatever its pieces."""
-    seen, honest = [], facm.meanflow_loss
-
-    def watched(net, derivative, xt, v, t, r, *more):
-        seen.append((r == t).sum().item())
-        return honest(net, derivative, xt, v, t, r, *more)
-    monkeypatch.setattr(facm, "meanflow_loss", watched)
-    batch = 8 if number == 6 else 4
-    call(monkeypatch, facm, *TINY, "--objective", "meanflow", "--pretrain", 1, "--steps", 2, "--batch", batch,
-         "--accum", 2, *flags, "--out", tmp_path / "run")
-    assert [sum(pair) for pair in zip(seen[::2], seen[1::2])] == [number] * 2
-    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path, number):
     process = popen(*TINY, "--pretrain", 10_000, "--save-every", 10_000, "--out", tmp_path / "run")
@@ -193,7 +168,7 @@ def test_a_signal_saves_and_exits(tmp_path, number):
     process.send_signal(number)
     assert process.wait() == 128 + number
     process.communicate()
-    assert data.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
+    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
 
 
 def perturb(monkeypatch):
@@ -210,14 +185,12 @@ def perturb(monkeypatch):
 
 def first_gradient(out):
     """The (clipped) gradient of step 1, from AdamW's first moment: exp_avg = (1 - beta_1) gradient."""
-    state = data.read_checkpoint(out / "ckpt.pt")["optimizer"]["state"]
+    state = run.read_checkpoint(out / "ckpt.pt")["optimizer"]["state"]
     return torch.cat([entry["exp_avg"].flatten() / 0.1 for entry in state.values()])
 
 
 @pytest.mark.parametrize("flags", [
-    ["--pretrain", 1, "--steps", 0], ["--pretrain", 0, "--steps", 1],
-    ["--pretrain", 0, "--steps", 1, "--objective", "scm", "--w", "1", "--tangent-warmup", "1"],
-    ["--pretrain", 0, "--steps", 1, "--objective", "meanflow", "--equal", "0.5"]], ids=str)
+    ["--pretrain", 1, "--steps", 0], ["--pretrain", 0, "--steps", 1]], ids=str)
 def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
@@ -248,8 +221,8 @@ def test_pieces_are_averaged_over_the_processes_once_an_update(tmp_path, monkeyp
             super().__init__(*args, **options)
             self.register_comm_hook(None, hook)
 
-    monkeypatch.setattr(script, "DistributedDataParallel", Counted)
-    monkeypatch.setattr(data, "start_processes", lambda device: (torch.device("cpu"), 0, 2))
+    monkeypatch.setattr(run, "DistributedDataParallel", Counted)
+    monkeypatch.setattr(run, "start_processes", lambda *_: (torch.device("cpu"), 0, 2))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     call(monkeypatch, script, *TINY[:11], "--accum", 4, *flags, "--out", tmp_path / "run")
     assert len(averaged) == updates
@@ -267,8 +240,9 @@ def test_compiled_under_ddp_the_fused_gradient_is_the_eager_one(tmp_path, monkey
         def __init__(self, *args, **options):
             super().__init__(*args, bucket_cap_mb=1.5, **options)
 
-    monkeypatch.setattr(script, "DistributedDataParallel", Buckets)
-    monkeypatch.setattr(data, "start_processes", lambda device: (torch.device("cpu"), 0, 2))
+    monkeypatch.setattr(run, "DistributedDataParallel", Buckets)
+    monkeypatch.setattr(run, "start_processes", lambda device, *options: (
+        run.set_globals(torch.device("cpu"), *options), (torch.device("cpu"), 0, 2))[1])
     flags = [*flags.split(), *"--device cpu --resolution 12 --batch 4 --steps 1 --warmup 0 --jvp fused".split(),
              *"--net name=DiT patch=2 width=192 depth=2 heads=4".split()]
     perturb(monkeypatch)
@@ -291,12 +265,12 @@ def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monke
             run_two(*common, *flags, "--fsdp", "--out", two)
         a, b = first_gradient(one), first_gradient(two)
         assert (a - b).abs().max() < 1e-5 * a.abs().max() > 0, number
-        a, b = (data.read_checkpoint(out / "ckpt.pt") for out in (one, two))
+        a, b = (run.read_checkpoint(out / "ckpt.pt") for out in (one, two))
         assert a["optimizer"].keys() == b["optimizer"].keys() and a["model"].keys() == b["model"].keys()
         for part in ("model", "ema"):
             # Adam's step is a gradient's sign at first: what rounds otherwise near 0 moves by lr.
             assert max((a[part][k] - b[part][k]).abs().max() for k in a[part]) < 2e-4, (number, part)
-    assert data.read_checkpoint(two / "teacher.pt")["step"] == 1
+    assert run.read_checkpoint(two / "teacher.pt")["step"] == 1
 
 
 def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
@@ -306,7 +280,7 @@ def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
         for k in range(2):
             if k == 1 and state:
-                data.load_optimizer(optimizer, state)
+                run.load_optimizer(optimizer, state)
             weight.grad = torch.cos(weight.detach() + k)
             optimizer.step()
             if k == 0:
@@ -317,7 +291,7 @@ def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
     assert torch.equal(steps(saved)[0], whole)
 
 
-@pytest.mark.parametrize("flags", [[], ["--condition", "auxiliary", "--bf16"], ["--objective", "meanflow"]], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--condition", "auxiliary", "--bf16"]], ids=str)
 def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
     """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
     perturb(monkeypatch)
@@ -334,15 +308,15 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
 
     def broken(F_cm, v_tar, c):
         loss = honest(F_cm, v_tar, c)
-        return loss * float("nan") if data.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
+        return loss * float("nan") if run.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
     monkeypatch.setattr(facm, "norm_l2", broken)
     with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
         call(monkeypatch, facm, *command)
-    kept = data.read_checkpoint(out / "ckpt.pt")
+    kept = run.read_checkpoint(out / "ckpt.pt")
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
     monkeypatch.setattr(facm, "norm_l2", honest)
     call(monkeypatch, facm, *command)
-    assert data.read_checkpoint(out / "ckpt.pt")["step"] == 6
+    assert run.read_checkpoint(out / "ckpt.pt")["step"] == 6
 
 
 def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, monkeypatch):
@@ -356,14 +330,12 @@ def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, 
     with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
         call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 6, "--save-every", 3, "--log-every", 100,
              "--out", tmp_path / "run")
-    kept = data.read_checkpoint(tmp_path / "run/ckpt.pt")
+    kept = run.read_checkpoint(tmp_path / "run/ckpt.pt")
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values()) and len(calls) == 4
 
 
 @pytest.mark.parametrize("flags", [
-    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--anchor", "0"], ["--objective", "scm", "--jvp", "fd"],
-    ["--objective", "scm", "--net", "width=8", "mult=1,1", "blocks=1", "adaptive_scale=True", "pixelnorm=True"],
-    ["--objective", "meanflow", "--bf16"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
+    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--anchor", "0"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
     ["--w", "1"], ["--w", "1", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2", "num_classes=0"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
@@ -376,7 +348,7 @@ def test_distils_a_given_teacher(finished, tmp_path, monkeypatch, condition):
     out = tmp_path / "run"
     call(monkeypatch, facm, *TINY, "--teacher", finished / "teacher.pt", "--condition", condition, "--steps", 1,
          "--lr", "1e-12", "--out", out)
-    student, teacher = data.read_checkpoint(out / "ckpt.pt"), data.read_checkpoint(finished / "teacher.pt")
+    student, teacher = run.read_checkpoint(out / "ckpt.pt"), run.read_checkpoint(finished / "teacher.pt")
     assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
     assert any(k.startswith("map_second") for k in student["model"]) == (condition == "auxiliary")
 
@@ -392,7 +364,7 @@ def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, con
     flags = [f"{k}={v}" for k, v in (size | options).items() if k != "second_time"]
     command = [*TINY, "--net", *flags, "--teacher", tmp_path / "public.pt", "--steps", 2, "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--condition", condition, "--lr", "1e-12")
-    student = data.read_checkpoint(tmp_path / "run/ckpt.pt")["model"]
+    student = run.read_checkpoint(tmp_path / "run/ckpt.pt")["model"]
     assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in net.state_dict().items())
     if options.get("prediction"):
         capsys.readouterr()
@@ -415,7 +387,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     write_shards(tmp_path / "z")
     call(monkeypatch, facm, *DATA, "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--out", tmp_path / "run",
          "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=4", "qknorm=True")
-    net = data.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
+    net = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
     assert (net["input_size"], net["in_channels"], net["num_classes"]) == (4, 4, 6)
     assert len(rows(tmp_path / "run")) == 2
 
@@ -428,7 +400,7 @@ def test_trains_on_images_of_ones_own(tmp_path, monkeypatch, capsys, kind):
         np.savez(path, images=PIXELS)
     command = [*DATA, "--data", path, "--resolution", 8, *UNET, "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--preset", "cifar10")           # unconditional, w = 1
-    args = data.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]
+    args = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]
     assert args["net"]["num_classes"] == 0 and args["net"]["dropout"] == 0.1 and args["P_mean"] == -1.0
     capsys.readouterr()
     assert "--preset" in refused(monkeypatch, capsys, facm, *command)
@@ -451,7 +423,7 @@ def test_an_image_that_disappears_ends_the_run_and_keeps_the_checkpoint(tmp_path
              "--pretrain", 20, "--save-every", 1, "--out", tmp_path / "run")
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and line.startswith("error: step 3: ") and "no readable image" in line
-    assert data.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3
+    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3
 
 
 def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, capsys):
@@ -503,7 +475,6 @@ def refused(monkeypatch, capsys, module, *argv):
     (["--device", "gpu"], "gpu"),
     (["--w", "2", "--net", "num_classes=0"], "--w"),
     (["--fsdp"], "torchrun"),
-    (["--objective", "scm", "--pretrain", "0"], "--w 1"),
     (["--net", "pixelnorm=True", "adaptive_scale=False"], "adaptive_scale"),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
@@ -532,7 +503,7 @@ def test_damaged_checkpoints_end_in_one_line(finished, tmp_path, monkeypatch, ca
     path.parent.mkdir()
     shutil.copy(finished / "teacher.pt", path.parent)
     good = (finished / "ckpt.pt").read_bytes()
-    checkpoint = data.read_checkpoint(finished / "ckpt.pt")
+    checkpoint = run.read_checkpoint(finished / "ckpt.pt")
     if damage == "truncated":
         path.write_bytes(good[: len(good) // 2])
     elif damage == "text":
@@ -574,6 +545,7 @@ def watch(monkeypatch, calls, owner, *names):
     for name in names:
         def spy(*args, name=name, honest=getattr(owner, name), **options):
             calls.setdefault(name, []).append(args)
+            calls.setdefault(f"{name} options", []).append(options)
             return honest(*args, **options)
         monkeypatch.setattr(owner, name, spy)
 
@@ -581,32 +553,34 @@ def watch(monkeypatch, calls, owner, *names):
 def test_facms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
     """Two steps of each stage: images, noise, times, labels, guidance, weights, EMA, seeds and optimiser."""
     calls = {}
-    watch(monkeypatch, calls, facm, "pretrain_loss", "flow_velocity", "facm_loss", "ema_update", "same_dropout")
+    watch(monkeypatch, calls, facm, "pretrain_loss", "facm_loss")
+    watch(monkeypatch, calls, run, "ema_update")
+    watch(monkeypatch, calls, models, "seed_dropout")
     watch(monkeypatch, calls, data.Dataset, "batch")
     call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 2, "--seed", 7, "--lr", "1e-12", "--pretrain-lr", "1e-12",
          "--jvp", "fd", "--label-drop", 1, "--w", 3, "--t-low", 0.25, "--alpha", "cos", "--beta", "1", "--c", 0.5,
          "--P-mean", -1, "--P-std", 1.5, "--pretrain-P", 0.5, 1,
          "--ema-sigma", 0.2, "--ema-beta", 0.9, "--betas", 0.8, 0.95, "--weight-decay", 0.1, "--out", tmp_path / "run")
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 32, 8), (7, 40, 8)]
-    assert [a[2:] for a in calls["ema_update"]] == [(k, facm.ema_gamma(0.2), 0.9) for k in (1, 2, 1, 2)]
-    assert len({a[2] for a in calls["same_dropout"]}) == 4
+    assert [a[2:] for a in calls["ema_update"]] == [(k, run.ema_gamma(0.2), 0.9) for k in (1, 2, 1, 2)]
+    assert len({a[1] for a in calls["seed_dropout"]}) == 4
+    assert [options["rows"] for options in calls["seed_dropout options"]] == [16, 16, 8, 8]
     for step, P in enumerate([(0.5, 1)] * 2 + [(-1, 1.5)] * 2):
-        g = data.generator("cpu", 7, "step", step)
-        n, stage, k = (16, "pretrain_loss", 3) if step < 2 else (8, "facm_loss", 4)
+        g = run.generator("cpu", 7, "step", step)
+        n, stage = (16, "pretrain_loss") if step < 2 else (8, "facm_loss")
         x0, normal = torch.randn((n, 3, 12, 12), generator=g), torch.randn(n, generator=g)
-        assert torch.equal(calls[stage][step % 2][k], facm.sample_t(normal, *P))
+        *_, noise, t, y = calls[stage][step % 2]
+        options = calls[f"{stage} options"][step % 2]
+        assert torch.equal(noise, x0) and torch.equal(t, facm.sample_t(normal, *P))
         if step < 2:
-            assert torch.equal(calls[stage][step][2], x0)
-            assert (calls[stage][step][4] == 10).all()                 # --label-drop 1, but not with a teacher
-            assert 0 < calls[stage][step][6].sum() < 16                # c_FM for some
+            assert (y == 10).all()                                     # --label-drop 1, but not with a teacher
+            assert 0 < options["mixed"].sum() < 16                     # c_FM for some
         else:
-            assert torch.equal(calls["flow_velocity"][step - 2][3], x0)
-            assert calls["flow_velocity"][step - 2][-2:] == (3.0, 0.25)
-            t, y, *_, alpha, beta, c = calls[stage][step - 2][4:]
-            assert (y < 10).all() and torch.equal(alpha, torch.cos(t * math.pi / 2)) and (beta == 1).all() and c == 0.5
-    checkpoint = data.read_checkpoint(tmp_path / "run/ckpt.pt")
-    torch.manual_seed(data.seed_of(7, "init"))
-    begin = models.create(**checkpoint["args"]["net"]).state_dict()
+            assert (y < 10).all() and (options["w"], options["t_low"], options["y_null"]) == (3.0, 0.25, 10)
+            assert torch.equal(options["alpha"](t), torch.cos(t * math.pi / 2)) and (options["beta"](t) == 1).all()
+            assert options["c"] == 0.5 and options["teacher"] is not None and options["condition"] == "expanded"
+    checkpoint = run.read_checkpoint(tmp_path / "run/ckpt.pt")
+    begin = models.create(**checkpoint["args"]["net"], seed=run.seed_of(7, "init")).state_dict()
     assert all(torch.allclose(checkpoint["model"][k], w, atol=1e-6) for k, w in begin.items())
     group = checkpoint["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.1)
@@ -616,7 +590,7 @@ def test_facms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
 def test_the_second_stage_begins_with_the_average_and_a_new_optimiser(tmp_path, monkeypatch, script):
     call(monkeypatch, script, *TINY, "--jvp", "fd", "--pretrain", 3, "--pretrain-lr", 0.01, "--steps", 1,
          "--lr", "1e-12", "--out", tmp_path)
-    end, teacher = data.read_checkpoint(tmp_path / "ckpt.pt"), data.read_checkpoint(tmp_path / "teacher.pt")
+    end, teacher = run.read_checkpoint(tmp_path / "ckpt.pt"), run.read_checkpoint(tmp_path / "teacher.pt")
     assert all(torch.allclose(end["model"][k], w, atol=1e-6) for k, w in teacher["ema"].items())
     assert not torch.equal(teacher["model"]["map_layer0.weight"], teacher["ema"]["map_layer0.weight"])
     assert {int(entry["step"]) for entry in end["optimizer"]["state"].values()} == {1 if script is facm else 2}
@@ -632,14 +606,6 @@ def test_anchor_weighs_its_loss(tmp_path, monkeypatch):
         g[anchor] = first_gradient(out)
     fm = g[1] - g[0]
     assert torch.allclose(g[3] - g[0], 3 * fm, atol=1e-4 * fm.abs().max()) and fm.abs().max() > 0
-
-
-def test_scm_counts_the_warm_up_of_its_tangent_from_the_second_stage_on(tmp_path, monkeypatch):
-    calls = {}
-    watch(monkeypatch, calls, facm, "scm_loss")
-    call(monkeypatch, facm, *TINY, "--objective", "scm", "--jvp", "fd", "--pretrain", 2, "--steps", 3,
-         "--tangent-warmup", 2, "--out", tmp_path)
-    assert [a[7] for a in calls["scm_loss"]] == [0.5, 1, 1]
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -687,4 +653,4 @@ def test_the_checkpoint_goes_before_the_preview(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         call(monkeypatch, facm, *TINY, "--jvp", "fd", "--preview-every", 1, "--save-every", 1, "--pretrain", 1,
              "--steps", 0, "--out", tmp_path / "run")
-    assert data.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 1
+    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 1

@@ -1,0 +1,695 @@
+"""A run: what is the same around every step of the training scripts, and the flags that all have.
+
+    add_flags, parse       the common flags, in groups; a preset's row fills in what is not given
+    start_processes        torchrun's processes and their devices
+    seed_of, generator     random numbers that follow from a key alone
+    Run                    a run's folder, checkpoints, log, networks and optimiser
+    ema_update             the average of the weights
+    synchronise            whether a backward pass averages the gradient over the processes
+    fail                   a user's mistake ends the program in one line, with exit code 2
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import ctypes
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------
+# Flags. A flag's bounds, and whether it may change when its run is resumed, stand beside it.
+
+LARGE = 1e15
+MAY_CHANGE = set()         # the flags that may change at a resume; `flag` fills it
+
+
+def fail(message, always=False):
+    """Ends the program by a user's mistake: one line, from one process of each machine or, always,
+    from any, and exit code 2."""
+    if always or os.environ.get("LOCAL_RANK", "0") == "0":
+        print("\n" * always + f"error: {message}", file=sys.stderr)    # below another one's bar
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message):
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(":", "", 1)
+        fail(f"{message} (see --help)")
+
+
+def number(kind, low=-LARGE, high=LARGE):
+    """A type for argparse: int or float within bounds."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: want {kind.__name__}") from None
+        if not low <= value <= high:                                   # or NaN
+            least, most = f", at least {low:g}", f", at most {high:g}"
+            raise argparse.ArgumentTypeError(
+                f"{value}: want a finite number" + least * (low > -LARGE) + most * (high < LARGE))
+        return value
+    return parse
+
+
+def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options):
+    """Adds a flag to a group of a parser. kind: None, or int or float with bounds; resume: it may
+    change when a run is resumed."""
+    if resume:
+        MAY_CHANGE.add(name.lstrip("-").replace("-", "_"))
+    group.add_argument(name, **options, **(dict(type=number(kind, low, high)) if kind else {}))
+
+
+def add_flags(parser, presets, two_stages=True):
+    """Adds the flags that all training scripts have. two_stages: those of a teacher, too, which is
+    given or trained first."""
+    switch = argparse.BooleanOptionalAction
+
+    g = parser.add_argument_group("run")
+    flag(g, "--out", resume=True, help="run folder; the same command resumes it (default: "
+         "runs/SCRIPT-DATA)")
+    flag(g, "--fresh", action="store_true", resume=True, help="start over; the old run is renamed, "
+         "never deleted")
+    flag(g, "--preset", choices=list(presets), help="row of hyper-parameters (default: the data's)")
+    flag(g, "--steps", int, 0, resume=True, help="steps of the method")
+    flag(g, "--seed", int, 0, default=0, help="everything random follows from it")
+    flag(g, "--device", resume=True, help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    flag(g, "--batch", int, 1, help="images a step, over all processes and pieces")
+    flag(g, "--accum", int, 1, resume=True, default=1, help="pieces that a process computes its "
+         "part of the batch in, to save memory")
+    flag(g, "--bf16", action="store_true", help="autocast to bfloat16; times stay float32")
+    flag(g, "--compile", action="store_true", help="torch.compile the network and the derivative")
+    flag(g, "--fsdp", action="store_true", resume=True, help="shard networks and optimiser over "
+         "the processes")
+    flag(g, "--grad-checkpoint", action="store_true", resume=True, help="compute blocks anew in "
+         "the backward pass: less memory")
+    flag(g, "--save-every", int, 1, resume=True, default=200, help="steps between checkpoints")
+    flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
+    flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
+
+    g = parser.add_argument_group("data")
+    flag(g, "--data", default="glyphs", help="glyphs, cifar10, imagenet_latents, or a path")
+    flag(g, "--data-dir", resume=True, help="folder of cifar10 or imagenet_latents")
+    flag(g, "--resolution", int, 1, help="height and width; images are cropped and scaled to it")
+    flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
+    flag(g, "--uncond", action=switch, help="leave labels out")
+    flag(g, "--xflip", action=switch, help="mirror half of the images (never glyphs)")
+    flag(g, "--skip-broken", action="store_true", help="list and leave out images that do not "
+         "decode")
+
+    g = parser.add_argument_group("network")
+    flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "
+         "dropout=0.1")
+
+    g = parser.add_argument_group("optimiser")
+    flag(g, "--optimizer", choices=["AdamW", "RAdam"], help="optimiser")
+    flag(g, "--lr", float, 0, help="learning rate")
+    flag(g, "--betas", float, 0, 1, nargs=2, help="beta_1 and beta_2 of the optimiser")
+    flag(g, "--weight-decay", float, 0, default=0.0, help="weight decay of the optimiser")
+    flag(g, "--warmup", int, 0, help="steps in which the learning rate rises, in each stage")
+    flag(g, "--lr-final", float, 0, 1, help="share of --lr to which the rate then falls, linearly; "
+         "1: it stays")
+    flag(g, "--clip", float, 1e-9, math.inf, default=1.0, help="largest norm of the gradient")
+    flag(g, "--ema-sigma", float, 0.001, 0.28, help="relative width sigma_rel of the EMA")
+    flag(g, "--ema-beta", float, 0, 1, help="constant rate of the EMA instead; 0: --ema-sigma's")
+    flag(g, "--label-drop", float, 0, 1, default=0.1, help="share of null labels where the network "
+         "learns its own guidance")
+    if not two_stages:
+        parser.set_defaults(pretrain=0, pretrain_batch=None, teacher=None)
+        return
+    g = parser.add_argument_group("teacher")
+    flag(g, "--teacher", help="checkpoint to distil, in place of --pretrain; neither: from scratch")
+    flag(g, "--pretrain", int, 0, help="steps of flow matching first")
+    flag(g, "--pretrain-lr", float, 0, help="learning rate of --pretrain (default: the preset's, "
+         "else --lr)")
+    flag(g, "--pretrain-batch", int, 1, help="images a step of --pretrain (default: --batch)")
+    flag(g, "--pretrain-P", float, nargs=2, help="--P-mean and --P-std of --pretrain (default: the "
+         "same)")
+
+
+def parse_net_options(items):
+    """{"width": 64, ...} from the words of --net, such as width=64 mult=1,2,2."""
+    def literal(text):                     # a number, tuple, ... as Python writes it, or the text
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    try:
+        return {k: literal(v) for k, v in (item.split("=") for item in items)}
+    except ValueError:
+        fail(f"--net {' '.join(items)}: want KEY=VALUE, as in width=64 mult=1,2,2")
+
+
+def parse(parser, method, presets):
+    """The flags of a training script; the preset's row fills in those that were not given."""
+    args = parser.parse_args()
+    args.preset = args.preset or args.data
+    if args.preset not in presets and pathlib.Path(args.data).exists():
+        fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
+    if args.preset not in presets:
+        fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
+    row = presets[args.preset]
+    row = dict(pretrain_batch=row["batch"], optimizer="AdamW") | row
+    given = parse_net_options(args.net)
+    net = row.pop("net")                   # its options are those of its network alone
+    args.net = given if given.get("name", net["name"]) != net["name"] else net | given
+    if args.pretrain_batch is None:
+        args.pretrain_batch = args.batch   # one given for both
+    for name, value in row.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
+    args.pretrain = 0 if args.teacher else args.pretrain
+    pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    for batch in (args.batch, args.pretrain_batch):
+        if batch % pieces:
+            fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
+    if args.fsdp and args.jvp == "exact":
+        fail("--fsdp: torch.func.jvp does not see sharded parameters; take another --jvp")
+    if args.steps + args.pretrain == 0:
+        fail("--steps and --pretrain: not both 0")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Seeds: what is random follows from a key, so no random state needs to be saved.
+
+def seed_of(*key):
+    """A seed, 0 to 2^63 - 1, that follows from the key (plain values) alone."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator(device, *key):
+    """A random generator on a device, seeded by the key."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes.
+
+def set_globals(device, compile=False, tf32=None):
+    """Everything that this project sets for the whole process. Ctrl-C ends it in one line. On a CPU
+    glibc keeps the memory that is freed: large blocks go back to the system otherwise, and come
+    again as new pages, a tenth or more of a training step. compile: Dynamo's cuts at DDP's buckets
+    are off, because they lose gradients of a fused pass. tf32: on or off (None: as PyTorch has it).
+    """
+    def report(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # whose new name 2.11 lacks
+    if compile:
+        torch._dynamo.config.optimize_ddp = False
+    if tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if device.type == "cpu":
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 26), (-3, 2 ** 25)):
+                mallopt(option, value)     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+
+
+def start_processes(device, compile=False, tf32=None):
+    """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
+
+    device: "cpu", "cuda", "cuda:N" or None for the best there is. Returns (device, rank, world).
+    """
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except RuntimeError:
+        fail(f"--device {device}: want cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {device}: no such CUDA GPU here; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        fail(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} of them",
+             always=True)
+    set_globals(device, compile, tf32)
+    if "WORLD_SIZE" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def barrier():
+    """All processes meet here; one that ended before, and said why, ends the others, too."""
+    try:
+        if dist.is_initialized():
+            dist.barrier()
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        print(f"process {dist.get_rank()}: another one is gone ({reason})", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_process_first():
+    """One process of each machine goes through alone, then the others, who find its download."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def synchronise(net, last):
+    """Before a pass through net: its gradient is averaged over the processes only if it is the last
+    of a step. DDP takes note of that in the forward pass, FSDP in the backward pass."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = last              # as its no_sync() does
+    elif hasattr(net, "set_requires_gradient_sync"):
+        net.set_requires_gradient_sync(last)
+
+
+def to_device(tensors, device):
+    """Copies of CPU tensors on the device; a GPU gets them without being waited for."""
+    if device.type == "cuda":
+        tensors = [a.pin_memory() for a in tensors]
+    return [a.to(device, non_blocking=True) for a in tensors]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files.
+
+def check_output(*paths):
+    """Ends the program, before the work, if one of these files (pathlib.Path or None) cannot be
+    written after it, which process 0 does; their folders are made."""
+    for path in filter(None, paths) if os.environ.get("RANK", "0") == "0" else ():
+        try:
+            new = not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open(path, "ab").close()
+            if new:
+                path.unlink()
+        except OSError as e:
+            fail(f"{path} cannot be written ({type(e).__name__})")
+
+
+def write_at(path, place, content):
+    """Writes bytes into a file from that place on, through to the disk. Not by a memory map, whose
+    pages would count as memory of the process."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.seek(place)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
+    renames it: a kill at any moment leaves the old checkpoint or the new one. Ends the program if
+    the disk is full."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:   # RuntimeError: torch.save's own
+        part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        fail(f"{path} could not be written ({reason}); what was there is kept", always=True)
+
+
+def read_checkpoint(path):
+    """What a checkpoint file holds, on the CPU; nothing in it is executed.
+
+    Returns a dict with method, args, step, model, ema, optimizer and torch_version.
+    Raises ValueError if the file is missing, damaged or of another kind.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as e:
+        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
+                         f"({type(e).__name__})") from None
+    needed = {"method", "args", "step", "model", "ema"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of a training script here")
+    return checkpoint
+
+
+def load_weights(net, weights, path, may_lack=()):
+    """net.load_state_dict, strict but for missing names that begin with one of `may_lack`.
+
+    Raises ValueError, before net is changed, with the first parameter of the file `path` that is
+    missing, unexpected or of another shape.
+    """
+    own = net.state_dict()
+    problems = {
+        "lacks": [k for k in own if k not in weights and not k.startswith(tuple(may_lack))],
+        "has the unknown": [k for k in weights if k not in own],
+        "has another shape of": [
+            k for k in weights if k in own and own[k].shape != weights[k].shape],
+    }
+    for what, names in problems.items():
+        if names:
+            raise ValueError(f"{path} does not fit this network: it {what} {names[0]} "
+                             f"(and {len(names) - 1} more)")
+    net.load_state_dict(weights, strict=False)
+
+
+def load_optimizer(optimizer, state):
+    """The optimiser's state of a checkpoint, of sharded parameters this process's part, laid out
+    in memory as the parameter is: fused optimisers pair the two by their place, whatever was
+    saved. Raises ValueError if it does not fit."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def part(i, a):
+        if i >= len(params) or a.shape != params[i].shape:
+            return a
+        if hasattr(params[i], "placements"):
+            from torch.distributed.tensor import distribute_tensor  # here: this takes a second
+            return distribute_tensor(a, params[i].device_mesh, params[i].placements)
+        return torch.empty_like(params[i], dtype=a.dtype).copy_(a)
+
+    entries = {i: {name: part(i, a) for name, a in entry.items()}
+               for i, entry in state["state"].items()}
+    optimizer.load_state_dict(state | dict(state=entries))
+
+
+# --------------------------------------------------------------------------------------------------
+# EMA.
+
+def ema_gamma(sigma_rel):
+    """The exponent whose power-function EMA has the relative width sigma_rel (EDM2, Karras et al.
+    2024): the largest root gamma of sigma_rel^2 (gamma+2)^2 (gamma+3) = gamma+1."""
+    variance = sigma_rel ** -2
+    return max(np.roots([1, 7, 16 - variance, 12 - variance]).real)
+
+
+@torch.no_grad()
+def ema_update(ema, net, k, gamma, beta=None):
+    """Averages net after step k = 1, 2, ... into ema, in which a past step j weighs j^gamma, or,
+    with a constant rate beta, beta^(k-j)."""
+    beta = beta or (1 - 1 / k) ** (gamma + 1)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+# --------------------------------------------------------------------------------------------------
+# The run.
+
+class Stage(NamedTuple):
+    """Where the next step stands."""
+
+    name: str              # "pretrain" or the method's
+    k: int                 # steps of this stage before it
+    batch: int             # its images, of all processes
+    first: int             # images of the run before it
+    lr: float              # its learning rate
+
+
+class Run:
+    """A training run, in this process. Its network, EMA and optimiser come with `resume`.
+
+    device, rank, world    this process and the number of processes
+    step, total            steps done, and to do in all
+    folder, checkpoint     the run folder, and what its newest checkpoint held, or None
+    shows                  whether a preview is due after the step that was just finished
+    """
+
+    def __init__(self, args, method, stage_name=None):
+        self.args, self.method, self.stage_name = args, method, stage_name or method
+        self.device, self.rank, self.world = start_processes(
+            args.device, args.compile, getattr(args, "tf32", None))
+        self.step, self.total, self.checkpoint = 0, args.pretrain + args.steps, None
+        self.gamma = ema_gamma(args.ema_sigma)
+
+    def open_folder(self):
+        """Finds the run's folder and newest checkpoint. --fresh renames an old folder to
+        NAME.old-K. Raises ValueError if the run is another method's, or has other flags."""
+        args, self.folder = self.args, pathlib.Path(self.args.out)
+        if self.rank == 0:
+            if args.fresh and self.folder.exists():
+                names = (self.folder.with_name(f"{self.folder.name}.old-{k}")
+                         for k in itertools.count(1))
+                old = self.folder.rename(next(name for name in names if not name.exists()))
+                print(f"--fresh: the old run is now {old}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+        barrier()
+        path = self.folder / "ckpt.pt"
+        if not path.exists():
+            return
+        checkpoint = read_checkpoint(path)
+        if checkpoint["method"] != self.method:
+            raise ValueError(f"{self.folder} is a run of {checkpoint['method']}.py; use --out or "
+                             "--fresh")
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{path} has no optimiser to go on with; use --out or --fresh")
+        falls = args.lr_final < 1 and checkpoint["step"] > args.pretrain       # by --steps
+        for name, old in checkpoint["args"].items():
+            new = getattr(args, name, None)
+            old, new = (list(a) if isinstance(a, tuple) else a for a in (old, new))
+            if new != old and (name not in MAY_CHANGE or name == "steps" and falls):
+                raise ValueError(f"{self.folder} was begun with {name} {old}, not {new}; use --out "
+                                 "or --fresh")
+        self.checkpoint, self.step = checkpoint, checkpoint["step"]
+
+    def teacher_path(self):
+        """The teacher that the run has now: --teacher, that of its first stage, or None."""
+        own = self.folder / "teacher.pt" if self.step > self.args.pretrain > 0 else None
+        return self.args.teacher or own
+
+    def resume(self, net, shard, extra=()):
+        """Makes EMA and optimiser for net, and brings all three to where the run stands. shard:
+        what --fsdp does to a network; extra: parameters outside of net that are trained, too.
+        Begins the log; from here on SIGTERM and SIGINT wait for the end of a step."""
+        args, path = self.args, self.folder / "ckpt.pt"
+        self.net, self.ema, self.extra = net, copy.deepcopy(net).eval().requires_grad_(False), extra
+        if self.checkpoint:
+            load_weights(self.net, self.checkpoint["model"], path)
+            load_weights(self.ema, self.checkpoint["ema"], path)
+            for p, saved in zip(extra, self.checkpoint.get("extra", ())):
+                p.data.copy_(saved)
+        for network in (self.net, self.ema) if args.fsdp else ():
+            shard(network)
+        net.grad_checkpoint = args.grad_checkpoint
+        self.new_optimizer()
+        if self.checkpoint:
+            load_optimizer(self.optimizer, self.checkpoint["optimizer"])
+        self.trained = torch.compile(net) if args.compile else net     # as losses call it
+        if self.world > 1 and not args.fsdp:
+            self.trained = DistributedDataParallel(self.trained, broadcast_buffers=False)
+        self.signals = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: self.signals.append(number))
+        self.log = Log(self.folder / "log.jsonl", self.step, self.total, args.log_every,
+                       quiet=self.rank > 0)
+
+    def new_optimizer(self):
+        """The optimiser at the first step of a stage."""
+        args = self.args
+        fused = dict(fused=True) if args.optimizer == "AdamW" else {}  # RAdam has no such form
+        self.optimizer = getattr(torch.optim, args.optimizer)(
+            self.net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay,
+            **fused)
+        if self.extra:
+            self.optimizer.add_param_group(dict(params=list(self.extra)))
+
+    def end_pretraining(self):
+        """Keeps the network as teacher.pt; the method begins with its averaged weights."""
+        self.save("teacher.pt")
+        barrier()
+        self.net.load_state_dict(self.ema.state_dict())
+        self.new_optimizer()
+        return self.folder / "teacher.pt"
+
+    def stage(self):
+        """Where the next step stands."""
+        args, k = self.args, self.step - self.args.pretrain
+        name, batch, lr, steps = self.stage_name, args.batch, args.lr, args.steps
+        first = args.pretrain * args.pretrain_batch + k * batch
+        if k < 0:
+            name, k, batch, steps = "pretrain", self.step, args.pretrain_batch, args.pretrain
+            first, lr = k * batch, args.pretrain_lr or args.lr
+        fall = (1 - args.lr_final) * k / steps
+        return Stage(name, k, batch, first, lr * min((k + 1) / max(args.warmup, 1), 1 - fall))
+
+    def pieces(self, batch):
+        """The rows of a batch that this process takes, a slice for each piece of --accum."""
+        size = batch // (self.args.accum * self.world)
+        return [slice(i * size, (i + 1) * size)
+                for i in range(self.rank, self.args.accum * self.world, self.world)]
+
+    def autocast(self):
+        """The precision in which a loss is computed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    def clip_gradient(self):
+        """Scales the gradient to a norm of at most --clip; returns the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.args.clip)
+        return norm.full_tensor() if self.args.fsdp else norm
+
+    def set_lr(self, lr):
+        """Gives the optimiser a learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def save(self, name):
+        """Writes a checkpoint, as read_checkpoint gives it back. Called by all processes, which put
+        together what is sharded; the first one writes it."""
+        def whole(state):
+            if isinstance(state, dict):
+                return {name: whole(part) for name, part in state.items()}
+            return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+        checkpoint = whole(dict(
+            method=self.method, args=vars(self.args), step=self.step, model=self.net.state_dict(),
+            ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
+            torch_version=str(torch.__version__)))
+        checkpoint |= dict(extra=[p.detach() for p in self.extra]) if self.extra else {}
+        if self.rank == 0:
+            save_checkpoint(self.folder / name, checkpoint)
+
+    def after_step(self, stage, figures):
+        """Counts a step, logs its figures {name: tensor []}, and saves where it is time. Returns
+        whether a signal ends the run. The finite check is the log's: before anything is saved."""
+        self.step += 1
+        ends = self.step in (self.args.pretrain, self.total)
+        saves, self.shows = (ends or self.step % n == 0
+                             for n in (self.args.save_every, self.args.preview_every))
+        signalled = self.log.add(self.step, stage.name, stage.batch, figures, self.signals, saves)
+        if saves or signalled:
+            self.save("ckpt.pt")
+        self.shows = (self.shows or signalled) and (self.rank == 0 or self.args.fsdp)
+        return signalled
+
+    def preview_path(self):
+        """The PNG of the step that was just finished; None in processes that write none."""
+        return self.folder / "previews" / f"{self.step:07d}.png" if self.rank == 0 else None
+
+    @contextlib.contextmanager
+    def data_errors_end_the_run(self):
+        """A ValueError while a batch is read ends the program in one line, which names the step."""
+        try:
+            yield
+        except ValueError as e:
+            self.log.close()
+            fail(f"step {self.step}: {e}; the checkpoints before stay in {self.folder}", True)
+
+    def finish(self):
+        """Ends the processes, or the program if a signal cut the run short; says what comes now."""
+        self.log.close()
+        if self.world > 1:
+            dist.destroy_process_group()
+        if self.step < self.total:
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[-1])
+        if self.rank == 0:
+            path = self.folder / "ckpt.pt"
+            print(f"{path}, step {self.step}; now: python sample.py --ckpt {path} --nfe 1 --out "
+                  "grid.png")
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """A ValueError or OSError within ends the program as a user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        fail(e)
+
+
+class Log:
+    """log.jsonl and the progress bar: every `every` steps the means of the figures since the last.
+
+    Lines of a run that was killed, past `step`, are dropped. Silent if `quiet` (other processes).
+    """
+
+    def __init__(self, path, step, total, every, quiet=False):
+        self.path, self.every, self.quiet = path, every, quiet
+        self.window, self.tick = [], time.perf_counter()
+        self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
+        if not quiet:
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            keep = [n for n in old if n.endswith("\n") and json.loads(n)["step"] <= step]
+            path.write_text("".join(keep))
+            self.file = open(path, "a", buffering=1)
+
+    def add(self, step, stage, images, figures, signals, now=False):
+        """Takes what a step has brought: its number of images, its figures {name: tensor []}, which
+        may differ from step to step, and the signals of this process. The device is waited for now
+        or when it is time, not with every step: then a line is written, and the number of signals
+        of all processes is returned, else 0. Raises FloatingPointError with the step and its
+        figures if one is not finite."""
+        self.bar.update()
+        self.window.append((step, images, figures))
+        if not (now or step % self.every == 0 or not dist.is_initialized() and signals):
+            return 0
+        names = [(at, name) for at, _, figures in self.window for name in figures]
+        own = torch.stack([a for *_, figures in self.window for a in figures.values()])
+        means, votes = self.average(own, len(signals))
+        self.check_finite(names, means, own.tolist())
+        self.write(step, stage, names, means)
+        return votes
+
+    def average(self, own, votes):
+        """The figures' means over the processes, and the sum of their votes, from one reduction."""
+        both = torch.cat([own, own.new_tensor([votes])])
+        if dist.is_initialized():
+            dist.all_reduce(both)
+            both[:-1] /= dist.get_world_size()
+        *means, votes = both.tolist()
+        return means, votes
+
+    def check_finite(self, names, means, own):
+        """FloatingPointError for the first step with a figure that is not finite."""
+        for (broken, _), value in zip(names, means):
+            if not math.isfinite(value):
+                terms = [f"{name} {a}" for (at, name), a in zip(names, own) if at == broken]
+                rank = dist.get_rank() if dist.is_initialized() else 0
+                raise FloatingPointError(
+                    f"step {broken - 1}, process {rank}: {', '.join(terms)}; the checkpoints "
+                    f"before stay in {self.path.parent}")
+
+    def write(self, step, stage, names, means):
+        """A line of the file: the means over the steps since the last one."""
+        columns = {}
+        for (_, name), value in zip(names, means):
+            columns.setdefault(name, []).append(value)
+        row = {name: round(float(np.mean(column)), 6) for name, column in columns.items()}
+        images = sum(images for _, images, _ in self.window)
+        row["images_per_s"] = round(images / (time.perf_counter() - self.tick), 1)
+        self.window, self.tick = [], time.perf_counter()
+        if self.quiet:
+            return
+        try:
+            self.file.write(json.dumps(dict(step=step, stage=stage) | row) + "\n")
+        except OSError as e:
+            fail(f"{self.path}: {e}; checkpoints stay, the same command goes on", always=True)
+        self.bar.set_postfix(row)
+
+    def close(self):
+        """Ends the bar; the file is written through at each line."""
+        self.bar.close()

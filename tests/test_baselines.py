@@ -1,0 +1,208 @@
+"""baselines.py against closed forms: sCM and MeanFlow under the Gaussian oracle, mutants; and as a program."""
+
+import math
+import pathlib
+
+import pytest
+import torch
+from oracle import fused, mutant
+from test_facm import ORACLE, OracleNet
+from test_training import (TINY, assert_same_run, call, first_gradient, perturb, refused, rows, run_two, watch)
+
+import baselines
+import facm
+import run
+import sample
+from jvp import JVP, forward_mode
+
+SOURCE = pathlib.Path(baselines.__file__).read_text()
+
+
+class AverageNet:
+    """MeanFlow's ideal: the average velocity from t to s, which at s = t is the velocity."""
+
+    num_classes, second_time = 0, True
+
+    def __call__(self, x, t, s, y=None):
+        there = s == t
+        average = ORACLE.average_velocity(x, t, torch.where(there, t + 0.5, s))       # not 0 / 0 there
+        return torch.where(ORACLE.expand(there), ORACLE.velocity(x, t), average)
+
+
+def compared(module, objective, mode="exact", warm=1.0, phi=torch.zeros(3).double()):
+    """The loss of sCM's or MeanFlow's ideal network, float64; a quarter of MeanFlow's r is t."""
+    x1, x0, t = ORACLE.draw(64)
+    teacher, jvp = OracleNet(False, teacher=True), JVP[mode]
+    if objective == "scm":
+        return module.scm_loss(fused(OracleNet(False)), jvp, x1, x0, t, None, warm=warm, phi=phi, teacher=teacher)
+    r = torch.where(torch.arange(64) < 16, t, t + (1 - t) * torch.linspace(0.1, 1, 64).double())
+    return module.meanflow_loss(fused(AverageNet()), jvp, x1, x0, t, r, None, teacher=teacher)
+
+
+@pytest.mark.parametrize("objective", ["scm", "meanflow"])
+def test_oracle_has_zero_residual_under_the_compared_objectives(objective):
+    assert compared(baselines, objective) < 1e-14
+    assert compared(baselines, objective, mode="fused") < 1e-14
+    assert compared(baselines, objective, mode="fd") < 1e-4
+
+
+@pytest.mark.parametrize("objective, old, new", [
+    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v + warm * (1 - t)"),
+    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v - warm * t"),
+    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() + v - warm * (1 - t)"),
+    ("scm", "*c_cm, y, v, 1, 0)", "*c_cm, y, v, 0, 0)"),
+    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v + (r - t)["),
+    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v - (1 - t)["),
+    ("meanflow", "jvp(net, xt, t, r, y, v, 1, 0)", "jvp(net, xt, r, t, y, v, 1, 0)"),
+    ("meanflow", "jvp(net, xt, t, r, y, v, 1, 0)", "jvp(net, xt, t, r, y, v, -1, 0)"),
+    ("meanflow", "jvp(net, xt, t, r, y, v, 1, 0)", "jvp(net, xt, t, r, y, v, 1, 1)"),
+])
+def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):
+    assert compared(mutant(SOURCE, old, new), objective) > 1e-2
+
+
+def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
+    """With the share q of dF/dt the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
+    x1, x0, t = ORACLE.draw(64)
+    xt = facm.interpolate(x1, x0, t)
+    dF_dt = forward_mode(OracleNet(False), xt, t, None, None, ORACLE.velocity(xt, t), 1, 0)
+    weight = torch.cos(math.pi / 2 * t) * 0.75 * (1 - t)
+    length = (ORACLE.expand(weight) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
+    assert torch.allclose(compared(baselines, "scm", warm=0.25), (length / (length + 0.1)).square().mean())
+
+    F = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)              # g = -v = (-3, 4)
+    v, zero = torch.tensor([3.0, -4.0]).double().reshape(1, 1, 1, 2), torch.zeros(1).double()
+    baselines.scm_loss(None, lambda *_: (F, torch.zeros_like(F)), v, v, zero, None, warm=1.0, phi=zero,
+                       teacher=lambda *_: v).backward()
+    assert torch.allclose(F.grad.flatten(), torch.tensor([-3.0, 4.0]).double() / (math.sqrt(12.5) + 0.1))
+
+
+def test_scm_learns_the_logarithm_of_the_error_over_time():
+    """The gradient of e exp(-a) + a in phi_k is (1 - e exp(-a)) cos(pi k t), which vanishes at a = ln e."""
+    t, phi = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.2, -0.1, 0.4]).double().requires_grad_()
+    basis = torch.stack([torch.ones(2).double(), torch.cos(math.pi * t), torch.cos(2 * math.pi * t)], dim=1)
+    a = basis @ phi.detach()
+    assert torch.allclose(baselines.log_weight(t, phi), a)
+    F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # so e = (c / (c + 0.1))^2
+    c = torch.cos(math.pi / 2 * t)
+    zero = torch.zeros_like(F)
+    baselines.scm_loss(None, lambda *_: (F, zero), zero, zero, t, None, warm=1.0, phi=phi, teacher=lambda *_: zero).backward()
+    assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) * (c / (c + 0.1)) ** 2)[:, None]).mean(0))
+
+
+def test_meanflow_weight_and_times():
+    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the rows that are asked for."""
+    F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
+    t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
+    loss = baselines.meanflow_loss(None, lambda *_: (F, zero), zero, zero, t, t, None, c=1e-3, teacher=lambda *_: zero)
+    assert math.isclose(loss.item(), 0.065 / 0.066)
+    loss.backward()
+    assert torch.allclose(F.grad.flatten(), torch.tensor([0.3, -0.2]).double() / 0.066)
+    same = torch.arange(1000) % 4 < 3
+    normal = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    t, r = baselines.sample_t_r(normal, same, -0.8, 1.6)
+    assert torch.equal(r == t, same) and (r[~same] > t[~same]).all()
+    both = torch.cat([t, r[~same]]).sort().values
+    drawn = facm.sample_t(normal, -0.8, 1.6)
+    assert torch.isin(both, drawn).all() and torch.equal(t, drawn.min(0).values)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+def test_jumps_follow_the_flow_exactly(nfe):
+    noise = torch.randn(1, 16, 2, 3, 3, dtype=torch.float64)
+    assert torch.allclose(baselines.sample_jumps(AverageNet(), noise, None, nfe), ORACLE.mu + ORACLE.sd * noise[0])
+
+
+def test_scms_learned_weight_keeps_its_digits_under_autocast():
+    t, phi = torch.rand(4), torch.randn(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = baselines.log_weight(t, phi)
+    assert torch.equal(a, baselines.log_weight(t, phi)) and a.dtype == torch.float32
+    expected = sum(phi[k] * torch.cos(math.pi * k * t) for k in range(8))
+    assert torch.allclose(a, expected, atol=1e-5)
+
+
+def test_meanflow_is_sampled_by_jumps():
+    assert baselines.default_sampler(2, dict(objective="meanflow")) == "jumps"
+    assert baselines.default_sampler(2, dict(objective="scm")) == "cm"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a program.
+
+def test_scm_resumes_with_its_learned_weight(tmp_path, monkeypatch):
+    flags = [*TINY, "--objective", "scm", "--pretrain", 2, "--tangent-warmup", 3]
+    call(monkeypatch, baselines, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    for steps in range(5):
+        call(monkeypatch, baselines, *flags, "--steps", steps, "--out", tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", ["ckpt.pt"])
+    whole, part = (run.read_checkpoint(tmp_path / name / "ckpt.pt")["extra"][0] for name in ("whole", "run"))
+    assert torch.equal(whole, part) and whole.abs().min() > 0
+
+
+@pytest.mark.parametrize("number, flags", [(0, []), (3, ["--equal", 0.75]), (6, ["--pretrain", 0])], ids=str)
+def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, number, flags):
+    """0 when distilling, 0.75 from scratch, or as asked for; of the whole batch, whatever its pieces."""
+    seen, honest = [], baselines.meanflow_loss
+
+    def watched(net, jvp, x1, x0, t, r, *more, **options):
+        seen.append((r == t).sum().item())
+        return honest(net, jvp, x1, x0, t, r, *more, **options)
+    monkeypatch.setattr(baselines, "meanflow_loss", watched)
+    batch = 8 if number == 6 else 4
+    call(monkeypatch, baselines, *TINY, "--objective", "meanflow", "--pretrain", 1, "--steps", 2, "--batch", batch,
+         "--accum", 2, *flags, "--out", tmp_path / "run")
+    assert [sum(pair) for pair in zip(seen[::2], seen[1::2])] == [number] * 2
+    assert run.read_checkpoint(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
+
+
+def test_scm_counts_the_warm_up_of_its_tangent_from_the_second_stage_on(tmp_path, monkeypatch):
+    calls = {}
+    watch(monkeypatch, calls, baselines, "scm_loss")
+    call(monkeypatch, baselines, *TINY, "--objective", "scm", "--jvp", "fd", "--pretrain", 2, "--steps", 3,
+         "--tangent-warmup", 2, "--out", tmp_path)
+    assert [options["warm"] for options in calls["scm_loss options"]] == [0.5, 1, 1]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--objective", "scm", "--w", "1", "--tangent-warmup", "1"], ["--objective", "meanflow", "--equal", "0.5"]], ids=str)
+def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--pretrain", 0, "--steps", 1, *flags]
+    call(monkeypatch, baselines, *common, "--out", tmp_path / "one")
+    call(monkeypatch, baselines, *common, "--out", tmp_path / "accum", "--accum", 2)
+    run_two(*common, "--out", tmp_path / "two", "--accum", 2, script="baselines.py")
+    one, (line,) = first_gradient(tmp_path / "one"), rows(tmp_path / "one")
+    for other in ("accum", "two"):
+        assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
+        assert {**rows(tmp_path / other)[0], "images_per_s": 0} == pytest.approx({**line, "images_per_s": 0}, abs=5e-6)
+    assert one.abs().max() > 0
+
+
+def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
+    """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
+    perturb(monkeypatch)
+    for jvp in ("fused", "exact"):
+        call(monkeypatch, baselines, *TINY, "--pretrain", 0, "--steps", 1, "--jvp", jvp, "--out", tmp_path / jvp)
+    a, b = (first_gradient(tmp_path / jvp) for jvp in ("fused", "exact"))
+    assert (a - b).abs().max() < 1e-5 * b.abs().max() > 0
+
+
+@pytest.mark.parametrize("flags", [
+    ["--objective", "scm", "--jvp", "fd"],
+    ["--objective", "scm", "--net", "width=8", "mult=1,1", "blocks=1", "adaptive_scale=True", "pixelnorm=True"],
+    ["--objective", "meanflow", "--bf16"]], ids=str)
+def test_every_option_trains_and_samples(tmp_path, monkeypatch, flags):
+    call(monkeypatch, baselines, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
+    assert all(0 < row["grad_norm"] < math.inf for row in rows(tmp_path / "run"))
+    for name in ("ckpt", "teacher"):
+        call(monkeypatch, sample, "--ckpt", tmp_path / "run" / f"{name}.pt", "--nfe", 2, "--n", 2, "--device", "cpu",
+             "--out", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--objective", "scm", "--pretrain", "0"], "--w 1"), (["--objective", "facm"], "facm"),
+    (["--w", "2", "--net", "num_classes=0"], "--w")])
+def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    assert words in refused(monkeypatch, capsys, baselines, *TINY, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run/ckpt.pt").exists()

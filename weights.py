@@ -1,0 +1,246 @@
+"""Weights: public checkpoints in, ours too, and nothing in them is executed.
+
+    load(path)            the network of a checkpoint, with its weights
+    read(path)            its tensors, {name: tensor}, and its options, if it tells them
+    options_from_shapes   the options of models.create that names and shapes tell
+    load_teacher          a run's teacher, whose student begins with its weights
+
+Files: .pt, .pth, .ckpt, .bin, .safetensors, and the .pkl of NVlabs/edm. Layouts: facebookresearch's
+DiT, SiT, LightningDiT, FACM's release, NVlabs/edm, CompVis' and diffusers' AutoencoderKL.
+"""
+
+import argparse
+import collections
+import io
+import pickle
+import re
+
+import safetensors.torch
+import torch
+
+import models
+import run
+
+# --------------------------------------------------------------------------------------------------
+# Reading.
+
+# What no shape tells of public weights
+NOT_IN_SHAPES = "heads prediction sigma_data edm_time time_scale pixelnorm".split()
+
+# What a student may have more than the network that it begins with
+MAY_BEGIN_ANEW = ("map_second", "r_embed", "map_augment")
+
+
+class _Plain(dict):
+    """Stands for an object in a pickle that is only a container, whose state becomes its items, or
+    for a NumPy number, which is left out."""
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})
+
+
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds tensors and plain containers, executes nothing, and refuses every other name.
+
+    NVlabs/edm's networks hold their own source code; here they come back as dicts of their state.
+    """
+
+    ALLOWED = {
+        "collections.OrderedDict": collections.OrderedDict, "builtins.set": set,
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+        "torch.storage._load_from_bytes":
+            lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
+        "torch_utils.persistence._reconstruct_persistent_obj":
+            lambda meta: _Plain() | meta["state"],
+        **dict.fromkeys(["torch.nn.modules.container.ModuleDict", "dnnlib.util.EasyDict",
+                         "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+                         "numpy.dtype"], _Plain),
+    }
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor "
+                                         "nor a plain container")
+        return self.ALLOWED[f"{module}.{name}"]
+
+
+def _flatten(state, prefix=""):
+    """The state_dict of an unpickled network: {"enc.32x32_conv.weight": tensor, ...}."""
+    tensors = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+    weights = {prefix + k: v.detach() for k, v in tensors.items() if v is not None}
+    for name, child in state.get("_modules", {}).items():
+        weights |= _flatten(child or {}, f"{prefix}{name}.")
+    return weights
+
+
+def read(path, velocity=False):
+    """The tensors of a .safetensors, .pkl (NVlabs/edm) or PyTorch file, {name: tensor}, and the
+    options of models.create, if it is a checkpoint of ours. Averaged weights go before others.
+
+    Nothing in the file is executed. Raises ValueError for a file that is missing, damaged, or
+    holds anything but tensors and plain values, and with `velocity` for our consistency models.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            held = safetensors.torch.load_file(path)
+        elif str(path).endswith(".pkl"):
+            with open(path, "rb") as f:
+                held = _flatten(_Unpickler(f).load()["ema"])
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as e:
+        asks = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(e))
+        reason = f"it asks for {asks[1]}" if asks else " ".join(str(e).split())[:120]
+        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
+                         f"({type(e).__name__}: {reason})") from None
+    args = held.get("args") if isinstance(held, dict) else None
+    options = args.get("net") if isinstance(args, dict) else None
+    if velocity and options and held.get("step", 0) > args.get("pretrain", 0):
+        raise ValueError(f"{path} is a consistency model, no velocity; its run has a teacher.pt")
+    for key in ("ema", "model_ema", "model", "state_dict"):
+        if isinstance(held, dict) and isinstance(held.get(key), dict):
+            held = held[key]
+            break
+    if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
+        raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
+    prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.))+")
+    weights = {prefix.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
+    if any(k.startswith("encoder.down_blocks") for k in weights):
+        weights = _from_diffusers(weights)
+    if "quant_conv.weight" in weights:             # what an autoencoder needs in training alone
+        weights = {k: v for k, v in weights.items()
+                   if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    return weights, options
+
+
+DIFFUSERS = [
+    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
+    (r"up_blocks\.(\d+)\.upsamplers\.0", r"up.\1.upsample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.(group_norm|norm)\.", "mid.attn_1.norm."),
+    (r"mid_block\.attentions\.0\.(to_|query|key|value|proj_attn)", r"mid.attn_1.\1"),
+    (r"attn_1\.(to_q|query)\.", "attn_1.q."), (r"attn_1\.(to_k|key)\.", "attn_1.k."),
+    (r"attn_1\.(to_v|value)\.", "attn_1.v."),
+    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+    (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
+]
+
+
+def _from_diffusers(weights):
+    """A diffusers AutoencoderKL's weights under CompVis' names; its decoder counts levels down."""
+    levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("decoder.up_blocks."))
+    renamed = {}
+    for name, w in weights.items():
+        for pattern, new in DIFFUSERS:
+            name = re.sub(pattern, new, name)
+        name = re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", name)
+        linear = ".attn_1." in name and w.dim() == 2
+        renamed[name] = w[:, :, None, None] if linear else w
+    return renamed
+
+
+def options_from_shapes(weights):
+    """The options of models.create that the names and shapes in public weights tell.
+
+    Raises ValueError for weights of no network that there is.
+    """
+    shape = {k: tuple(w.shape) for k, w in weights.items()}
+    count = lambda pattern: len({m[1] for k in shape if (m := re.match(pattern, k))})  # noqa: E731
+    if "x_embedder.proj.weight" in shape:
+        width, channels, patch, _ = shape["x_embedder.proj.weight"]
+        heads = 16 if width == 1152 else max(width // 64, 1)
+        if "feat_rope.freqs_cos" in shape:
+            heads = width // shape["feat_rope.freqs_cos"][1]
+        mlp, gated = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"
+        return dict(
+            name="DiT", input_size=round(shape["pos_embed"][1] ** 0.5) * patch, patch=patch,
+            in_channels=channels, width=width, depth=count(r"blocks\.(\d+)\."), heads=heads,
+            num_classes=shape.get("y_embedder.embedding_table.weight", (1,))[0] - 1,
+            mlp_ratio=4.0 if gated in shape else shape[mlp][0] / width,
+            qknorm="blocks.0.attn.q_norm.weight" in shape, swiglu=gated in shape,
+            rope="feat_rope.freqs_cos" in shape, rmsnorm="blocks.0.norm1.weight" in shape,
+            wo_shift=shape["blocks.0.adaLN_modulation.1.weight"][0] == 4 * width,
+            learn_sigma=shape["final_layer.linear.weight"][0] == 2 * channels * patch ** 2,
+            second_time="r_embedder.mlp.0.weight" in shape)
+    if "map_layer0.weight" in shape:
+        sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
+        top = f"enc.{sizes[0]}x{sizes[0]}"
+        width, channels = shape[f"{top}_conv.weight"][:2]
+        conv = [shape[f"enc.{n}x{n}_block0.conv1.weight"][0] for n in sizes]
+        block = f"{top}_block0."
+        return dict(
+            name="NCSN++" if "map_noise.freqs" in shape else "DDPM++", input_size=sizes[0],
+            in_channels=channels, width=width, mult=tuple(c // width for c in conv),
+            blocks=count(rf"{re.escape(top)}_block(\d+)\."),
+            attention=tuple(n for n in sizes if f"enc.{n}x{n}_block0.qkv.weight" in shape),
+            num_classes=shape.get("map_label.weight", (0, 0))[1],
+            augment_dim=shape.get("map_augment.weight", (0, 0))[1],
+            adaptive_scale=shape[block + "affine.weight"][0] == 2 * conv[0],
+            second_time="map_second.0.weight" in shape, sigma_data=0.5, edm_time=True)
+    if "post_quant_conv.weight" in shape:
+        levels = count(r"encoder\.down\.(\d+)\.")
+        conv = [shape[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
+        width, z = shape["encoder.conv_in.weight"][0], shape["post_quant_conv.weight"][1]
+        name = "AutoencoderKL-f8d4" if (levels, z) == (4, 4) else "AutoencoderKL"
+        return dict(
+            name=name, width=width, blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+            attention=tuple(
+                i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shape),
+            z_channels=z, mult=tuple(c // width for c in conv))
+    raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
+
+
+def load(path, velocity=False, **options):
+    """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
+
+    options: what no shape tells of public weights (NOT_IN_SHAPES), such as prediction="noise" for
+    facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser.
+    velocity, and the ValueErrors: see read and run.load_weights.
+    """
+    weights, own = read(path, velocity)
+    try:
+        net = models.create(**(own or options_from_shapes(weights) | options))
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
+    run.load_weights(net, weights, path)
+    return net.eval()
+
+
+def read_start(path, options):
+    """The tensors of a velocity network that a run begins with, and the options of a network with
+    them: the file's own, but for those of `options` that no file tells. ValueError as from read."""
+    weights, own = read(path, velocity=True)
+    kept = {k: v for k, v in options.items() if k in (*NOT_IN_SHAPES, "dropout")}
+    return weights, (own or options_from_shapes(weights)) | kept
+
+
+def load_teacher(path, net, args, device):
+    """The network of a checkpoint, as from `load`, frozen, on the device, sharded and compiled as
+    the flags say; None for the path None. Its student net, made with the options args.net, gets the
+    same weights, perhaps with a second time more, and without labels of augmentation.
+    Raises ValueError also where they fit by name and shape but mean something else."""
+    if path is None:
+        return None
+    told = {k: v for k, v in args.net.items() if k in NOT_IN_SHAPES}
+    teacher = load(path, velocity=True, **told)
+    for k in NOT_IN_SHAPES:
+        theirs, own = (getattr(network, k, None) for network in (teacher, net))
+        if theirs != own:
+            raise ValueError(f"{path} has {k}={theirs}, its student {own}: take --net {k}={theirs}")
+    teacher.to(device).requires_grad_(False)
+    kept = {k: w for k, w in teacher.state_dict().items() if not k.startswith("map_augment")}
+    run.load_weights(net, kept, path, MAY_BEGIN_ANEW)
+    if args.fsdp:
+        models.shard(teacher)
+    if args.compile:
+        teacher.compile()
+    return teacher
