@@ -19,7 +19,7 @@ are to have in common with FACM: flow, teacher, guidance, times, network and pre
 Launch:
     python baselines.py                                                          # laptop: MeanFlow
     python baselines.py --objective scm --net pixelnorm=True                     # laptop: sCM
-    torchrun --nproc_per_node=8 baselines.py --data imagenet_latents --objective meanflow   # 8 GPUs
+    torchrun --nproc_per_node=8 baselines.py --data imagenet_latents             # 8 GPUs
 
 Results and details: docs/baselines.md. A departure stands at its line: "paper: ...; here: ...".
 """
@@ -32,9 +32,11 @@ import torch.distributed as dist
 
 import data
 import facm
+import flags
 import models
 import run
 import weights
+from dryrun import DryRun
 from facm import conditions, flow_velocity, interpolate, pretrain_loss, sample_t
 from jvp import JVP, select
 
@@ -44,9 +46,9 @@ PRESETS = {name: row | dict(tangent_warmup=100 if name == "glyphs" else 10_000) 
 
 
 def parse_args():
-    parser = run.Parser(description="sCM and MeanFlow. Defaults: FACM's preset's row.")
-    run.add_flags(parser, PRESETS)
-    flag = functools.partial(run.flag, parser.add_argument_group("method"))
+    parser = flags.Parser(description="sCM and MeanFlow. Defaults: FACM's preset's row.")
+    flags.add_flags(parser, PRESETS)
+    flag = functools.partial(flags.flag, parser.add_argument_group("method"))
     flag("--objective", choices=["scm", "meanflow"], default="meanflow", help="the method")
     flag("--P-mean", float, help="mean of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20, Table 5)")
@@ -58,7 +60,7 @@ def parse_args():
     flag("--equal", float, 0, 1, help="meanflow: share of r = t (A.3(c): 0.75 from scratch, else "
          "0)")
     flag("--tangent-warmup", int, 0, help="scm: steps in which dF/dt comes in (A.3(c))")
-    args = run.parse(parser, METHOD, PRESETS)
+    args = flags.parse(parser, METHOD, PRESETS)
     if args.equal is None:
         args.equal = 0.0 if args.teacher or args.pretrain else 0.75
     return args
@@ -155,9 +157,10 @@ def check(args, net):
         raise ValueError("--objective scm from scratch knows no velocity to guide; take --w 1")
 
 
+@run.program(run.LESS_MEMORY)
 def main():
     args = parse_args()
-    job = run.Run(args, METHOD, stage_name=args.objective)
+    job = (DryRun if args.dry_run else run.Run)(args, METHOD, stage_name=args.objective)
     condition = "auxiliary" if args.objective == "meanflow" else "expanded"
 
     # Data, network, teacher; the state in which the run stands
@@ -182,7 +185,7 @@ def main():
         pretrains = stage.name == "pretrain"
         P = pretrains and args.pretrain_P or P
 
-        # Seed: random numbers of the global batch; neither processes nor --accum change them
+        # Seed: random numbers of the global batch; neither processes nor pieces change them
         random = run.generator(job.device, args.seed, "step", job.step)
         x0_all = torch.randn(
             (stage.batch, *dataset.shape), generator=random, device=job.device)
@@ -193,7 +196,7 @@ def main():
         same = torch.arange(stage.batch, device=job.device) < args.equal * stage.batch
 
         terms, pieces = torch.zeros(2, device=job.device), job.pieces(stage.batch)
-        for part, rows in enumerate(pieces):
+        for part, (rows, share) in enumerate(pieces):
             # Batch
             with job.data_errors_end_the_run():
                 x1, y = run.to_device(
@@ -220,8 +223,8 @@ def main():
                     L_cm = meanflow_loss(job.trained, jvp, x1, x0, t, r, y, c=args.c, **common)
 
             # Backward: summed over the pieces
-            ((L_fm + L_cm) / len(pieces)).backward()
-            terms += torch.stack([L_fm, L_cm]).detach() / len(pieces)
+            ((L_fm + L_cm) * share).backward()
+            terms += torch.stack([L_fm, L_cm]).detach() * share
         if job.world > 1 and phi.grad is not None:                     # not among the network's
             dist.all_reduce(phi.grad.div_(job.world))
 

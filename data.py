@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+import flags
 import run
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +228,9 @@ class Latents(Dataset):
     def __init__(self, folder, xflip=True):
         paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"{folder}: no *.safetensors; `python encode.py` makes some")
+            raise ValueError(
+                f"{folder}: no *.safetensors in it; want latents in LightningDiT's shards: put the "
+                f"published ones there, or run python encode.py --out {folder}")
         self.shards = [map_shard(path) for path in paths]
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
         if len(shapes) > 1:
@@ -401,9 +404,8 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
             raise ValueError(f"glyphs of {resolution} pixels are not legible; take 12 or more")
         dataset = Glyphs(20_000, resolution, seed=0)
     elif name == "imagenet_latents" or path.is_dir() and any(path.glob("*.safetensors")):
-        if name == "imagenet_latents" and not data_dir:
-            raise ValueError("--data imagenet_latents needs --data-dir, the folder of its shards")
-        dataset = Latents(data_dir if name == "imagenet_latents" else path, xflip is not False)
+        folder = data_dir or "data/imagenet_latents" if name == "imagenet_latents" else path
+        dataset = Latents(folder, xflip is not False)
     elif name == "cifar10" or path.suffix == ".npz" and path.is_file():
         images, labels = _cifar10(data_dir or "data") if name == "cifar10" else read_npz(path)
         if images.shape[1] != images.shape[2] or resolution not in (None, images.shape[1]):
@@ -422,6 +424,12 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     if num_classes and not dataset.num_classes and not uncond:
         raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
+    used = len(dataset.labels.unique())
+    known = isinstance(dataset, Files) or uncond or num_classes        # which classes there are
+    if dataset.num_classes and not known and low >= 0 and used <= high:
+        raise ValueError(
+            f"{data_dir or name}: labels up to {high}, but only {used} classes have images; number "
+            f"them from 0 on, or say --num-classes {high + 1} if the others are meant")
     if not uncond and low < 0:
         raise ValueError(f"{data_dir or name}: labels from {low}; want them from 0 on")
     if not uncond and num_classes and high >= num_classes:
@@ -433,6 +441,9 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
 
 def load_for(args):
     """The data set that a training script's flags ask for; ValueError as from load."""
+    if args.dry_run:
+        from dryrun import NoData
+        return NoData(args)
     return load(args.data, args.resolution, args.data_dir, args.num_classes, args.uncond,
                 args.xflip, args.skip_broken)
 
@@ -620,8 +631,8 @@ def inspect(args):
 
 
 def main():
-    parser = run.Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=run.Parser)
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=flags.Parser)
     a = commands.add_parser("inspect", help="counts, shapes, classes, statistics, a grid")
     a.add_argument("data", help="data set or path, as --data of the scripts")
     a.add_argument("--data-dir", help="where it lies")

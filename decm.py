@@ -19,7 +19,7 @@ noise to any time (t near 0, the first step of samplers that do not start with a
 
 Launch:
     python decm.py                                               # laptop: pretrain, distil
-    python decm.py --resolution 32 --jvp fused --bf16 --compile  # 1 GPU
+    python decm.py --resolution 32 --jvp fused --precision bf16 --compile  # 1 GPU
     torchrun --nproc_per_node=8 decm.py --batch 1024             # 8 GPUs; --batch is global
 
 Results and details: docs/decm.md. A departure stands at its line: "paper: ...; here: ...".
@@ -32,9 +32,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import data
+import flags
 import models
 import run
 import weights
+from dryrun import DryRun
 from jvp import JVP, in_one_pass, select
 
 METHOD = "decm"
@@ -51,11 +53,13 @@ PRESETS = {
                  adaptive_scale=True, time_scale=8.0),
         P_mean=-0.8, P_std=1.6, w=1.75, freq=5, c=1e-2),
     "cifar10": dict(                       # not in the paper: FACM's row
+        precision="tf32", micro_batch=64,                  # 24 GB
         resolution=32, steps=200_000, pretrain=400_000, batch=128, lr=1e-4, lr_final=1.0,
         warmup=1000, betas=(0.9, 0.995), ema_sigma=0.2, jvp="fused", xflip=True, uncond=True,
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
         P_mean=-1.0, P_std=1.4, w=1.0, freq=3, c=1e-3),
     "imagenet_latents": dict(              # 250 epochs (section 5), from FACM's teacher
+        precision="bf16", micro_batch=32,                  # FACM's code; 80 GB
         steps=313_000, pretrain=1_001_000, batch=1024, lr=1e-4, lr_final=1.0, warmup=1000,
         betas=(0.9, 0.999), ema_sigma=0.2, jvp="fused",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
@@ -64,9 +68,9 @@ PRESETS = {
 
 
 def parse_args():
-    parser = run.Parser(description="Dual-End Consistency Model. Defaults: the preset's row.")
-    run.add_flags(parser, PRESETS)
-    flag = functools.partial(run.flag, parser.add_argument_group("method"))
+    parser = flags.Parser(description="Dual-End Consistency Model. Defaults: the preset's row.")
+    flags.add_flags(parser, PRESETS)
+    flag = functools.partial(flags.flag, parser.add_argument_group("method"))
     flag("--P-mean", float, help="mean of ln(sigma), for --times arctan and lognorm")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma)")
     flag("--w", float, help="guidance scale of the teacher; 1 is none (Eq. 18)")
@@ -88,7 +92,7 @@ def parse_args():
     flag("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")
     flag("--power", float, 0, default=0.5, help="p of the adaptive weight (4.4)")
     flag("--c", float, 0, help="the constant in the adaptive weight")
-    return run.parse(parser, METHOD, PRESETS)
+    return flags.parse(parser, METHOD, PRESETS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,8 +214,8 @@ WEIGHTS = {"1": torch.ones_like, "1-t": lambda t: 1 - t, "1-sqrt": lambda t: 1 -
 
 
 def sample_t(times, normal, uniform, P_mean, P_std, segments):
-    """Times in [0, 1] from standard normal and uniform draws [B] (4.4). paper: Algorithm 1 draws
-    from U(0, 1), 4.4 at the ends of N segments; here: the latter, because Table 3 prefers it."""
+    """Times in [0, 1] from standard normal and uniform draws [B] (line 3). paper: from U(0, 1), but
+    in 4.4 at the ends of N segments; here: the latter, because Table 3 prefers it."""
     if times == "nseg":
         return (uniform * (segments + 1)).floor() / segments
     sigma = torch.exp(P_mean + P_std * normal)             # noise to data: tan, or as it is
@@ -298,9 +302,10 @@ def check(args, net):
         raise ValueError("--objectives n2n comes beside fm or cd, every --freq of their steps")
 
 
+@run.program(run.LESS_MEMORY)
 def main():
     args = parse_args()
-    job = run.Run(args, METHOD)
+    job = (DryRun if args.dry_run else run.Run)(args, METHOD)
 
     # Data, network, teacher; the state in which the run stands
     with run.errors_in_one_line():
@@ -322,7 +327,7 @@ def main():
         if stage.name == "pretrain":
             times, P = "arctan", args.pretrain_P or P
 
-        # Seed: random numbers of the global batch; neither processes nor --accum change them
+        # Seed: random numbers of the global batch; neither processes nor pieces change them
         random = run.generator(job.device, args.seed, "step", job.step)
         x0_all = torch.randn(
             (stage.batch, *dataset.shape), generator=random, device=job.device)        # line 2
@@ -333,13 +338,13 @@ def main():
         pieces, figures, seen = job.pieces(stage.batch), {}, {}
         with job.data_errors_end_the_run():
             batches = [run.to_device(dataset.batch(args.seed, stage.first, stage.batch, rows),
-                                     job.device) for rows in pieces]
+                                     job.device) for rows, _ in pieces]
 
         # Algorithm 1: the noise-to-noisy objective is an update of its own, every --freq steps
         n2n = "n2n" in args.objectives and stage.k % args.freq == 0            # line 17
         for update in [METHOD, "n2n"] if n2n and stage.name == METHOD else [stage.name]:
             terms = torch.zeros(2, device=job.device)
-            for part, rows in enumerate(pieces):
+            for part, (rows, share) in enumerate(pieces):
                 x1, y = batches[part]
                 x0, t = x0_all[rows], sample_t(times, normal[rows], u[rows], *P, args.segments)
                 r = torch.minimum(args.r_max * r_all[rows], t)         # line 18; never back in time
@@ -367,8 +372,8 @@ def main():
                 # Backward: summed over the pieces
                 fm = update == "pretrain" or "fm" in args.objectives
                 jump = update == "n2n" or "cd" in args.objectives
-                ((fm * L_fm + jump * L_jump) / len(pieces)).backward()
-                terms += torch.stack([L_fm, L_jump]).detach() / len(pieces)
+                ((fm * L_fm + jump * L_jump) * share).backward()
+                terms += torch.stack([L_fm, L_jump]).detach() * share
 
             # Clip, optimiser
             grad_norm = job.clip_gradient()
@@ -382,7 +387,7 @@ def main():
         run.ema_update(job.ema, net, stage.k + 1, job.gamma, args.ema_beta)
 
         # Log, save, preview
-        signalled = job.after_step(stage, figures)
+        signalled = job.after_step(stage, figures)                             # line 30
         if job.shows:
             data.save_preview(job.preview_path(), preview, job.ema, stage.name, preview_noise, args)
         if signalled:

@@ -15,19 +15,20 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import flags
 import run
 import weights
 
 
 def parse_args():
-    p = run.Parser(description="Images to shards of latents.")
+    p = flags.Parser(description="Images to shards of latents.")
     a = p.add_argument
     a("--images", required=True, help="folder, zip or npz")
     a("--vae", required=True, help="checkpoint of an AutoencoderKL")
     a("--out", required=True, help="folder of the shards; a second run goes on")
-    a("--resolution", type=run.number(int, 1), default=256, help="crop and scale the images to it")
-    a("--batch", type=run.number(int, 1), default=16, help="images at a time")
-    a("--shard", type=run.number(int, 1), default=10_000, help="images in a shard")
+    a("--resolution", type=flags.number(int, 1), default=256, help="crop and scale to it")
+    a("--batch", type=flags.number(int, 1), default=16, help="images at a time")
+    a("--shard", type=flags.number(int, 1), default=10_000, help="images in a shard")
     a("--seed", type=int, default=0, help="seed of the posterior's noise")
     a("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     a("--skip-broken", action="store_true", help="list and leave out broken images")
@@ -48,7 +49,9 @@ def encode(args):
             raise ValueError(f"{args.images} holds no images")
         if images.shape[1] % vae.factor:
             raise ValueError(f"--resolution {images.shape[1]} is no multiple of {vae.factor}")
-        out.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            run.own(out)
+        run.barrier()
         setting = dict(images=str(args.images), vae=str(args.vae), resolution=images.shape[1],
                        n=len(images.labels), shard=args.shard, processes=world, seed=args.seed)
         note = out / "encode.json"
@@ -92,6 +95,7 @@ def encode(args):
         dist.destroy_process_group()
 
 
+@run.program("take fewer images at once by --batch; whole shards are kept")
 def main():
     args = parse_args()
     try:

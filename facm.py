@@ -1,4 +1,4 @@
-"""Flow-Anchored Consistency Models (Peng et al., ICLR 2026, arXiv:2507.03738v1), in one file.
+"""Flow-Anchored Consistency Models (Peng et al. 2025, arXiv:2507.03738v1), in one file.
 
 DIRECTION OF TIME: t=0 noise, t=1 data. x_t = (1-t) x_0 + t x_1, x_0 ~ N(0, I), x_1 data.
 A consistency model alone forgets the flow that it shortcuts, and training collapses. FACM trains
@@ -19,7 +19,7 @@ one network on two tasks, told apart by the time it is conditioned on: the short
 
 Launch:
     python facm.py                                               # laptop: pretrain, distil
-    python facm.py --resolution 32 --jvp fused --bf16 --compile  # 1 GPU
+    python facm.py --resolution 32 --jvp fused --precision bf16 --compile  # 1 GPU
     torchrun --nproc_per_node=8 facm.py --batch 1024             # 8 GPUs; --batch is global
 
 Results and details: docs/facm.md. A departure stands at its line: "paper: ...; here: ...".
@@ -32,9 +32,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import data
+import flags
 import models
 import run
 import weights
+from dryrun import DryRun
 from jvp import JVP, in_one_pass, select
 
 METHOD = "facm"
@@ -51,6 +53,7 @@ PRESETS = {
         P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
     "cifar10": dict(
         resolution=32, steps=200_000, pretrain=400_000,    # ours
+        precision="tf32", micro_batch=64,                  # ours: 24 GB
         batch=128, lr=1e-4, lr_final=1.0,
         warmup=1000,                       # ours
         betas=(0.9, 0.995), ema_sigma=0.2, jvp="fused", xflip=True, uncond=True,
@@ -58,6 +61,7 @@ PRESETS = {
         P_mean=-1.0, P_std=1.4, w=1.0, t_low=0.125),
     "imagenet_latents": dict(
         steps=313_000, pretrain=1_001_000,                 # 250 epochs, after 800 (Table 3)
+        precision="bf16", micro_batch=32,                  # the authors' code; ours: 80 GB
         batch=1024, lr=1e-4, lr_final=1.0,
         warmup=1000,                       # ours
         betas=(0.9, 0.999), ema_sigma=0.2, jvp="fused",
@@ -67,9 +71,9 @@ PRESETS = {
 
 
 def parse_args():
-    parser = run.Parser(description="Flow-Anchored Consistency Models. Defaults: the preset's row.")
-    run.add_flags(parser, PRESETS)
-    flag = functools.partial(run.flag, parser.add_argument_group("method"))
+    parser = flags.Parser(description="Flow-Anchored Consistency Models; defaults by preset.")
+    flags.add_flags(parser, PRESETS)
+    flag = functools.partial(flags.flag, parser.add_argument_group("method"))
     flag("--P-mean", float, help="mean of ln(sigma) (Eq. 20, Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
@@ -83,7 +87,7 @@ def parse_args():
     flag("--power", float, 0, default=0.5, help="the exponent p in 1-t^p (Table 4)")
     flag("--c", float, 0, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
     flag("--anchor", float, 0, default=1.0, help="weight of L_FM; 0: no anchor (Eq. 8)")
-    return run.parse(parser, METHOD, PRESETS)
+    return flags.parse(parser, METHOD, PRESETS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,9 +271,10 @@ def check(args, net):
         raise ValueError("this network's time ends at 1; take --condition auxiliary")
 
 
+@run.program(run.LESS_MEMORY)
 def main():
     args = parse_args()
-    job = run.Run(args, METHOD)
+    job = (DryRun if args.dry_run else run.Run)(args, METHOD)
 
     # Data, network, teacher; the state in which the run stands
     with run.errors_in_one_line():
@@ -294,7 +299,7 @@ def main():
         pretrains = stage.name == "pretrain"
         P = pretrains and args.pretrain_P or P
 
-        # Seed: random numbers of the global batch; neither processes nor --accum change them
+        # Seed: random numbers of the global batch; neither processes nor pieces change them
         random = run.generator(job.device, args.seed, "step", job.step)
         x0_all = torch.randn(
             (stage.batch, *dataset.shape), generator=random, device=job.device)         # line 1
@@ -302,7 +307,7 @@ def main():
         drop, mix = torch.rand((2, stage.batch), generator=random, device=job.device)
 
         terms, pieces = torch.zeros(2, device=job.device), job.pieces(stage.batch)
-        for part, rows in enumerate(pieces):
+        for part, (rows, share) in enumerate(pieces):
             # Batch
             with job.data_errors_end_the_run():
                 x1, y = run.to_device(
@@ -328,8 +333,8 @@ def main():
 
             # Backward: summed over the pieces
             anchor = 1 if pretrains else args.anchor
-            ((anchor * L_fm + L_cm) / len(pieces)).backward()          # Eq. 8
-            terms += torch.stack([L_fm, L_cm]).detach() / len(pieces)
+            ((anchor * L_fm + L_cm) * share).backward()                # Eq. 8
+            terms += torch.stack([L_fm, L_cm]).detach() * share
 
         # Clip, optimiser, EMA
         grad_norm = job.clip_gradient()

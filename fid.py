@@ -43,6 +43,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
+import flags
 import run
 
 INCEPTION = "inception-2015-12-05"
@@ -60,7 +61,7 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,
 
 
 def parse_args():
-    p = run.Parser(description="FID and its relatives, from one pass over the images.")
+    p = flags.Parser(description="FID and its relatives, from one pass over the images.")
     a = p.add_argument
     a("samples", help="folder, zip, npz, statistics (.npz, .pt), glyphs, glyphs:SEED or cifar10")
     a("--ref", help="the reference, of the same kinds; not needed for --is and --save-stats")
@@ -626,6 +627,7 @@ def compare(args, sides, name, device):
     return figures
 
 
+@run.program("take fewer images at once by --batch")
 def main():
     args = parse_args()
     run.check_output(args.save_stats, args.json)

@@ -24,16 +24,17 @@ Launch:
 Results and details: docs/gcm.md. A departure stands at its line: "paper: ...; here: ...".
 """
 
-import argparse
 import functools
 import math
 
 import torch
 
 import data
+import flags
 import models
 import run
 import weights
+from dryrun import DryRun
 from jvp import JVP, fd, in_one_pass, select, with_tangent
 
 METHOD = "gcm"
@@ -53,13 +54,14 @@ PRESETS = {
         net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(),
                  adaptive_scale=True)),
     "cifar10": PAPER | dict(
-        resolution=32, steps=400_000, batch=512, xflip=True, uncond=True, tf32=True,
+        resolution=32, steps=400_000, batch=512, xflip=True, uncond=True, precision="tf32",
         net=dict(name="DDPM++", dropout=0.2)),
     "cifar10_finetune": PAPER | dict(      # for --init: ECT's released settings, G.2's weights
-        resolution=32, steps=200_000, batch=128, uncond=True, tf32=True, lam=3.0, pt="uniform",
-        ht="ect", curriculum=25_000, net=dict(name="DDPM++", dropout=0.2)),
+        resolution=32, steps=200_000, batch=128, uncond=True, precision="tf32", lam=3.0,
+        pt="uniform", ht="ect", curriculum=25_000, net=dict(name="DDPM++", dropout=0.2)),
     # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 --steps 200000
     "imagenet_latents": PAPER | dict(
+        precision="bf16",
         steps=400_000, batch=256, optimizer="AdamW", betas=(0.9, 0.95), sigma_data=1.0,
         variant="VU", epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0,
         net=dict(name="DiT-B/4")),
@@ -80,9 +82,9 @@ def configurations():
 
 
 def parse_args():
-    parser = run.Parser(description="A Guide to Training Consistency Models. Defaults: the preset.")
-    run.add_flags(parser, PRESETS, two_stages=False)
-    flag = functools.partial(run.flag, parser.add_argument_group("method"))
+    parser = flags.Parser(description="A Guide to Training Consistency Models; defaults by preset.")
+    flags.add_flags(parser, PRESETS, two_stages=False)
+    flag = functools.partial(flags.flag, parser.add_argument_group("method"))
     flag("--init", help="velocity network to begin with, ours or EDM's (G.2); else: from scratch")
     flag("--row", choices=list(configurations()), help="configuration of Tables 2, 3 and 10")
     flag("--variant", choices=["CU", "VU"], help="upper limit s: t_0, or drawn (3.4)")
@@ -110,13 +112,12 @@ def parse_args():
     flag("--guide", float, 0, 1, nargs=2, help="guidance at the times from ... to ... (G.2)")
     flag("--sigma-data", float, 1e-9, help="sigma_d, the data's standard deviation (3.1)")
     flag("--augment", action="store_true", help="EDM's augmentation (Tables 8, 9)")
-    flag("--tf32", action=argparse.BooleanOptionalAction, help="TF32 on a GPU (G.1)")
     flag("--t-mid", float, nargs="+", default=[0.6], help="times between the steps (G.1)")
     given = parser.parse_known_args()[0]
     row = configurations().get(given.row, {})
     row |= dict(curriculum=0) if given.epsilon is not None else {}     # one goes before the other
     row |= dict(ema_beta=0.0) if given.ema_sigma is not None else {}
-    return run.parse(parser, METHOD, {name: preset | row for name, preset in PRESETS.items()})
+    return flags.parse(parser, METHOD, {name: preset | row for name, preset in PRESETS.items()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,7 +145,8 @@ def gcm_loss(f, jvp, x, z, t, s, density, y, *, ht="exp", k=0.005, mu=3.5, schem
     xt = wide(1 - t) * x + wide(t) * z                                             # 2.1
     u = guided_velocity(f, xt, z - x, t, y, y_null=y_null, w=w, kappa=kappa, guide=guide)
     # paper: h goes to 0 with 1 - t (C.3); here: to 1e-5, because float32 rounds less off
-    h = STEPS[ht](t.double(), k, mu).clamp(min=1e-5).to(t)                         # Eqs. 26-36
+    precise = (t.cpu() if t.device.type == "mps" else t).double()          # Apple's GPUs have none
+    h = STEPS[ht](precise, k, mu).clamp(min=1e-5).to(t)                            # Eqs. 26-36
     r = torch.maximum(t - h, s)
     if jvp is fd:
         F = f(xt, t, s, y)
@@ -383,12 +385,10 @@ def preview(net, stage, noise, args):
 
 # --------------------------------------------------------------------------------------------------
 
-def check(args, net, piece):
+def check(args, net):
     """Raises ValueError for flags that do not go together."""
     others = args.w != 1 or args.equal or args.scheme in ("imm", "meanflow", "facm")
     for wrong, message in (
-            (piece % args.group, f"--group {args.group} must divide {piece}, the images of a "
-             "process and piece: --batch / (processes x --accum)"),
             (args.variant == "CU" and others, "--variant CU wants --w 1 --equal 0, gcm or ect"),
             (args.w != 1 and not net.num_classes,
              f"--w {args.w}: guidance needs classes; take --w 1"),
@@ -399,10 +399,11 @@ def check(args, net, piece):
             raise ValueError(message)
 
 
+@run.program(run.LESS_MEMORY)
 def main():
     args = parse_args()
-    job = run.Run(args, METHOD)
-    pieces = job.pieces(args.batch)
+    constant = args.epsilon if args.ht == "exp" else equal_integral(args.ht, args.epsilon, args.mu)
+    job = (DryRun if args.dry_run else run.Run)(args, METHOD)
 
     # Data and network; the state in which the run stands
     with run.errors_in_one_line():
@@ -414,19 +415,19 @@ def main():
         args.net |= dict(second_time=args.variant == "VU")
         args.net |= dict(augment_dim=9) if args.augment else {}
         net = models.create(**args.net, seed=run.seed_of(args.seed, "init")).to(job.device)
-        check(args, net, len(range(args.batch)[pieces[0]]))
+        check(args, net)
+        pieces = job.pieces(args.batch, args.group)
         job.open_folder()
         if args.init:
             run.load_weights(net, start, args.init, weights.MAY_BEGIN_ANEW)
         job.resume(net, models.shard)
     jvp = select(args.jvp, args.compile)
-    constant = args.epsilon if args.ht == "exp" else equal_integral(args.ht, args.epsilon, args.mu)
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(job.device)
 
     while job.step < job.total:
         stage = job.stage()
 
-        # Seed: random numbers of the global batch; neither processes nor --accum change them
+        # Seed: random numbers of the global batch; neither processes nor pieces change them
         random = run.generator(job.device, args.seed, "step", job.step)
         z_all = torch.randn((args.batch, *dataset.shape), generator=random, device=job.device)
         *u, drop = torch.rand((5, args.batch), generator=random, device=job.device)
@@ -439,7 +440,7 @@ def main():
         k = 0.5 ** min(1 + job.step // args.curriculum, 10) if args.curriculum else constant
 
         terms = torch.zeros(1, device=job.device)
-        for part, rows in enumerate(pieces):
+        for part, (rows, share) in enumerate(pieces):
             # Batch
             with job.data_errors_end_the_run():
                 x, y = run.to_device(
@@ -465,8 +466,8 @@ def main():
                     guide=args.guide)
 
             # Backward: summed over the pieces
-            (loss / len(pieces)).backward()
-            terms += loss.detach() / len(pieces)
+            (loss * share).backward()
+            terms += loss.detach() * share
 
         # Clip, optimiser, EMA
         grad_norm = job.clip_gradient()

@@ -16,6 +16,7 @@ Dropout's in train mode. The time embedding is computed in float32 also under au
 a derivative in time would be lost in bfloat16. Parameter names are those of public checkpoints.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -816,6 +817,23 @@ NETWORKS = {
 }
 
 
+def check_option(constructor, key, value):
+    """The value of a network's option; one number where several are meant is a tuple of one. Raises
+    ValueError for a value of another type than the option's default."""
+    parameters = inspect.signature(constructor).parameters
+    default = parameters[key].default if key in parameters else None
+    numbers = isinstance(default, tuple) or key == "mult"
+    if numbers:
+        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    kind = int if numbers or default is inspect.Parameter.empty else type(default)
+    for part in value if numbers else (value,):
+        fits = isinstance(part, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(part, bool))
+        if default is not None and not fits:
+            raise ValueError(f"network option {key}={part!r}: want {kind.__name__}")
+    return value
+
+
 def create(name, seed=None, **options):
     """The network `name` of NETWORKS with its constructor's options, its weights drawn from a seed
     (None: from PyTorch's random state).
@@ -824,6 +842,7 @@ def create(name, seed=None, **options):
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; there is: {', '.join(NETWORKS)}")
+    options = {key: check_option(NETWORKS[name], key, value) for key, value in options.items()}
     try:
         # Convolutions are a tenth faster with the channels last in memory (CPU), but before torch
         # 2.14 the forward mode of group_norm fails on them.

@@ -1,19 +1,17 @@
-"""A run: what is the same around every step of the training scripts, and the flags that all have.
+"""A run: what is the same around every step of the training scripts.
 
-    add_flags, parse       the common flags, in groups; a preset's row fills in what is not given
     start_processes        torchrun's processes and their devices
     seed_of, generator     random numbers that follow from a key alone
-    Run                    a run's folder, checkpoints, log, networks and optimiser
+    own, save_checkpoint   folders with one owner, files that a kill leaves whole
+    Run, Log               a run's folder, state, networks and optimiser; its log
     ema_update             the average of the weights
-    synchronise            whether a backward pass averages the gradient over the processes
-    fail                   a user's mistake ends the program in one line, with exit code 2
+    program                decorates a main: memory that is short ends it in one line
 """
 
-import argparse
-import ast
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -21,6 +19,7 @@ import math
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -32,165 +31,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------
-# Flags. A flag's bounds, and whether it may change when its run is resumed, stand beside it.
-
-LARGE = 1e15
-MAY_CHANGE = set()         # the flags that may change at a resume; `flag` fills it
-
-
-def fail(message, always=False):
-    """Ends the program by a user's mistake: one line, from one process of each machine or, always,
-    from any, and exit code 2."""
-    if always or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("\n" * always + f"error: {message}", file=sys.stderr)    # below another one's bar
-    sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line."""
-
-    def error(self, message):
-        if message.startswith("argument "):
-            message = message.removeprefix("argument ").replace(":", "", 1)
-        fail(f"{message} (see --help)")
-
-
-def number(kind, low=-LARGE, high=LARGE):
-    """A type for argparse: int or float within bounds."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: want {kind.__name__}") from None
-        if not low <= value <= high:                                   # or NaN
-            least, most = f", at least {low:g}", f", at most {high:g}"
-            raise argparse.ArgumentTypeError(
-                f"{value}: want a finite number" + least * (low > -LARGE) + most * (high < LARGE))
-        return value
-    return parse
-
-
-def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options):
-    """Adds a flag to a group of a parser. kind: None, or int or float with bounds; resume: it may
-    change when a run is resumed."""
-    if resume:
-        MAY_CHANGE.add(name.lstrip("-").replace("-", "_"))
-    group.add_argument(name, **options, **(dict(type=number(kind, low, high)) if kind else {}))
-
-
-def add_flags(parser, presets, two_stages=True):
-    """Adds the flags that all training scripts have. two_stages: those of a teacher, too, which is
-    given or trained first."""
-    switch = argparse.BooleanOptionalAction
-
-    g = parser.add_argument_group("run")
-    flag(g, "--out", resume=True, help="run folder; the same command resumes it (default: "
-         "runs/SCRIPT-DATA)")
-    flag(g, "--fresh", action="store_true", resume=True, help="start over; the old run is renamed, "
-         "never deleted")
-    flag(g, "--preset", choices=list(presets), help="row of hyper-parameters (default: the data's)")
-    flag(g, "--steps", int, 0, resume=True, help="steps of the method")
-    flag(g, "--seed", int, 0, default=0, help="everything random follows from it")
-    flag(g, "--device", resume=True, help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    flag(g, "--batch", int, 1, help="images a step, over all processes and pieces")
-    flag(g, "--accum", int, 1, resume=True, default=1, help="pieces that a process computes its "
-         "part of the batch in, to save memory")
-    flag(g, "--bf16", action="store_true", help="autocast to bfloat16; times stay float32")
-    flag(g, "--compile", action="store_true", help="torch.compile the network and the derivative")
-    flag(g, "--fsdp", action="store_true", resume=True, help="shard networks and optimiser over "
-         "the processes")
-    flag(g, "--grad-checkpoint", action="store_true", resume=True, help="compute blocks anew in "
-         "the backward pass: less memory")
-    flag(g, "--save-every", int, 1, resume=True, default=200, help="steps between checkpoints")
-    flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
-    flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
-
-    g = parser.add_argument_group("data")
-    flag(g, "--data", default="glyphs", help="glyphs, cifar10, imagenet_latents, or a path")
-    flag(g, "--data-dir", resume=True, help="folder of cifar10 or imagenet_latents")
-    flag(g, "--resolution", int, 1, help="height and width; images are cropped and scaled to it")
-    flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
-    flag(g, "--uncond", action=switch, help="leave labels out")
-    flag(g, "--xflip", action=switch, help="mirror half of the images (never glyphs)")
-    flag(g, "--skip-broken", action="store_true", help="list and leave out images that do not "
-         "decode")
-
-    g = parser.add_argument_group("network")
-    flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "
-         "dropout=0.1")
-
-    g = parser.add_argument_group("optimiser")
-    flag(g, "--optimizer", choices=["AdamW", "RAdam"], help="optimiser")
-    flag(g, "--lr", float, 0, help="learning rate")
-    flag(g, "--betas", float, 0, 1, nargs=2, help="beta_1 and beta_2 of the optimiser")
-    flag(g, "--weight-decay", float, 0, default=0.0, help="weight decay of the optimiser")
-    flag(g, "--warmup", int, 0, help="steps in which the learning rate rises, in each stage")
-    flag(g, "--lr-final", float, 0, 1, help="share of --lr to which the rate then falls, linearly; "
-         "1: it stays")
-    flag(g, "--clip", float, 1e-9, math.inf, default=1.0, help="largest norm of the gradient")
-    flag(g, "--ema-sigma", float, 0.001, 0.28, help="relative width sigma_rel of the EMA")
-    flag(g, "--ema-beta", float, 0, 1, help="constant rate of the EMA instead; 0: --ema-sigma's")
-    flag(g, "--label-drop", float, 0, 1, default=0.1, help="share of null labels where the network "
-         "learns its own guidance")
-    if not two_stages:
-        parser.set_defaults(pretrain=0, pretrain_batch=None, teacher=None)
-        return
-    g = parser.add_argument_group("teacher")
-    flag(g, "--teacher", help="checkpoint to distil, in place of --pretrain; neither: from scratch")
-    flag(g, "--pretrain", int, 0, help="steps of flow matching first")
-    flag(g, "--pretrain-lr", float, 0, help="learning rate of --pretrain (default: the preset's, "
-         "else --lr)")
-    flag(g, "--pretrain-batch", int, 1, help="images a step of --pretrain (default: --batch)")
-    flag(g, "--pretrain-P", float, nargs=2, help="--P-mean and --P-std of --pretrain (default: the "
-         "same)")
-
-
-def parse_net_options(items):
-    """{"width": 64, ...} from the words of --net, such as width=64 mult=1,2,2."""
-    def literal(text):                     # a number, tuple, ... as Python writes it, or the text
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text
-    try:
-        return {k: literal(v) for k, v in (item.split("=") for item in items)}
-    except ValueError:
-        fail(f"--net {' '.join(items)}: want KEY=VALUE, as in width=64 mult=1,2,2")
-
-
-def parse(parser, method, presets):
-    """The flags of a training script; the preset's row fills in those that were not given."""
-    args = parser.parse_args()
-    args.preset = args.preset or args.data
-    if args.preset not in presets and pathlib.Path(args.data).exists():
-        fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
-    if args.preset not in presets:
-        fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
-    row = presets[args.preset]
-    row = dict(pretrain_batch=row["batch"], optimizer="AdamW") | row
-    given = parse_net_options(args.net)
-    net = row.pop("net")                   # its options are those of its network alone
-    args.net = given if given.get("name", net["name"]) != net["name"] else net | given
-    if args.pretrain_batch is None:
-        args.pretrain_batch = args.batch   # one given for both
-    for name, value in row.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
-    args.pretrain = 0 if args.teacher else args.pretrain
-    pieces = args.accum * int(os.environ.get("WORLD_SIZE", 1))
-    for batch in (args.batch, args.pretrain_batch):
-        if batch % pieces:
-            fail(f"--batch {batch} is no multiple of {pieces} (processes times --accum)")
-    if args.fsdp and "WORLD_SIZE" not in os.environ:
-        fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
-    if args.fsdp and args.jvp == "exact":
-        fail("--fsdp: torch.func.jvp does not see sharded parameters; take another --jvp")
-    if args.steps + args.pretrain == 0:
-        fail("--steps and --pretrain: not both 0")
-    return args
-
+from flags import MAY_CHANGE, fail
 
 # --------------------------------------------------------------------------------------------------
 # Seeds: what is random follows from a key, so no random state needs to be saved.
@@ -208,12 +49,36 @@ def generator(device, *key):
 # --------------------------------------------------------------------------------------------------
 # Processes.
 
-def set_globals(device, compile=False, tf32=None):
+LESS_MEMORY = ("--micro-batch, --grad-checkpoint, --precision bf16 and --fsdp need less; the "
+               "checkpoints are kept")
+
+
+def program(advice):
+    """Decorates a main. Where memory ends the program ends in one line, with what torch says of the
+    sizes, `advice`, and exit code 2. Folders that it owned are free again after it."""
+    def decorate(main):
+        @functools.wraps(main)
+        def wrapped():
+            try:
+                main()
+            except (MemoryError, RuntimeError) as e:       # torch.OutOfMemoryError is one of these
+                if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and (
+                        "can't allocate memory" not in str(e)):
+                    raise
+                said = " ".join(str(e).split("\n")[0].split("Allocator: ")[-1].split())
+                fail(f"out of memory ({said[:200]}); {advice}", always=True)
+            finally:
+                disown_all()
+        return wrapped
+    return decorate
+
+
+def set_globals(device, compile=False, precision=None):
     """Everything that this project sets for the whole process. Ctrl-C ends it in one line. On a CPU
     glibc keeps the memory that is freed: large blocks go back to the system otherwise, and come
     again as new pages, a tenth or more of a training step. compile: Dynamo's cuts at DDP's buckets
-    are off, because they lose gradients of a fused pass. tf32: on or off (None: as PyTorch has it).
-    """
+    are off, because they lose gradients of a fused pass. precision: "tf32" switches TF32 on, others
+    off (None: it stays as PyTorch has it)."""
     def report(kind, error, trace):
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
@@ -224,7 +89,8 @@ def set_globals(device, compile=False, tf32=None):
     warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # whose new name 2.11 lacks
     if compile:
         torch._dynamo.config.optimize_ddp = False
-    if tf32 is not None:
+    if precision:
+        tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device.type == "cpu":
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
@@ -233,24 +99,29 @@ def set_globals(device, compile=False, tf32=None):
                 mallopt(option, value)     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
-def start_processes(device, compile=False, tf32=None):
+def start_processes(device, compile=False, precision=None):
     """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
 
-    device: "cpu", "cuda", "cuda:N" or None for the best there is. Returns (device, rank, world).
+    device: "cpu", "cuda", "cuda:N", "mps" or None for the best there is. Returns (device, rank,
+    world).
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
     except RuntimeError:
-        fail(f"--device {device}: want cpu, cuda or cuda:N")
+        fail(f"--device {device}: want cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: no Apple GPU here; use --device cpu")
+    if device.type == "mps" and (compile or precision not in (None, "float32")):
+        fail("--device mps: want --precision float32, and no --compile")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {device}: no such CUDA GPU here; use --device cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda" and local >= torch.cuda.device_count():
         fail(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} of them",
              always=True)
-    set_globals(device, compile, tf32)
+    set_globals(device, compile, precision)
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
@@ -300,6 +171,42 @@ def to_device(tensors, device):
 
 # --------------------------------------------------------------------------------------------------
 # Files.
+
+LOCKS = []                                 # (file, its path); a lock ends with its file
+
+
+def own(folder):
+    """Makes this program the owner of a folder, which is made if need be, until it ends, however it
+    ends. One process does it for all of a torchrun. ValueError if another program owns it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; take another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:                    # Windows has none: its folders have no owner
+        return
+    path = folder / ".owner"
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ValueError(f"{folder} belongs to a running program, {file.read().strip()}; wait for "
+                         "it, stop it, or take another --out") from None
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        return own(folder)                 # its last owner has just removed this file
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    LOCKS.append((file, path))
+
+
+def disown_all():
+    """Leaves the folders that this program owns as if it had never owned them."""
+    while LOCKS:
+        file, path = LOCKS.pop()
+        path.unlink(missing_ok=True)
+        file.close()
+
 
 def check_output(*paths):
     """Ends the program, before the work, if one of these files (pathlib.Path or None) cannot be
@@ -443,24 +350,19 @@ class Run:
     def __init__(self, args, method, stage_name=None):
         self.args, self.method, self.stage_name = args, method, stage_name or method
         self.device, self.rank, self.world = start_processes(
-            args.device, args.compile, getattr(args, "tf32", None))
+            args.device, args.compile, args.precision)
         self.step, self.total, self.checkpoint = 0, args.pretrain + args.steps, None
         self.gamma = ema_gamma(args.ema_sigma)
 
     def open_folder(self):
-        """Finds the run's folder and newest checkpoint. --fresh renames an old folder to
-        NAME.old-K. Raises ValueError if the run is another method's, or has other flags."""
+        """Owns the run's folder and finds its newest checkpoint. Raises ValueError if the run is
+        another method's, was begun with other flags, or goes on in another program."""
         args, self.folder = self.args, pathlib.Path(self.args.out)
         if self.rank == 0:
-            if args.fresh and self.folder.exists():
-                names = (self.folder.with_name(f"{self.folder.name}.old-{k}")
-                         for k in itertools.count(1))
-                old = self.folder.rename(next(name for name in names if not name.exists()))
-                print(f"--fresh: the old run is now {old}")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            own(self.folder)
         barrier()
         path = self.folder / "ckpt.pt"
-        if not path.exists():
+        if args.fresh or not path.exists():
             return
         checkpoint = read_checkpoint(path)
         if checkpoint["method"] != self.method:
@@ -476,6 +378,17 @@ class Run:
                 raise ValueError(f"{self.folder} was begun with {name} {old}, not {new}; use --out "
                                  "or --fresh")
         self.checkpoint, self.step = checkpoint, checkpoint["step"]
+
+    def begin_anew(self):
+        """--fresh: renames what is in the folder to NAME.old-K. After all that may be refused."""
+        if self.rank == 0 and {p.name for p in self.folder.iterdir()} - {".owner"}:
+            names = (self.folder.with_name(f"{self.folder.name}.old-{k}")
+                     for k in itertools.count(1))
+            disown_all()
+            old = self.folder.rename(next(name for name in names if not name.exists()))
+            print(f"--fresh: the old run is now {old}")
+            own(self.folder)
+        barrier()
 
     def teacher_path(self):
         """The teacher that the run has now: --teacher, that of its first stage, or None."""
@@ -502,6 +415,8 @@ class Run:
         self.trained = torch.compile(net) if args.compile else net     # as losses call it
         if self.world > 1 and not args.fsdp:
             self.trained = DistributedDataParallel(self.trained, broadcast_buffers=False)
+        if args.fresh:
+            self.begin_anew()
         self.signals = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.signals.append(number))
@@ -511,7 +426,9 @@ class Run:
     def new_optimizer(self):
         """The optimiser at the first step of a stage."""
         args = self.args
-        fused = dict(fused=True) if args.optimizer == "AdamW" else {}  # RAdam has no such form
+        fused = {}                         # RAdam has no such form, nor has AdamW on an Apple GPU
+        if args.optimizer == "AdamW" and self.device.type != "mps":
+            fused = dict(fused=True)
         self.optimizer = getattr(torch.optim, args.optimizer)(
             self.net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay,
             **fused)
@@ -537,15 +454,24 @@ class Run:
         fall = (1 - args.lr_final) * k / steps
         return Stage(name, k, batch, first, lr * min((k + 1) / max(args.warmup, 1), 1 - fall))
 
-    def pieces(self, batch):
-        """The rows of a batch that this process takes, a slice for each piece of --accum."""
-        size = batch // (self.args.accum * self.world)
-        return [slice(i * size, (i + 1) * size)
-                for i in range(self.rank, self.args.accum * self.world, self.world)]
+    def pieces(self, batch, multiple=1):
+        """The rows of a batch that this process takes, in pieces of at most --micro-batch images,
+        nearly alike: (slice, share of this process's images) each. multiple: so many images stay in
+        one piece. Raises ValueError if that cannot be."""
+        own = batch // self.world
+        most = min(self.args.micro_batch or own, own)
+        if own % multiple or most < multiple:
+            raise ValueError(f"--group {multiple}: a process takes {own} images, {most} at once; "
+                             "want more, and a multiple")
+        most = most // multiple * multiple
+        groups, count = own // multiple, -(-own // most)
+        ends = [self.rank * own + groups * i // count * multiple for i in range(count + 1)]
+        return [(slice(i, j), (j - i) / own) for i, j in zip(ends, ends[1:])]
 
     def autocast(self):
         """The precision in which a loss is computed."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+        bf16 = self.args.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def clip_gradient(self):
         """Scales the gradient to a norm of at most --clip; returns the norm before."""
@@ -608,8 +534,7 @@ class Run:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[-1])
         if self.rank == 0:
             path = self.folder / "ckpt.pt"
-            print(f"{path}, step {self.step}; now: python sample.py --ckpt {path} --nfe 1 --out "
-                  "grid.png")
+            print(f"{path}, step {self.step}; now: python sample.py --ckpt {path} --nfe 1")
 
 
 @contextlib.contextmanager
@@ -619,6 +544,14 @@ def errors_in_one_line():
         yield
     except (ValueError, OSError) as e:
         fail(e)
+
+
+def line_step(line):
+    """The step of a line of log.jsonl; infinite for one that is torn or foreign."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Log:
@@ -633,7 +566,7 @@ class Log:
         self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
         if not quiet:
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            keep = [n for n in old if n.endswith("\n") and json.loads(n)["step"] <= step]
+            keep = [line for line in old if line_step(line) <= step]
             path.write_text("".join(keep))
             self.file = open(path, "a", buffering=1)
 

@@ -37,6 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import flags
 import models
 import run
 import weights
@@ -46,10 +47,12 @@ ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoen
 
 
 def parse_args():
-    p = run.Parser(description="Images from a checkpoint.")
+    p = flags.Parser(description="Images from a checkpoint.")
     a = p.add_argument
-    a("--ckpt", required=True, help="checkpoint of a script here or, with --method, a public one")
-    a("--out", required=True, help="NAME.png (one grid), NAME.npz, or a folder of PNGs")
+    a("--ckpt", required=True, type=pathlib.Path, help="run folder, or checkpoint: of a script "
+      "here or, with --method, a public one")
+    a("--out", help="NAME.png (one grid), NAME.npz, or a folder of PNGs (default: nfeNFE.png "
+      "beside the checkpoint)")
     a("--nfe", type=int, default=1, help="function evaluations; a guided one counts once")
     a("--n", "--samples", type=int, default=64, help="number of samples; torchrun takes only the "
       "long name, because it reads --n as the beginning of its own flags")
@@ -58,8 +61,8 @@ def parse_args():
       "n/classes (rounded down, or up for the first of them); random; or a list to repeat: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
     a("--batch", type=int, default=ROWS, help=f"samples between two writes, rounded up to {ROWS}s")
-    a("--sampler", help="facm: cm, euler, jumps (MeanFlow's); decm: cm, euler, mix; gcm: restart, "
-      "pushforward; flow matching: euler, heun (default: the method's)")
+    a("--sampler", help="facm: cm, euler; baselines: also jumps; decm: cm, euler, mix; gcm: "
+      "restart, pushforward; flow matching: euler, heun (default: the method's)")
     a("--n-ode", type=int, help="steps along the flow (decm: mix)")
     a("--times", type=float, nargs="+", help="falling times in between (gcm)")
     a("--cfg", type=float, help="flow matching: guidance scale, in 2 passes (default: 1, none)")
@@ -306,7 +309,7 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-BEGUN = {"arr_0.npy", "done", "settings.part"}         # may be there before settings.json is
+BEGUN = {"arr_0.npy", "done", "settings.part", ".owner"}       # may be there before settings.json
 
 
 def begin(folder, settings, shape, rank, npz):
@@ -314,6 +317,8 @@ def begin(folder, settings, shape, rank, npz):
     done, bool [N]. It holds settings.json, done, and for an npz the images, shape [N, H, W, 3].
     Raises ValueError on all processes, before anything is written, if it is not of this command."""
     note, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if rank == 0 and (there := folder.exists()):
+        run.own(folder)
     if note.exists():
         old = json.loads(note.read_text())
         for key in (key for key in settings if old.get(key) != settings[key]):
@@ -323,7 +328,8 @@ def begin(folder, settings, shape, rank, npz):
         raise ValueError(f"{folder} is not of this command; take another --out")
     run.barrier()
     if rank == 0 and not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        if not there:
+            run.own(folder)
         if npz:
             np.lib.format.open_memmap(folder / "arr_0.npy", "w+", np.uint8, shape)
         (folder / "done").write_bytes(bytes(shape[0]))
@@ -383,10 +389,14 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
         shutil.rmtree(folder)
 
 
+@run.program("take fewer samples by --n, or a smaller network")
 def main():
     args = parse_args()
-    out, nfes = pathlib.Path(args.out), args.grid or [args.nfe]
-    options = run.parse_net_options(args.net)
+    nfes = args.grid or [args.nfe]
+    if args.ckpt.is_dir():
+        args.ckpt = args.ckpt / "ckpt.pt"
+    out = pathlib.Path(args.out or args.ckpt.parent / f"nfe{'-'.join(map(str, nfes))}.png")
+    options = flags.parse_net_options(args.net)
     if min(*nfes, args.n, args.batch, 1 if args.cfg_channels is None else args.cfg_channels) < 1:
         run.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
     if args.grid and out.suffix != ".png" or out.suffix in (".png", ".npz") and out.is_dir():

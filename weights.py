@@ -230,6 +230,8 @@ def load_teacher(path, net, args, device):
     Raises ValueError also where they fit by name and shape but mean something else."""
     if path is None:
         return None
+    if args.dry_run:
+        return models.create(**args.net).eval().requires_grad_(False)
     told = {k: v for k, v in args.net.items() if k in NOT_IN_SHAPES}
     teacher = load(path, velocity=True, **told)
     for k in NOT_IN_SHAPES:

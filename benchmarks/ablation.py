@@ -6,9 +6,10 @@
     python benchmarks/ablation.py gcm                      # also: gcm-others
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
-Every row is a run of the method's script in runs/ablation, judged as in quickstart.py: 1,000 samples,
-Frechet distance of 64 features, mean and standard deviation over the seeds. An interrupted table goes
-on where it stopped. A budget of minutes shows an order at best: the papers trained for days.
+Every row is a run in runs/ablation, of the method's script or, for sCM and MeanFlow, of baselines.py.
+It is judged as in quickstart.py: 1,000 samples, Frechet distance of 64 features, mean and standard
+deviation over the seeds. An interrupted table goes on where it stopped. A budget of minutes shows an
+order at best: the papers trained for days.
 
 "stability" adds percentiles of the norm of the gradient before clipping, over all steps, as their
 mean over the seeds, and how many runs collapsed: those that ended in a loss or gradient that is not
@@ -31,14 +32,17 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import data
 import quickstart
+
+import data
+import run
 import sample
+from flags import Parser
 
 # A table: its script, the flags of all rows and of the teacher, the samplers that are its columns
 # (name, or None for the method's own, and NFE), and its rows: label, flags, the paper's figure for
 # each column (or None), and, where they differ from the table's, the teacher's flags (None: from
-# scratch).
+# scratch). A row with --objective is a run of baselines.py.
 TEACHER, PIXELNORM = ["--steps", "0"], ["--net", "pixelnorm=True"]
 DECM = ["--freq", "3", "--lr", "6e-3", "--warmup", "200", "--c", "1e-3"]      # the paper's freq
 ECT = ["--scheme", "ect", "--P-mean", "-1.1", "--P-std", "2"]
@@ -168,7 +172,7 @@ def figures_of(script, flags, out, columns, n):
 
 
 def main():
-    p = data.Parser(description="Rows of the papers' ablation tables on glyphs.")
+    p = Parser(description="Rows of the papers' ablation tables on glyphs.")
     p.add_argument("table", choices=list(TABLES), help="which table")
     p.add_argument("--seeds", type=int, nargs="+", help="seeds of the training (default: 0, 1, 2)")
     p.add_argument("--steps", type=int, help="steps of each row (default: the table's)")
@@ -176,10 +180,10 @@ def main():
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    data.check_output(args.json)
+    run.check_output(args.json)
     table = TABLES[args.table]
     if args.n < 100 or args.jobs < 1 or (args.steps or 1) < 1:
-        data.fail("--n must be at least 100, --jobs and --steps at least 1")
+        run.fail("--n must be at least 100, --jobs and --steps at least 1")
     steps, script, out = args.steps or table["steps"], table["script"], pathlib.Path("runs/ablation")
     seeds, columns = args.seeds or list(table.get("seeds", range(3))), table["columns"]
     quickstart.load_classifier(16)
@@ -196,7 +200,7 @@ def main():
                 measured = [("euler", 1)] if table.get("gradients") else []
                 teachers[name_of(flags)] = path / "ckpt.pt", pool.submit(
                     figures_of, script, [*table["flags"], *flags], path, measured, args.n)
-        teachers = {name: (path, run.result()) for name, (path, run) in teachers.items()}
+        teachers = {name: (path, judged.result()) for name, (path, judged) in teachers.items()}
         waiting = {}
         for label, flags, _, teacher in rows:
             for seed in seeds:
@@ -207,10 +211,11 @@ def main():
                     words += ["teacher", *teacher[len(TEACHER):]] if len(teacher) > 2 else []
                     given += ["--teacher", str(path)]
                 waiting[label, seed] = pool.submit(
-                    figures_of, script, given, out / name_of(words), columns, args.n)
-        for (label, seed), run in waiting.items():
-            figures.setdefault(label, []).append(run.result())
-            print(f"{label}, seed {seed}: {run.result()}", file=sys.stderr)
+                    figures_of, "baselines.py" if "--objective" in flags else script, given,
+                    out / name_of(words), columns, args.n)
+        for (label, seed), judged in waiting.items():
+            figures.setdefault(label, []).append(judged.result())
+            print(f"{label}, seed {seed}: {judged.result()}", file=sys.stderr)
 
     # Print: ours (mean, deviation over the seeds), the paper's FID below
     names = [column(*pair) for pair in columns]

@@ -1,7 +1,7 @@
 """What does the exact derivative cost? Time and memory of a GCM step, beside the finite difference.
 
-    python benchmarks/jvp.py                            # CPU: CIFAR-10's DDPM++ and DiT-B/4, batch 4
-    python benchmarks/jvp.py --device cuda --batch 512  # needs a GPU
+    python benchmarks/derivative.py             # CPU: CIFAR-10's DDPM++ and DiT-B/4, batch 4
+    python benchmarks/derivative.py --device cuda --batch 512     # needs a GPU
 
 The comparison of GCM's Table 7j: a step is loss, backward pass and optimiser (VU, w = 1), and each
 of its cases runs in a process of its own. Time: the median of the steps after the first, for 1000
@@ -16,14 +16,15 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import data
+import flags
 import gcm
 import models
+import run
+from jvp import JVP
 
 NETWORKS = {
     "DDPM++": dict(name="DDPM++", input_size=32, in_channels=3, dropout=0.2),
@@ -32,7 +33,7 @@ NETWORKS = {
 
 
 def parse_args():
-    p = data.Parser(description="Time and memory of the exact derivative and of the difference.")
+    p = flags.Parser(description="Time and memory of the exact derivative and of the difference.")
     p.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS),
                    help="networks")
     p.add_argument("--net", nargs="+", default=[], metavar="K=V", help="other options of theirs")
@@ -42,7 +43,7 @@ def parse_args():
     p.add_argument("--case", nargs=2, help="one case in this process: network and --jvp")
     args = p.parse_args()
     if min(args.batch, args.steps) < 1:
-        data.fail("--batch and --steps: at least 1")
+        run.fail("--batch and --steps: at least 1")
     return args
 
 
@@ -53,34 +54,24 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(name, jvp, args):
-    """Seconds for 1000 images and peak bytes of training steps with jvp fused, exact or fd."""
+def measure(name, way, args):
+    """Seconds for 1000 images and peak bytes of training steps with --jvp fused, exact or fd."""
     device, before = torch.device(args.device), peak(torch.device(args.device))
-    options = NETWORKS[name] | data.options(args.net)
+    options = NETWORKS[name] | flags.parse_net_options(args.net)
     torch.manual_seed(0)
     net = models.create(**options, second_time=True).to(device)
     optimizer = torch.optim.RAdam(net.parameters(), 1e-4)
     shape = (args.batch, options["in_channels"], *[options["input_size"]] * 2)
-    f = partial(gcm.precondition, ct="exp", mu=3.5, sigma_d=0.5, second_time=True)
+    f = gcm.precondition(net, ct="exp", mu=3.5, sigma_d=0.5, second_time=True)
     seconds = []
     for step in range(args.steps + 1):
         start = time.perf_counter()
         x, z = torch.randn((2, *shape), device=device)
         u = torch.rand(4, args.batch, device=device)
         t, s, density = gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)
-        h = gcm.H["exp"](t, 0.005, 3.5)
-        w = gcm.W["gcm"](t, s, h, 1.0, 6.0) / density
         y = torch.zeros(args.batch, dtype=torch.int64, device=device)
-        same = gcm.same_dropout(net, args.batch, step)
-
-        def exact(f_same, *inputs):
-            F = f_same(*inputs[:-1])
-            torch.manual_seed(step)
-            return F, gcm.total_derivative(f(net), *inputs)
-
-        ways = dict(fused=gcm.value_and_derivative, exact=exact, fd=None)
-        gcm.gcm_loss(f(same), f(same), ways[jvp], x, 0.5 * z, t, s, h, w, y, None, net.num_classes,
-                     (1.0, 0.0, (0, 1)), 1, 0.1, True).backward()
+        models.seed_dropout(net, step, rows=args.batch)
+        gcm.gcm_loss(f, JVP[way], x, 0.5 * z, t, s, density, y).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
@@ -98,13 +89,13 @@ def main():
     print(f"{args.device}, batch {args.batch}, torch {torch.__version__}\n"
           f"{'network':10}{'derivative':>12}{'s/1000 images':>15}{'peak MiB':>10}{'before':>8}")
     for name in args.nets:
-        for jvp in ("fused", "exact", "fd"):
-            done = subprocess.run([sys.executable, *sys.argv, "--case", name, jvp],
+        for way in ("fused", "exact", "fd"):
+            done = subprocess.run([sys.executable, *sys.argv, "--case", name, way],
                                   capture_output=True, text=True)
             if done.returncode:
-                data.fail(f"{name}, {jvp}: {done.stderr.strip().splitlines()[-1]}")
+                run.fail(f"{name}, {way}: {done.stderr.strip().splitlines()[-1]}")
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"{name:10}{jvp:>12}{row['sec_per_kimg']:15.2f}{row['peak'] / 2 ** 20:10.0f}"
+            print(f"{name:10}{way:>12}{row['sec_per_kimg']:15.2f}{row['peak'] / 2 ** 20:10.0f}"
                   f"{row['before'] / 2 ** 20:8.0f}", flush=True)
 
 

@@ -17,9 +17,11 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import data
-import fid
 import quickstart
+
+import fid
+import flags
+import run
 import sample
 
 
@@ -52,7 +54,7 @@ def distances(args, device):
 
 
 def main():
-    p = data.Parser(description="Mean and deviation of a checkpoint's FID over the seeds of its samples.")
+    p = flags.Parser(description="Mean and deviation of a checkpoint's FID over the seeds of its samples.")
     p.add_argument("ckpt", type=pathlib.Path, help="checkpoint of a script here")
     p.add_argument("--ref", required=True, help="reference, as fid.py takes it")
     p.add_argument("--ref-n", type=int, default=20_000, help="number of glyphs, if they are the reference")
@@ -66,14 +68,14 @@ def main():
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    data.check_output(args.json)
+    run.check_output(args.json)
     if min(args.n, args.seeds, args.batch, *args.nfe) < 1 or args.seeds < 2:
-        data.fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
-    device, _, _ = data.start_processes(args.device)
+        run.fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
+    device, _, _ = run.start_processes(args.device)
     try:
         found, name = distances(args, device)
     except ValueError as e:
-        data.fail(" ".join(str(e).split()))
+        run.fail(" ".join(str(e).split()))
     print(f"{args.ckpt}: {name} to {args.ref}, {args.n} samples, {args.seeds} seeds from {args.seed} on")
     figures = {}
     for nfe, values in found.items():

@@ -23,9 +23,11 @@ import scipy.linalg
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import data
-import fid
 import quickstart
+
+import fid
+import flags
+import run
 
 
 def other_network(device):
@@ -76,15 +78,15 @@ def with_sqrtm(mu1, sigma1, mu2, sigma2):
 
 
 def main():
-    p = data.Parser(description="Speed of fid.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = flags.Parser(description="Speed of fid.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--batch", type=int, default=16, help="images at once")
     p.add_argument("--size", type=int, default=32, help="height and width of the images")
     p.add_argument("--repeats", type=int, default=5, help="calls of each side")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    data.check_output(args.json)
-    device, _, _ = data.start_processes(args.device)
+    run.check_output(args.json)
+    device, _, _ = run.start_processes(args.device)
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
 

@@ -23,8 +23,11 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import quickstart  # noqa: E402
+import quickstart
+
+import data
+import flags
+import run
 
 
 def write_latents(folder, n, shard=2500):
@@ -80,11 +83,11 @@ def child(folder):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return child(sys.argv[2])
-    p = data.Parser(description=__doc__.splitlines()[0])
+    p = flags.Parser(description=__doc__.splitlines()[0])
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    data.check_output(args.json)
-    data.start_processes("cpu")            # as the scripts begin
+    run.check_output(args.json)
+    run.start_processes("cpu")            # as the scripts begin
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)

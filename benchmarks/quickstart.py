@@ -27,6 +27,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
 import fid
+import flags
+import run
 import sample
 
 
@@ -72,7 +74,7 @@ def load_classifier(size):
     print(f"training the classifier, once, for a minute; it is kept as {path}")
     net = train_classifier(size)
     path.parent.mkdir(exist_ok=True)
-    data.save_checkpoint(path, net.state_dict())
+    run.save_checkpoint(path, net.state_dict())
     return net
 
 
@@ -105,19 +107,20 @@ SAMPLERS = {
     "facm": [(None, 1), (None, 2)],        # None: the method's own
     "decm": [("cm", 1), ("cm", 2), *((s, n) for n in (4, 8, 16) for s in ("cm", "mix", "euler")),
              ("euler", 50)],
-    "gcm": [(None, 1), (None, 2)]}
+    "gcm": [(None, 1), (None, 2)],
+    "baselines": [(None, 1), (None, 2)]}
 
 
 def main():
-    p = data.Parser(description="Recognised share and Frechet distance of a glyphs run.")
+    p = flags.Parser(description="Recognised share and Frechet distance of a glyphs run.")
     p.add_argument("run", type=pathlib.Path, help="run directory of a script's --data glyphs")
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    data.check_output(args.json)
+    run.check_output(args.json)
     if args.n < 100:
-        data.fail(f"--n {args.n}: 64 features want 100 samples or more")
+        run.fail(f"--n {args.n}: 64 features want 100 samples or more")
     try:
         student, teacher = sample.load(args.run / "ckpt.pt"), None     # network and checkpoint
         method, train = student[1]["method"], student[1]["args"]
@@ -126,7 +129,7 @@ def main():
         if train["teacher"] or train["pretrain"]:
             teacher = sample.load(train["teacher"] or args.run / "teacher.pt")
     except ValueError as e:
-        data.fail(e)
+        run.fail(e)
     rows = [(f"student, NFE {nfe}" + (method == "decm") * f", {sampler}", student, sampler, nfe, None)
             for sampler, nfe in SAMPLERS[method]]
     if teacher:

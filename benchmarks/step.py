@@ -32,12 +32,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import data
+import quickstart
+
 import decm
 import facm
+import flags
 import gcm
 import models
-import quickstart
+import run
+from jvp import forward_mode, select
 
 LDIT = dict(name="LightningDiT-B/1", in_channels=16, num_classes=1000, input_size=16, qknorm=True)
 UNET = dict(name="DDPM++", in_channels=3, num_classes=10, input_size=32, sigma_data=0.5)
@@ -62,8 +65,9 @@ class Steps:
     def __init__(self, name, args):
         options, batch = NETWORKS[name]
         self.args, self.device, batch = args, torch.device(args.device), args.batch or batch
-        if self.device.type == "cpu":
-            data.keep_freed_memory()       # as the scripts do
+        run.set_globals(self.device, args.compile)                     # as the scripts do
+        if args.compile:                   # beyond a limit of 8 further cases are not compiled
+            torch._dynamo.config.recompile_limit = 64
         torch.manual_seed(0)
         shape = (batch, options["in_channels"], *[options["input_size"]] * 2)
         self.nets, self.batch, self.shape = {}, batch, shape
@@ -78,31 +82,25 @@ class Steps:
             self.nets[second_time] = net, compiled(net), ema, optimizer
         self.teacher = copy.deepcopy(self.nets[False][2])
         self.guide = compiled(self.teacher)
+        self.ways = {name: select(name, args.compile) for name in ("fused", "exact", "fd")}
 
     def loss(self, case, net, trained, x1, x0, t, y):
         """The loss of a case, before backward; trained: net, perhaps compiled."""
         (method, _, mode), one = case.partition(" "), torch.ones_like(t)
+        jvp, guidance = self.ways.get(mode), dict(y_null=net.num_classes, w=1.75)
+        alpha, beta = (partial(facm.WEIGHTS[name], p=0.5) for name in ("1-t^p", "cos"))
         if method == "fm":
             return (trained(facm.interpolate(x1, x0, t), t, None, y) - (x1 - x0)).square().mean()
-        if method == "gcm":
-            f = partial(gcm.precondition, ct="exp", mu=3.5, sigma_d=0.5, second_time=False)
-            ways = dict(fd=None, fused=gcm.value_and_derivative, exact=lambda f_net, *inputs: (
-                f_net(*inputs[:-1]), gcm.total_derivative(f(net), *inputs)))
-            s, h = gcm.T0 * one, gcm.H["exp"](t, 0.005, 3.5)
-            return gcm.gcm_loss(f(trained), f(trained), ways[mode], x1, 0.5 * x0, t, s, h, one, y,
-                                None, 0, (1.0, 0.0, (0, 1)), 1, 0.1, not self.args.bf16)
-        xt = facm.interpolate(x1, x0, t)
-        if method == "decm":
-            derivative = None if mode == "fused" else partial(decm.total_derivative, net, mode=mode)
-            v = decm.flow_velocity(self.guide, x1, x0, xt, t, y, net.num_classes, 1.75, None)
-            return sum(decm.decm_loss(trained, derivative, xt, v, t, y, one, 0.5, 1e-3))
-        c_cm, c_fm = facm.conditions(t, "expanded")
-        weights = facm.WEIGHTS["1-t^p"](t, 0.5), facm.WEIGHTS["cos"](t, 0.5)
         if method == "facm":
-            v = facm.flow_velocity(trained, self.guide, x1, x0, xt, t, c_fm, y, net.num_classes,
-                                   1.75, 0.125)
-            derivative = None if mode == "fused" else partial(facm.total_derivative, net, mode=mode)
-            return sum(facm.facm_loss(trained, derivative, xt, v, t, y, c_cm, c_fm, *weights, 1e-3))
+            return sum(facm.facm_loss(
+                trained, jvp, x1, x0, t, y, alpha=alpha, beta=beta, teacher=self.guide, **guidance))
+        if method == "decm":
+            return sum(decm.decm_loss(trained, jvp, x1, x0, t, y, w1=decm.WEIGHTS["1"],
+                                      teacher=self.guide, **guidance)[:2])
+        if method == "gcm":
+            f = gcm.precondition(trained, ct="exp", mu=3.5, sigma_d=0.5, second_time=False)
+            return gcm.gcm_loss(f, jvp, x1, 0.5 * x0, t, gcm.T_MIN * one, one, y)
+        xt, (_, c_fm) = facm.interpolate(x1, x0, t), facm.conditions(t, "expanded")
         with torch.no_grad():
             v_cond = self.guide(xt, t, None, y)
             v_uncond = self.guide(xt, t, None, torch.full_like(y, net.num_classes))
@@ -110,8 +108,8 @@ class Steps:
         L_fm = facm.fm_loss(trained(xt, *c_fm, y), v)
         with sdpa_kernel(SDPBackend.MATH):
             F_cm, dF_dt = torch.func.jvp(lambda x, t: net(x, t, None, y), (xt, t), (v, one))
-        v_tar = facm.cm_target(F_cm.detach(), v, dF_dt.detach(), t, weights[0])
-        return L_fm.mean() + (weights[1] * facm.norm_l2(F_cm, v_tar, 1e-3)).mean()
+        v_tar = facm.cm_target(F_cm.detach(), v, dF_dt.detach(), t, alpha(t))
+        return L_fm.mean() + (beta(t) * facm.norm_l2(F_cm, v_tar, 1e-3)).mean()
 
     def __call__(self, case):
         """One step; its seconds."""
@@ -127,7 +125,7 @@ class Steps:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        facm.ema_update(ema, net, 9, 6.94)
+        run.ema_update(ema, net, 9, 6.94)
         self.wait()
         return time.perf_counter() - start
 
@@ -181,7 +179,7 @@ def forward_ratio(steps, rounds):
         for _ in range(rounds + 1):
             plain = timed(lambda: net(x, t, None, y))
             fused = timed(lambda: net(x, t, None, y, tangent=tangent))
-            exact = timed(lambda: facm.total_derivative(net, x, (t, None), y, tangent[0]))
+            exact = timed(lambda: forward_mode(net, x, t, None, y, tangent[0], 1, 0))
             ratios.append((fused / plain, exact / plain))
     return [statistics.median(column) for column in zip(*ratios[1:])]
 
@@ -200,7 +198,7 @@ def matrix_rate(device, bf16):
 
 
 def parse_args():
-    p = data.Parser(description="Time and memory of training steps, beside flow matching's.")
+    p = flags.Parser(description="Time and memory of training steps, beside flow matching's.")
     p.add_argument("--nets", nargs="+", choices=list(NETWORKS), help="networks",
                    default=["LightningDiT-small", "DDPM++-small"])
     p.add_argument("--cases", nargs="+", choices=list(PASSES), default=list(PASSES), help="steps")
@@ -212,9 +210,9 @@ def parse_args():
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     p.add_argument("--memory-of", nargs=2, help="one network and case, in this process")
     args = p.parse_args()
-    data.check_output(args.json)
+    run.check_output(args.json)
     if min(args.batch or 1, args.rounds) < 1:
-        data.fail("--batch and --rounds: at least 1")
+        run.fail("--batch and --rounds: at least 1")
     return args
 
 
@@ -227,7 +225,7 @@ def measure(name, args):
         command = [sys.executable, *sys.argv, "--memory-of", name, case]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            data.fail(f"{name}, {case}: {done.stderr.strip().splitlines()[-1]}")
+            run.fail(f"{name}, {case}: {done.stderr.strip().splitlines()[-1]}")
         seconds = statistics.median(times[case] for times in rounds)
         ratio = {base: statistics.median(times[case] / times[base] for times in rounds)
                  for base in ("fm", "reference") if base in args.cases}

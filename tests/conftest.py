@@ -4,7 +4,7 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for child processes: sums depend on it to the last bit
 
-import torch  # noqa: E402
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

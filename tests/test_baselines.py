@@ -7,7 +7,17 @@ import pytest
 import torch
 from oracle import fused, mutant
 from test_facm import ORACLE, OracleNet
-from test_training import (TINY, assert_same_run, call, first_gradient, perturb, refused, rows, run_two, watch)
+from test_training import (
+    TINY,
+    assert_same_run,
+    call,
+    first_gradient,
+    perturb,
+    refused,
+    rows,
+    run_two,
+    watch,
+)
 
 import baselines
 import facm
@@ -151,7 +161,7 @@ def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, nu
     monkeypatch.setattr(baselines, "meanflow_loss", watched)
     batch = 8 if number == 6 else 4
     call(monkeypatch, baselines, *TINY, "--objective", "meanflow", "--pretrain", 1, "--steps", 2, "--batch", batch,
-         "--accum", 2, *flags, "--out", tmp_path / "run")
+         "--micro-batch", batch // 2, *flags, "--out", tmp_path / "run")
     assert [sum(pair) for pair in zip(seen[::2], seen[1::2])] == [number] * 2
     assert run.read_checkpoint(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
 
@@ -169,10 +179,10 @@ def test_scm_counts_the_warm_up_of_its_tangent_from_the_second_stage_on(tmp_path
 def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--pretrain", 0, "--steps", 1, *flags]
     call(monkeypatch, baselines, *common, "--out", tmp_path / "one")
-    call(monkeypatch, baselines, *common, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, "--out", tmp_path / "two", "--accum", 2, script="baselines.py")
+    call(monkeypatch, baselines, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
+    run_two(*common, "--out", tmp_path / "two", "--micro-batch", 2, script="baselines.py")
     one, (line,) = first_gradient(tmp_path / "one"), rows(tmp_path / "one")
-    for other in ("accum", "two"):
+    for other in ("pieces", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
         assert {**rows(tmp_path / other)[0], "images_per_s": 0} == pytest.approx({**line, "images_per_s": 0}, abs=5e-6)
     assert one.abs().max() > 0
@@ -190,7 +200,7 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [
     ["--objective", "scm", "--jvp", "fd"],
     ["--objective", "scm", "--net", "width=8", "mult=1,1", "blocks=1", "adaptive_scale=True", "pixelnorm=True"],
-    ["--objective", "meanflow", "--bf16"]], ids=str)
+    ["--objective", "meanflow", "--precision", "bf16"]], ids=str)
 def test_every_option_trains_and_samples(tmp_path, monkeypatch, flags):
     call(monkeypatch, baselines, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
     assert all(0 < row["grad_norm"] < math.inf for row in rows(tmp_path / "run"))

@@ -18,8 +18,11 @@ from formula import fill
 from PIL import Image
 
 import data
+import encode
 import facm
 import models
+import run
+from flags import Parser, add_flags
 
 
 def test_glyphs_are_deterministic_and_labelled():
@@ -283,7 +286,8 @@ def write_shards(folder, sizes=(5, 3, 4), shape=(4, 4, 4), stats=True, **change)
                                     metadata={"total_size": str(n)})
     if stats:
         data.save_stats(folder)
-    return everything and [torch.cat([shard[name] for shard in everything]) for name in ("latents", "latents_flip", "labels")]
+    names = ("latents", "latents_flip", "labels")
+    return everything and [torch.cat([shard[name] for shard in everything]) for name in names]
 
 
 def test_latents_are_normalised_as_published(tmp_path):
@@ -329,22 +333,22 @@ def small_vae(folder):
     return vae
 
 
-def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-    data.main()
+def command(monkeypatch, script, *argv):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+    script.main()
 
 
 def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     vae, folder = small_vae(tmp_path), write_images(tmp_path / "images", NAMES)
-    flags = ["encode", "--images", folder, "--vae", tmp_path / "vae.pt", "--out", tmp_path / "z", "--resolution", 16,
-             "--shard", 3, "--batch", 2, "--device", "cpu"]
-    command(monkeypatch, *flags)
+    flags = ["--images", folder, "--vae", tmp_path / "vae.pt", "--out", tmp_path / "z", "--resolution", 16, "--shard", 3,
+             "--batch", 2, "--device", "cpu"]
+    command(monkeypatch, encode, *flags)
     dataset, images = data.load(str(tmp_path / "z")), data.load(str(folder), 16)
     assert dataset.labels.tolist() == images.labels.tolist() and len(dataset.shards) == 3
     index = torch.arange(7)
     for flip in (False, True):
         mean, std = vae.encode(images.items(index, torch.full((7,), flip)))
-        noise = [torch.randn(4, 4, 4, generator=data.generator("cpu", 0, i, flip)) for i in range(7)]
+        noise = [torch.randn(4, 4, 4, generator=run.generator("cpu", 0, i, flip)) for i in range(7)]
         direct = mean + std * torch.stack(noise)
         stored = dataset.raw(index, torch.full((7,), flip))
         assert torch.allclose(stored, direct, atol=1e-5)
@@ -354,27 +358,27 @@ def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkey
     content = second.read_bytes()
     second.unlink()
     old = (tmp_path / "z/latents_rank00_shard000.safetensors").stat().st_mtime_ns
-    command(monkeypatch, *flags)
+    command(monkeypatch, encode, *flags)
     assert second.read_bytes() == content
     assert (tmp_path / "z/latents_rank00_shard000.safetensors").stat().st_mtime_ns == old
     with pytest.raises(SystemExit):
-        command(monkeypatch, *flags, "--seed", 1)
+        command(monkeypatch, encode, *flags, "--seed", 1)
     assert "another --out" in capsys.readouterr().err
 
 
 def encode_in_two(*flags):
-    """`data.py encode` in two processes on the CPU, to its end."""
+    """encode.py in two processes on the CPU, to its end."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*launch, str(ROOT / "data.py"), *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run([*launch, str(ROOT / "encode.py"), *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
 
 
 def test_two_processes_encode_what_one_does(tmp_path, monkeypatch):
     """One image at a time, so that the autoencoder rounds alike: to the last bit."""
     small_vae(tmp_path)
-    flags = ["encode", "--images", write_images(tmp_path / "images", NAMES), "--vae", tmp_path / "vae.pt", "--resolution",
-             16, "--shard", 2, "--batch", 1, "--device", "cpu", "--out"]
-    command(monkeypatch, *flags, tmp_path / "one")
+    flags = ["--images", write_images(tmp_path / "images", NAMES), "--vae", tmp_path / "vae.pt", "--resolution", 16,
+             "--shard", 2, "--batch", 1, "--device", "cpu", "--out"]
+    command(monkeypatch, encode, *flags, tmp_path / "one")
     done = encode_in_two(*flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, two = (data.load(str(tmp_path / name)) for name in ("one", "two"))
@@ -391,34 +395,34 @@ def test_a_broken_image_of_either_process_is_told_in_one_line(tmp_path, broken):
     small_vae(tmp_path)
     folder = write_images(tmp_path / "images", NAMES)
     (folder / broken).write_bytes((folder / broken).read_bytes()[:60])
-    done = encode_in_two("encode", "--images", folder, "--vae", tmp_path / "vae.pt", "--resolution", 16, "--shard", 2,
-                         "--batch", 2, "--device", "cpu", "--out", tmp_path / "z")
+    done = encode_in_two("--images", folder, "--vae", tmp_path / "vae.pt", "--resolution", 16, "--shard", 2, "--batch", 2,
+                         "--device", "cpu", "--out", tmp_path / "z")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and broken in lines[0] and "--skip-broken" in lines[0]
     assert done.returncode and re.search(r"exitcode\s*: 2\b", done.stderr)     # torchrun's word on the one that failed
-    assert 'data.py", line' not in done.stderr                                   # no traceback but torchrun's own
+    assert not re.search(r'(encode|data)\.py", line', done.stderr)              # no traceback but torchrun's own
 
 
 def test_inspect(tmp_path, monkeypatch, capsys):
     write_shards(tmp_path / "z", stats=False)
-    command(monkeypatch, "inspect", tmp_path / "z", "--grid", tmp_path / "grid.png", "--save-stats")
+    command(monkeypatch, data, "inspect", tmp_path / "z", "--grid", tmp_path / "grid.png", "--save-stats")
     said = capsys.readouterr().out
     assert "12 samples of shape [4, 4, 4]" in said and "3 shards" in said
     assert (tmp_path / "z/latents_stats.pt").exists() and Image.open(tmp_path / "grid.png").size == (640, 128)
     with pytest.raises(SystemExit) as end:
-        command(monkeypatch, "inspect", tmp_path / "nowhere")
+        command(monkeypatch, data, "inspect", tmp_path / "nowhere")
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: unknown data set")
 
 
-@pytest.mark.parametrize("argv, word", [
-    (["inspect", "glyphs", "--grid", "DIR/x"], "NAME.png"), (["inspect", "glyphs", "--grid", "DIR"], "NAME.png"),
-    (["inspect", "glyphs", "--grid", "/proc/x.png"], "cannot be written"),
-    (["inspect", "glyphs", "--resolution", "0"], "--resolution"),
-    (["inspect", "DIR", "--save-stats"], "no latents"),
-    (["encode", "--images", "DIR", "--vae", "x", "--out", "DIR/z", "--batch", "0"], "at least 1")])
-def test_mistakes_at_the_command_line(tmp_path, monkeypatch, capsys, argv, word):
+@pytest.mark.parametrize("script, argv, word", [
+    (data, ["inspect", "glyphs", "--grid", "DIR/x"], "NAME.png"), (data, ["inspect", "glyphs", "--grid", "DIR"], "NAME.png"),
+    (data, ["inspect", "glyphs", "--grid", "/proc/x.png"], "cannot be written"),
+    (data, ["inspect", "glyphs", "--resolution", "0"], "--resolution"),
+    (data, ["inspect", "DIR", "--save-stats"], "no latents"),
+    (encode, ["--images", "DIR", "--vae", "x", "--out", "DIR/z", "--batch", "0"], "at least 1")])
+def test_mistakes_at_the_command_line(tmp_path, monkeypatch, capsys, script, argv, word):
     with pytest.raises(SystemExit) as end:
-        command(monkeypatch, *(a.replace("DIR", str(tmp_path)) for a in argv))
+        command(monkeypatch, script, *(a.replace("DIR", str(tmp_path)) for a in argv))
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: ") and word in said and said.count("\n") == 1
 
@@ -429,21 +433,21 @@ def test_encode_leaves_shards_of_others_alone(tmp_path, monkeypatch, capsys):
     write_shards(tmp_path / "z")
     before = {p.name: p.read_bytes() for p in (tmp_path / "z").iterdir()}
     with pytest.raises(SystemExit):
-        command(monkeypatch, "encode", "--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--out",
+        command(monkeypatch, encode, "--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--out",
                 tmp_path / "z", "--resolution", 16, "--device", "cpu")
     assert "another --out" in capsys.readouterr().err
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "z").iterdir()}
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys):
-    data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
+    run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
 
     def full(checkpoint, file):
         file.write(b"the beginning")
         raise RuntimeError("unexpected pos\nmore")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as end:
-        data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
+        run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
     assert end.value.code == 2 and "ckpt.pt could not be written (unexpected pos)" in capsys.readouterr().err
     assert torch.load(tmp_path / "ckpt.pt") == dict(step=1) and len(list(tmp_path.iterdir())) == 1
 
@@ -453,7 +457,7 @@ def test_one_process_of_each_machine_tells_of_a_mistake(monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local))
         with pytest.raises(SystemExit):
-            data.fail("no such file")
+            run.fail("no such file")
         assert bool(capsys.readouterr().err) == told
 
 
@@ -512,9 +516,9 @@ def test_unknown_data_is_refused(name, size):
 
 
 def test_seeds_follow_from_the_key():
-    assert data.seed_of(0, "step", 1) == data.seed_of(0, "step", 1)
-    assert len({data.seed_of(0, "step", k) for k in range(1000)}) == 1000
-    a, b = (torch.rand(3, generator=data.generator("cpu", 1, "x")) for _ in range(2))
+    assert run.seed_of(0, "step", 1) == run.seed_of(0, "step", 1)
+    assert len({run.seed_of(0, "step", k) for k in range(1000)}) == 1000
+    a, b = (torch.rand(3, generator=run.generator("cpu", 1, "x")) for _ in range(2))
     assert torch.equal(a, b)
 
 
@@ -569,8 +573,8 @@ def test_shards_of_float16(tmp_path):
 
 def test_a_line_of_the_log_is_the_mean_since_the_last(tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(data.time, "perf_counter", lambda: next(clock))
-    log = data.Log(tmp_path / "log.jsonl", 0, 4, 2)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    log = run.Log(tmp_path / "log.jsonl", 0, 4, 2)
     for step, value in enumerate((1.0, 2.0, 5.0, 7.0), 1):
         log.add(step, "x", 8 * step, dict(loss=torch.tensor(value)), [])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -602,37 +606,44 @@ def test_glyphs_are_20000():
 
 
 def test_a_checkpoint_is_there_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
-    data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
+    run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
 
     def killed(part, path):
         assert torch.load(part) == dict(step=2) and torch.load(path) == dict(step=1)
         raise KeyboardInterrupt
-    monkeypatch.setattr(data.os, "replace", killed)
+    monkeypatch.setattr(run.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
+        run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
     assert torch.load(tmp_path / "ckpt.pt") == dict(step=1)
 
 
-def test_what_may_change_between_two_calls_of_a_run(tmp_path):
-    args = argparse.Namespace(out=str(tmp_path), fresh=False, lr_final=1.0, pretrain=0, steps=1, seed=0, batch=8, accum=1,
-                              w=1.0, betas=[0.9, 0.99])
+def test_what_may_change_between_two_calls_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "start_processes", lambda *_: (torch.device("cpu"), 0, 1))
+    add_flags(Parser(), facm.PRESETS)                                  # which says what may change
+    args = argparse.Namespace(
+        out=str(tmp_path), fresh=False, lr_final=1.0, pretrain=0, steps=1, seed=0, batch=8, micro_batch=1, w=1.0,
+        precision="float32", betas=[0.9, 0.99], device="cpu", compile=False, ema_sigma=0.1)
     kept = vars(args) | dict(betas=(0.9, 0.99))                        # a preset's, now given by hand
     checkpoint = dict(method="facm", args=kept, step=1, model={}, ema={}, optimizer={})
-    data.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    run.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
     for name in vars(args):
+        run.disown_all()                                               # the folder, as at the end of a program
         changed = argparse.Namespace(**vars(args) | {name: 2}) if name not in ("out", "fresh") else args
-        if name in ("seed", "batch", "w", "lr_final", "betas", "pretrain"):
+        job = run.Run(changed, "facm")
+        if name in ("seed", "batch", "w", "precision", "lr_final", "betas", "pretrain", "compile", "ema_sigma"):
             with pytest.raises(ValueError, match=name):
-                data.open_run(changed, "facm", 0)
+                job.open_folder()
         else:
-            assert data.open_run(changed, "facm", 0)[1]["step"] == 1
-    data.save_checkpoint(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
+            job.open_folder()
+            assert job.step == job.checkpoint["step"] == 1
+    run.save_checkpoint(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
+    run.disown_all()
     with pytest.raises(ValueError, match="no optimiser"):
-        data.open_run(args, "facm", 0)
+        run.Run(args, "facm").open_folder()
 
 
 def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
-    log = data.Log(tmp_path / "log.jsonl", 0, 2, 1)
+    log = run.Log(tmp_path / "log.jsonl", 0, 2, 1)
     log.file.close()
     log.file = open("/dev/full", "w", buffering=1)
     with pytest.raises(SystemExit) as end:
@@ -640,8 +651,10 @@ def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
     assert end.value.code == 2 and "error: " in (said := capsys.readouterr().err) and "log.jsonl" in said
 
 
-def test_ctrl_c_before_the_first_step_is_one_line(capsys):
-    data._report(KeyboardInterrupt, KeyboardInterrupt(), None)
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    run.set_globals(torch.device("cpu"))
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "interrupted\n"
-    data._report(ValueError, ValueError("x"), None)
+    sys.excepthook(ValueError, ValueError("x"), None)
     assert "ValueError: x" in capsys.readouterr().err

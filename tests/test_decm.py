@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 import torch
 from oracle import Gaussian, fused, mutant
-from test_training import (TINY, assert_same_run, call, first_gradient, kill_and_rerun, learning_rates, perturb, refused, rows,
-                           run_two, watch)
+from test_training import (
+    TINY,
+    assert_same_run,
+    call,
+    first_gradient,
+    kill_and_rerun,
+    learning_rates,
+    perturb,
+    refused,
+    rows,
+    run_two,
+    watch,
+)
 
 import data
 import decm
@@ -278,12 +289,12 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     common += ["--pretrain", 0, "--steps", 1, "--w", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
-    call(monkeypatch, decm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else ["--accum", 2]), "--out", tmp_path / "two",
+    call(monkeypatch, decm, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
+    run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else ["--micro-batch", 2]), "--out", tmp_path / "two",
             script="decm.py")
     call(monkeypatch, decm, *common, "--jvp", "fused", "--out", tmp_path / "fused")
     one = first_gradient(tmp_path / "one")
-    for other in ("accum", "fused", "two"):
+    for other in ("pieces", "fused", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
     assert one.abs().max() > 0
 
@@ -308,7 +319,7 @@ def test_the_student_starts_as_its_teacher(finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [
     ["--objectives", "fm"], ["--objectives", "cd"], ["--objectives", "fm", "n2n"], ["--vel-norm", "5"],
     ["--times", "arctan"], ["--times", "lognorm"], ["--vpsi", "data", "--lam", "0.2"], ["--jvp", "fd"],
-    ["--bf16", "--batch", "2"], ["--w1", "1-t", "--w2", "1-sqrt", "--power", "1"], ["--w", "1", "--pretrain", "0"]],
+    ["--precision", "bf16", "--batch", "2"], ["--w1", "1-t", "--w2", "1-sqrt", "--power", "1"], ["--w", "1", "--pretrain", "0"]],
     ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, decm, *TINY, "--pretrain", 2, "--steps", 2, *flags, "--out", tmp_path / "run")
@@ -355,7 +366,7 @@ def test_a_run_of_facm_is_refused(finished, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("flags", [
-    [], ["--bf16"], ["--bf16", "--compile"], ["--jvp", "fused", "--bf16", "--compile"]], ids=str)
+    [], ["--precision", "bf16"], ["--precision", "bf16", "--compile"], ["--jvp", "fused", "--precision", "bf16", "--compile"]], ids=str)
 def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in RUN]
     call(monkeypatch, decm, *on_gpu, *flags, "--out", tmp_path / "run")

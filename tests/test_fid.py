@@ -13,7 +13,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT
-from formula import fill, sample, uniform
+from formula import fill, uniform
 from PIL import Image
 from test_golden import assert_equal, golden
 from test_training import call, refused, run_two

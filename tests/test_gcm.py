@@ -6,6 +6,19 @@ import pathlib
 import pytest
 import torch
 from oracle import Gaussian, fused, mutant
+from test_data import write_shards
+from test_training import (
+    assert_same_run,
+    call,
+    first_gradient,
+    kill_and_rerun,
+    learning_rates,
+    perturb,
+    refused,
+    rows,
+    run_two,
+    watch,
+)
 
 import data
 import gcm
@@ -13,9 +26,6 @@ import models
 import run
 import weights
 from jvp import JVP, exact, fd, forward_mode
-from test_data import write_shards
-from test_training import (assert_same_run, call, first_gradient, kill_and_rerun, learning_rates, perturb, refused, rows, run_two,
-                           watch)
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
 SIGMA_D = 0.5
@@ -521,17 +531,17 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
     call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
-    call(monkeypatch, gcm, *common, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, *(["--fsdp"] if flags is VU else ["--accum", 2]), "--out", tmp_path / "two", script="gcm.py")
+    call(monkeypatch, gcm, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
+    run_two(*common, *(["--fsdp"] if flags is VU else ["--micro-batch", 2]), "--out", tmp_path / "two", script="gcm.py")
     one = first_gradient(tmp_path / "one")
-    for other in ("accum", "two"):
+    for other in ("pieces", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
     assert one.abs().max() > 0
 
 
 @pytest.mark.parametrize("flags", [
     ["--jvp", "exact"], ["--row", "F", "--jvp", "exact", "--share-time", "--kernel-sigma", "inf"],
-    ["--bf16", "--equal", "0.75"], ["--row", "E", "--bf16"], ["--curriculum", "1", "--ema-beta", "0.99"],
+    ["--precision", "bf16", "--equal", "0.75"], ["--row", "E", "--precision", "bf16"], ["--curriculum", "1", "--ema-beta", "0.99"],
     ["--augment", "--xflip"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, gcm, *TINY, *flags, "--steps", 2, "--out", tmp_path / "run")
@@ -600,7 +610,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     """Three steps of the ImageNet preset (VU, MeanFlow's guidance, s = t for three quarters), with a small DiT."""
     write_shards(tmp_path / "z")
     call(monkeypatch, gcm, "--device", "cpu", "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--batch", 4,
-         "--steps", 3, "--log-every", 1, "--bf16", "--out", tmp_path / "run",
+         "--steps", 3, "--log-every", 1, "--precision", "bf16", "--out", tmp_path / "run",
          "--net", "name=DiT", "patch=2", "width=32", "depth=1", "heads=4")
     net = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
     assert (net["input_size"], net["in_channels"], net["num_classes"], net["second_time"]) == (4, 4, 6, True)
@@ -608,7 +618,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--group", "3"], "--group 3"), (["--group", "2", "--batch", "6", "--accum", "2"], "--group 2"),
+    (["--group", "3"], "--group 3"), (["--group", "2", "--micro-batch", "1"], "--group 2"),
     (["--variant", "CU", "--w", "2"], "--variant CU"), (["--row", "A", "--scheme", "imm"], "--variant CU"),
     (["--row", "Z"], "--row"),
     (["--variant", "VU", "--w", "2", "--uncond"], "--w 2"), (["--pt", "cosh", "--pt-ab", "1", "1"], "--pt-ab"),
@@ -641,8 +651,8 @@ def test_nan_stops_with_step_and_terms(tmp_path, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("flags", [
-    [], ["--augment", "--row", "F"], ["--row", "L", "--share-time", "--bf16"], [*VU, "--jvp", "fused", "--bf16", "--compile"],
-    [*VU, "--jvp", "exact", "--bf16"]], ids=str)
+    [], ["--augment", "--row", "F"], ["--row", "L", "--share-time", "--precision", "bf16"], [*VU, "--jvp", "fused", "--precision", "bf16", "--compile"],
+    [*VU, "--jvp", "exact", "--precision", "bf16"]], ids=str)
 def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
     call(monkeypatch, gcm, *on_gpu, *flags, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run")

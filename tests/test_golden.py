@@ -12,6 +12,7 @@ import torch
 from formula import fill, normal_like, sample, uniform
 
 import models
+import weights
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 
@@ -25,7 +26,7 @@ def golden(name):
 
 def build(shapes, prefix="", **options):
     """Our network for these weights, filled by formula under the public names, which must be ours to the letter."""
-    net = models.create(**(models.infer({k.removeprefix(prefix): w for k, w in shapes.items()}) | options))
+    net = models.create(**(weights.options_from_shapes({k.removeprefix(prefix): w for k, w in shapes.items()}) | options))
     assert {prefix + k: v.shape for k, v in net.state_dict().items()} == {k: w.shape for k, w in shapes.items()}
     return fill(net, lambda name: prefix + name)
 

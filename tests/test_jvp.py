@@ -190,7 +190,7 @@ def test_three_ways_agree(options):
     results = {name: way(net, x, t, s, y, dx, 0.7, -0.4, *others) for name, way in JVP.items()}
     for name, (F, dF, *outputs) in results.items():
         assert F.requires_grad and not dF.requires_grad and len(outputs) == 2 and all(a.requires_grad for a in outputs)
-        for a, b in zip((F, *outputs), (net(x, t, s, y), *(net(*inputs) for inputs in others))):
+        for a, b in zip((F, *outputs), (net(x, t, s, y), *(net(*other) for other in others))):
             assert error(a, b) < 1e-12, name
         assert error(dF, results["exact"][1]) < (1e-3 if name == "fd" else 1e-11), name
 
@@ -198,7 +198,7 @@ def test_three_ways_agree(options):
 @pytest.mark.parametrize("old, new", [
     ("tangent = dx, torch.full_like(t, dt)", "tangent = dx, torch.full_like(t, -dt)"),
     ("torch.full_like(s, ds)\n    return", "torch.full_like(s, dt)\n    return"),
-    ("tangents = [dx, torch.full_like(t, dt)]", "tangents = [dx, torch.full_like(t, ds)]"),
+    ("point, tangent = (x, t), (dx, torch.full_like(t, dt))", "point, tangent = (x, t), (dx, torch.full_like(t, ds))"),
     ("t + e * dt", "t - e * dt"), ("x + e * dx", "x"), ("(ahead - behind) / (2 * h)", "(ahead - behind) / h")])
 def test_mutants_of_the_ways_are_caught(old, new):
     net, (x, t, s, y), (dx, _, _) = build(dict(name="LightningDiT", second_time=True), torch.float64)

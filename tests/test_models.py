@@ -1,15 +1,20 @@
 """The networks: derivatives in three ways, options that change nothing until trained, randomness, precision."""
 
+import argparse
 import copy
 import math
 
 import pytest
 import torch
 from oracle import Gaussian
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import facm
 import models
+import run
+import weights
+from jvp import fd, forward_mode, in_one_pass
 
 UNET = dict(name="DDPM++", input_size=8, width=8, mult=(1, 2), blocks=1, attention=(8,), sigma_data=0.5)
 DIT = dict(name="DiT", input_size=8, in_channels=3, num_classes=0, patch=2, width=32, depth=2, heads=4)
@@ -48,15 +53,16 @@ def test_derivative_exact_and_difference_and_float64(options):
     net, net64 = build(**options), build(**options).double()
     x, t, s, y, v = inputs(net)
     x64, t64, s64, _, v64 = inputs(net, dtype=torch.float64)
-    net, net64 = facm.same_dropout(net, len(x), 3), facm.same_dropout(net64, len(x), 3)
-    exact = facm.total_derivative(net, x, (t, s), y, v)
+    for network in (net, net64):
+        models.seed_dropout(network, 3, rows=len(x))
+    exact = forward_mode(net, x, t, s, y, v, 1, 0)
     # NCSN++'s features and DDPM's 1000 times vary so fast that only a smaller step sees the derivative.
     h = 1e-4 if options.get("name") == "NCSN++" or options.get("prediction") else 5e-3
-    fd = facm.total_derivative(net, x, (t, s), y, v, mode="fd", h=h)
-    exact64 = facm.total_derivative(net64, x64, (t64, s64), y, v64)
-    fd64 = facm.total_derivative(net64, x64, (t64, s64), y, v64, mode="fd", h=h / 50)
+    difference = fd(net, x, t, s, y, v, 1, 0, h=h)[1]
+    exact64 = forward_mode(net64, x64, t64, s64, y, v64, 1, 0)
+    fd64 = fd(net64, x64, t64, s64, y, v64, 1, 0, h=h / 50)[1]
     scale = exact64.abs().max()
-    assert (fd - exact).abs().max() < 1e-2 * scale
+    assert (difference - exact).abs().max() < 1e-2 * scale
     assert (fd64 - exact64).abs().max() < 1e-5 * scale
     assert (exact - exact64).abs().max() < 1e-4 * scale
 
@@ -64,28 +70,140 @@ def test_derivative_exact_and_difference_and_float64(options):
 def test_the_derivative_needs_the_time_tangent():
     net = build().double()
     x, t, s, y, v = inputs(net, dtype=torch.float64)
-    with_time = facm.total_derivative(net, x, (t, s), y, v)
+    with_time = forward_mode(net, x, t, s, y, v, 1, 0)
     with sdpa_kernel(SDPBackend.MATH):
         _, without = torch.func.jvp(lambda x: net(x, t, s, y), (x,), (v,))
     assert (with_time - without).abs().max() > 0.05 * with_time.abs().max()
 
 
 def test_dropout_is_the_same_in_every_pass_and_off_in_eval():
-    net = build(dropout=0.5)
+    net, kept = build(dropout=0.5), []
     x, t, s, y, _ = inputs(net)
-    seeded = facm.same_dropout(net, len(x), 7)
-    out = seeded(x, t)
-    assert torch.equal(out, seeded(x, t))
-    assert not torch.equal(out, facm.same_dropout(net, len(x), 8)(x, t))
-    both = facm.joint(seeded, (x, t, None, None), (x, t, None, None))      # one mask in a joint pass too
-    assert torch.equal(both[0], out) and torch.equal(both[1], out)
-    double = seeded(x.contiguous(memory_format=torch.channels_last), t)
+    models.seed_dropout(net, 8, rows=len(x))
+    other = net(x, t)
+    models.seed_dropout(net, 7, rows=len(x))
+    out = net(x, t)
+    assert torch.equal(out, net(x, t))
+    assert not torch.equal(out, other)
+    for layer in net.modules():
+        if isinstance(layer, models.Dropout):
+            layer.register_forward_hook(lambda layer, x, h: kept.append(h != 0))
+    net(x, t)
+    both = in_one_pass(net, (x, t, None, None), (x, t, None, None))        # one mask in a joint pass too
+    alone, joint = kept[:len(kept) // 2], kept[len(kept) // 2:]
+    assert alone and all(torch.equal(torch.cat([a, a]), b) for a, b in zip(alone, joint))
+    assert all((half - out).abs().max() < 1e-6 * out.abs().max() for half in both)     # but for rounding
+    double = net(x.contiguous(memory_format=torch.channels_last), t)
     assert torch.allclose(double, out, atol=1e-5)                          # whatever the memory's layout
-    assert facm.same_dropout(build(), 1, 7).__class__ is models.DDPMpp     # nothing to seed: one pass for all
+    plain = build()
+    models.seed_dropout(plain, 7, rows=2)                                  # nothing to seed: any number of rows
+    assert torch.equal(plain(x, t), build()(x, t))
     net.eval()
     state = torch.get_rng_state()
     net(x, t)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def layers_with_masks(seed, p=0.3, rows=4):
+    """Two layers of Dropout, seeded."""
+    layers = torch.nn.ModuleList([models.Dropout(p), models.Dropout(p)])
+    models.seed_dropout(layers, seed, rows)
+    return layers
+
+
+def masks(layers, x):
+    """What each layer keeps of x, which has no zeros."""
+    return torch.stack([layer(x) != 0 for layer in layers])
+
+
+ONES = torch.ones(4, 8, 5, 5)
+
+
+def test_a_mask_follows_from_seed_layer_and_place():
+    layers = layers_with_masks(7)
+    one = masks(layers, ONES)
+    torch.manual_seed(1)                                                   # PyTorch's random state has no say
+    assert torch.equal(one, masks(layers, ONES))
+    assert torch.equal(one, masks(layers_with_masks(7), ONES))
+    assert not torch.equal(one[0], one[1])
+    assert not any(torch.equal(one[0][i], one[0][k]) for i in range(4) for k in range(i))
+    for seed in (0, 8, 2 ** 63 - 2, 2 ** 63 - 1):
+        assert not torch.equal(one[0], masks(layers_with_masks(seed), ONES)[0])
+    models.seed_dropout(layers, 8, rows=4)
+    assert torch.equal(masks(layers, ONES), masks(layers_with_masks(8), ONES))
+
+
+def test_a_larger_batch_repeats_the_mask_of_its_rows():
+    layers = layers_with_masks(7)
+    one, three = masks(layers, ONES), masks(layers, ONES.repeat(3, 1, 1, 1))
+    assert torch.equal(three, one.repeat(1, 3, 1, 1, 1))
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x.bfloat16(), lambda x: x.double()],
+    ids=["channels_last", "bfloat16", "float64"])
+def test_a_mask_does_not_depend_on_layout_and_precision(change):
+    layers = layers_with_masks(7)
+    changed = layers[0](change(ONES))
+    assert changed.dtype == change(ONES).dtype
+    assert torch.equal(masks(layers, ONES), masks(layers, change(ONES)))
+
+
+def test_a_seeded_pass_leaves_the_random_state_alone():
+    torch.manual_seed(1)
+    layers, state = layers_with_masks(7), torch.get_rng_state()
+    masks(layers, ONES)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_without_a_seed_every_pass_has_a_mask_of_its_own():
+    layer = models.Dropout(0.3)
+    torch.manual_seed(0)
+    first, second = masks([layer], ONES), masks([layer], ONES)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(first, masks([layer], ONES))                        # which PyTorch's random state gives
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_a_seeded_mask_keeps_its_share(p):
+    x = torch.ones(4, 50_000)
+    for layer in layers_with_masks(7, p):
+        out = layer(x)
+        assert abs((out != 0).double().mean() - (1 - p)) < 0.005
+        assert torch.allclose(out[out != 0], torch.tensor(1 / (1 - p)))
+
+
+def test_compiled_masks_are_those_of_eager_code():
+    """And a new seed is no reason to compile anew."""
+    layer, net = models.Dropout(0.5), build(dropout=0.5)
+    x, t, *_ = inputs(net)
+    torch._dynamo.reset()
+    for network, points in ((layer, (ONES,)), (net, (x, t))):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled, seen = torch.compile(network, backend=counter, fullgraph=True), []
+        for seed in (7, 8, 2 ** 63 - 1):
+            models.seed_dropout(network, seed, rows=len(points[0]))
+            state = torch.get_rng_state()
+            seen.append(network(*points))
+            for _ in range(2):
+                out = compiled(*points)
+                assert torch.equal(out == 0, seen[-1] == 0) and torch.allclose(out, seen[-1], atol=1e-5)
+            assert torch.equal(state, torch.get_rng_state())
+        assert counter.frame_count == 1
+        assert not any(torch.allclose(seen[i], seen[k], atol=1e-3) for i in range(3) for k in range(i))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_follow_from_the_seed(name):
+    state = torch.get_rng_state()
+    one, two, other = (models.create(**SMALL[name], seed=seed).state_dict() for seed in (7, 7, 8))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not all(torch.equal(one[k], other[k]) for k in one)
+    torch.manual_seed(7)
+    drawn = models.create(**SMALL[name]).state_dict()                      # no seed: PyTorch's random state
+    assert all(torch.equal(one[k], drawn[k]) for k in one) and not torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -93,7 +211,7 @@ def test_second_time_changes_nothing_before_it_is_trained(name):
     plain = build(name)
     torch.manual_seed(1)
     timed = models.create(**SMALL[name], second_time=True)
-    models.load_weights(timed, plain.state_dict(), "plain", may_lack=["map_second", "r_embedder"])
+    run.load_weights(timed, plain.state_dict(), "plain", may_lack=["map_second", "r_embedder"])
     x, t, _, _, _ = inputs(plain)
     assert torch.equal(plain(x, t), timed(x, t, torch.rand(3)))
     with pytest.raises(ValueError, match="second_time"):
@@ -147,10 +265,10 @@ def test_time_path_is_float32_under_autocast(name):
     exact = torch.func.jvp(lambda t: net64.embed(t, s64, y), (t64,), (torch.ones_like(t64),))[1]
     with torch.autocast("cpu", torch.bfloat16):
         emb, tangent = torch.func.jvp(lambda t: net.embed(t, s, y), (t,), (torch.ones_like(t),))
-        half = facm.total_derivative(net, x, (t, s), y, v)
+        half = forward_mode(net, x, t, s, y, v, 1, 0)
     assert emb.dtype == torch.float32 and torch.equal(emb, net.embed(t, s, y))
     assert (tangent - exact).norm() < 1e-5 * exact.norm()
-    full = facm.total_derivative(net, x, (t, s), y, v)
+    full = forward_mode(net, x, t, s, y, v, 1, 0)
     assert (half - full).norm() < 0.05 * full.norm()
 
 
@@ -159,9 +277,9 @@ def test_a_compiled_function_that_contains_the_derivative_equals_the_eager_one(n
     """Traced as for any compiler; aot_eager leaves out only the generation of machine code."""
     net = build(name, num_classes=4)
     x, t, s, y, v = inputs(net)
-    eager = facm.total_derivative(net, x, (t, s), y, v)
+    eager = forward_mode(net, x, t, s, y, v, 1, 0)
     torch._dynamo.reset()
-    compiled = torch.compile(facm.total_derivative, backend="aot_eager", fullgraph=True)(net, x, (t, s), y, v)
+    compiled = torch.compile(forward_mode, backend="aot_eager", fullgraph=True)(net, x, t, s, y, v, 1, 0)
     assert (eager - compiled).abs().max() < 1e-5 * eager.abs().max()
 
 
@@ -170,10 +288,10 @@ def test_the_derivative_of_an_edm_network_is_right_at_the_noise_end():
     net = build(edm_time=True).double()
     x, _, s, y, v = inputs(net, dtype=torch.float64)
     t = torch.tensor([0.0, 1e-3, 4e-3]).double()
-    exact, fd = (facm.total_derivative(net, x, (t, s), y, v, mode, h=5e-3) for mode in ("exact", "fd"))
+    exact, difference = forward_mode(net, x, t, s, y, v, 1, 0), fd(net, x, t, s, y, v, 1, 0, h=5e-3)[1]
     fused = net(x, t, s, y, tangent=(v, torch.ones_like(t), None))[1]
     assert (fused - exact).abs().max() < 1e-10 * exact.abs().max()
-    assert (fd - exact).abs().max() < 0.02 * exact.abs().max()
+    assert (difference - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_pixel_norm_makes_the_modulations_mean_square_one():
@@ -230,8 +348,8 @@ def test_impossible_networks_are_refused():
 def test_compiled_derivative_equals_the_eager_one():
     net = build(num_classes=4).cuda()
     x, t, s, y, v = (a if a is None else a.cuda() for a in inputs(net))
-    eager = facm.total_derivative(net, x, (t, s), y, v)
-    compiled = torch.compile(facm.total_derivative)(net, x, (t, s), y, v)
+    eager = forward_mode(net, x, t, s, y, v, 1, 0)
+    compiled = torch.compile(forward_mode)(net, x, t, s, y, v, 1, 0)
     assert (eager - compiled).abs().max() < 1e-3 * eager.abs().max()
 
 
@@ -337,4 +455,6 @@ def test_a_teacher_that_knew_augmentation_teaches_one_that_does_not(tmp_path):
     torch.save(teacher.state_dict(), tmp_path / "edm.pt")
     student = models.create(**UNET | dict(edm_time=True))
     x, t, *_ = inputs(student)
-    assert torch.equal(models.load_teacher(tmp_path / "edm.pt", student, {})(x, t), student(x, t))
+    args = argparse.Namespace(net={}, fsdp=False, compile=False, dry_run=None)
+    loaded = weights.load_teacher(tmp_path / "edm.pt", student, args, torch.device("cpu"))
+    assert torch.equal(loaded(x, t), student(x, t)) and not any(p.requires_grad for p in loaded.parameters())

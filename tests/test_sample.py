@@ -23,11 +23,13 @@ from test_training import TINY, call, popen, popen_two, refused, run_two, torchr
 import data
 import facm
 import models
+import run
 import sample
+import weights
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("sample") / "run"
     with pytest.MonkeyPatch.context() as patch:
         call(patch, facm, *TINY, "--pretrain", 3, "--steps", 3, "--lr", "3e-3", "--out", out)
@@ -40,8 +42,8 @@ def read(path):
         return f["arr_0"], f["arr_1"]
 
 
-def draw(monkeypatch, run, out, *flags, ckpt="ckpt.pt"):
-    call(monkeypatch, sample, "--ckpt", run / ckpt, "--out", out, "--device", "cpu", *flags)
+def draw(monkeypatch, folder, out, *flags, ckpt="ckpt.pt"):
+    call(monkeypatch, sample, "--ckpt", folder / ckpt, "--out", out, "--device", "cpu", *flags)
     return read(out)
 
 
@@ -51,31 +53,31 @@ def pngs(folder):
 
 # The same samples
 
-def test_a_sample_does_not_depend_on_batch_or_processes(run, tmp_path, monkeypatch):
-    images, labels = draw(monkeypatch, run, tmp_path / "a.npz", "--n", 11, "--nfe", 2)
+def test_a_sample_does_not_depend_on_batch_or_processes(trained, tmp_path, monkeypatch):
+    images, labels = draw(monkeypatch, trained, tmp_path / "a.npz", "--n", 11, "--nfe", 2)
     assert images.shape == (11, 12, 12, 3) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(11)]
-    one_by_one, _ = draw(monkeypatch, run, tmp_path / "b.npz", "--n", 11, "--nfe", 2, "--batch", 1)
-    fewer, _ = draw(monkeypatch, run, tmp_path / "c.npz", "--n", 5, "--nfe", 2, "--batch", 3)
-    run_two("--ckpt", run / "ckpt.pt", "--out", tmp_path / "d.npz", "--samples", 11, "--nfe", 2, "--device", "cpu",
+    one_by_one, _ = draw(monkeypatch, trained, tmp_path / "b.npz", "--n", 11, "--nfe", 2, "--batch", 1)
+    fewer, _ = draw(monkeypatch, trained, tmp_path / "c.npz", "--n", 5, "--nfe", 2, "--batch", 3)
+    run_two("--ckpt", trained / "ckpt.pt", "--out", tmp_path / "d.npz", "--samples", 11, "--nfe", 2, "--device", "cpu",
             script="sample.py")
     with np.load(tmp_path / "d.npz") as f:
         two_processes = f["arr_0"]
     assert np.array_equal(images, one_by_one)
     assert np.array_equal(images[:5], fewer)
     assert np.array_equal(images, two_processes)
-    assert not np.array_equal(images, draw(monkeypatch, run, tmp_path / "e.npz", "--n", 11, "--nfe", 2, "--seed", 1)[0])
+    assert not np.array_equal(images, draw(monkeypatch, trained, tmp_path / "e.npz", "--n", 11, "--nfe", 2, "--seed", 1)[0])
 
 
-def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(run, tmp_path, monkeypatch):
+def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(trained, tmp_path, monkeypatch):
     """100 are two of the network's batches, the second one not full; 2 processes draw one each."""
     flags = ["--n", 100, "--nfe", 2]
-    images, labels = draw(monkeypatch, run, tmp_path / "7.npz", *flags, "--batch", 7)
+    images, labels = draw(monkeypatch, trained, tmp_path / "7.npz", *flags, "--batch", 7)
     assert images.shape[0] == 100 and np.bincount(labels).tolist() == [10] * 10
-    assert np.array_equal(images, draw(monkeypatch, run, tmp_path / "64.npz", *flags, "--batch", 64)[0])
-    assert np.array_equal(images[:70], draw(monkeypatch, run, tmp_path / "70.npz", "--n", 70, "--nfe", 2)[0])
+    assert np.array_equal(images, draw(monkeypatch, trained, tmp_path / "64.npz", *flags, "--batch", 64)[0])
+    assert np.array_equal(images[:70], draw(monkeypatch, trained, tmp_path / "70.npz", "--n", 70, "--nfe", 2)[0])
     for name in ("two.npz", "two"):
-        run_two("--ckpt", run / "ckpt.pt", "--out", tmp_path / name, "--samples", 100, "--nfe", 2, "--batch", 7,
+        run_two("--ckpt", trained / "ckpt.pt", "--out", tmp_path / name, "--samples", 100, "--nfe", 2, "--batch", 7,
                 "--device", "cpu", script="sample.py")
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "7.npz").read_bytes()
     assert np.array_equal(images, [np.asarray(Image.open(tmp_path / "two" / name)) for name in pngs(tmp_path / "two")])
@@ -88,7 +90,7 @@ def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(run, tmp_path, mo
 def test_every_network_gives_the_same_floats_whatever_the_number(options):
     """Alone, these networks do not: other numbers of rows are rounded otherwise."""
     net = fill(models.create(**options))
-    checkpoint = dict(method="flow", step=1, args=dict(net=models.infer(net.state_dict())))
+    checkpoint = dict(method="flow", step=1, args=dict(net=weights.options_from_shapes(net.state_dict())))
     chosen = sample.choose_sampler(net, checkpoint, 2, cfg=2.0)
     labels = torch.arange(130) % 4
     whole = sample.draw_batch(net, checkpoint, chosen, 0, 0, labels)
@@ -103,35 +105,35 @@ def test_more_steps_share_the_first_noise():
 
 # Which weights, samplers, options
 
-def test_weights_and_samplers_are_the_ones_asked_for(run, tmp_path, monkeypatch):
+def test_weights_and_samplers_are_the_ones_asked_for(trained, tmp_path, monkeypatch):
     labels = torch.arange(64) % 10
-    for flags, weights, ckpt, sampler in (
+    for flags, part, ckpt, sampler in (
             ([], "ema", "ckpt.pt", facm.sample),
             (["--raw"], "model", "ckpt.pt", facm.sample),
             (["--sampler", "euler"], "ema", "ckpt.pt", facm.sample_euler),
             ([], "ema", "teacher.pt", facm.sample_euler),
             (["--cfg", "1.75"], "ema", "teacher.pt", functools.partial(facm.sample_euler, w=1.75, t_low=0.125))):
-        checkpoint = data.read_checkpoint(run / ckpt)
+        checkpoint = run.read_checkpoint(trained / ckpt)
         net = models.create(**checkpoint["args"]["net"]).eval()
-        net.load_state_dict(checkpoint[weights])
+        net.load_state_dict(checkpoint[part])
         noise = sample.draw_noise(0, range(64), 3, (3, 12, 12))
         expected = sample.data.to_uint8(sampler(net, noise, labels, 3)).numpy()
-        images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 64, "--nfe", 3, *flags, ckpt=ckpt)
+        images, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 64, "--nfe", 3, *flags, ckpt=ckpt)
         assert np.array_equal(images, expected), flags
 
 
 @pytest.mark.parametrize("nfe", [1, 3, 7, 20])
 @pytest.mark.parametrize("w", [1.0, 1.75])
-def test_euler_of_a_teacher_is_facms_to_the_last_bit(run, nfe, w):
-    net, checkpoint = sample.load(run / "teacher.pt")
+def test_euler_of_a_teacher_is_facms_to_the_last_bit(trained, nfe, w):
+    net, checkpoint = sample.load(trained / "teacher.pt")
     noise, y = sample.draw_noise(0, range(64), 1, (3, 12, 12)), torch.arange(64) % 10
     _, _, euler, _ = sample.choose_sampler(net, checkpoint, nfe, cfg=w)
     assert torch.equal(euler(noise, y), facm.sample_euler(net, noise, y, nfe, "expanded", w, checkpoint["args"]["t_low"]))
 
 
-def test_guidance_of_the_teacher(run, tmp_path, monkeypatch):
-    plain, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 4, "--nfe", 3, ckpt="teacher.pt")
-    guided, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 4, "--nfe", 3, "--cfg", 4, ckpt="teacher.pt")
+def test_guidance_of_the_teacher(trained, tmp_path, monkeypatch):
+    plain, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 4, "--nfe", 3, ckpt="teacher.pt")
+    guided, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 4, "--nfe", 3, "--cfg", 4, ckpt="teacher.pt")
     assert not np.array_equal(plain, guided)
 
 
@@ -176,7 +178,7 @@ def test_shift_interval_and_channels_of_guidance():
     assert torch.allclose(x[:, 3], torch.ones(()))
 
 
-def test_a_methods_own_samplers_and_their_options(run, tmp_path, monkeypatch, capsys):
+def test_a_methods_own_samplers_and_their_options(trained, tmp_path, monkeypatch, capsys):
     """The interface of a method's script, with one that is made up."""
     def restart(net, noise, y, nfe, times=(0.5,), scale=1.0):
         if len(times) != nfe - 1:
@@ -188,8 +190,8 @@ def test_a_methods_own_samplers_and_their_options(run, tmp_path, monkeypatch, ca
     module.DETERMINISTIC, module.default_sampler = ("one",), lambda nfe, args: "one" if nfe == 1 else "restart"
     module.sampler_options = lambda args: {"restart": dict(scale=args["seed"] + 0.25), "one": {}}
     monkeypatch.setitem(sys.modules, "gcm", module)
-    checkpoint = data.read_checkpoint(run / "ckpt.pt") | dict(method="gcm")
-    data.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    checkpoint = run.read_checkpoint(trained / "ckpt.pt") | dict(method="gcm")
+    run.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
 
     images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 3, "--nfe", 2, "--times", 0.75)
     noise = sample.draw_noise(0, range(3), 2, (3, 12, 12))
@@ -205,20 +207,20 @@ def test_a_methods_own_samplers_and_their_options(run, tmp_path, monkeypatch, ca
     assert "restart" in refused(monkeypatch, capsys, sample, *flags, "--nfe", 2)
 
 
-def test_a_method_without_its_script(run, tmp_path, monkeypatch, capsys):
+def test_a_method_without_its_script(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "decm", None)
-    data.save_checkpoint(tmp_path / "ckpt.pt", data.read_checkpoint(run / "ckpt.pt") | dict(method="decm"))
+    run.save_checkpoint(tmp_path / "ckpt.pt", run.read_checkpoint(trained / "ckpt.pt") | dict(method="decm"))
     assert "decm.py" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "x.npz")
-    data.save_checkpoint(tmp_path / "ckpt.pt", data.read_checkpoint(run / "ckpt.pt") | dict(method="os"))
+    run.save_checkpoint(tmp_path / "ckpt.pt", run.read_checkpoint(trained / "ckpt.pt") | dict(method="os"))
     assert "'os'" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "x.npz")
 
 
-def test_labels(run, tmp_path, monkeypatch):
-    _, labels = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 5, "--labels", "3,3,7")
+def test_labels(trained, tmp_path, monkeypatch):
+    _, labels = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 5, "--labels", "3,3,7")
     assert labels.tolist() == [3, 3, 7, 3, 3]
-    _, labels = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 50, "--labels", "random")
+    _, labels = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 50, "--labels", "random")
     assert 1 < len(set(labels.tolist())) <= 10 and labels.max() < 10
-    _, labels = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 43)
+    _, labels = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 43)
     assert np.bincount(labels).tolist() == [5, 5, 5, 4, 4, 4, 4, 4, 4, 4]
 
 
@@ -298,40 +300,40 @@ def test_options_that_a_public_file_does_not_tell(tmp_path, monkeypatch, capsys)
 
 # What is written
 
-def test_grid_and_folder(run, tmp_path, monkeypatch):
-    flags = ["--ckpt", run / "ckpt.pt", "--n", 20, "--device", "cpu", "--out"]
+def test_grid_and_folder(trained, tmp_path, monkeypatch):
+    flags = ["--ckpt", trained / "ckpt.pt", "--n", 20, "--device", "cpu", "--out"]
     call(monkeypatch, sample, *flags, tmp_path / "deep" / "grid.png")
     assert Image.open(tmp_path / "deep" / "grid.png").size == (10 * 60, 2 * 60)
     call(monkeypatch, sample, *flags, tmp_path / "folder")
     names = pngs(tmp_path / "folder")
     assert len(names) == 20 and names[13] == "000013-class3.png"
-    images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 20)
+    images, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 20)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / names[13])), images[13])
 
 
-def test_a_grid_of_several_nfe_shows_the_same_seeds(run, tmp_path, monkeypatch):
-    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--grid", 1, 4, "--n", 6, "--device", "cpu", "--out",
+def test_a_grid_of_several_nfe_shows_the_same_seeds(trained, tmp_path, monkeypatch):
+    call(monkeypatch, sample, "--ckpt", trained / "ckpt.pt", "--grid", 1, 4, "--n", 6, "--device", "cpu", "--out",
          tmp_path / "grid.png")
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     margin = sheet.shape[1] - 6 * 60
     assert sheet.shape[0] == 2 * 60 and margin > 40
     for row, nfe in enumerate((1, 4)):
-        images, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 6, "--nfe", nfe)
+        images, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 6, "--nfe", nfe)
         strip = np.concatenate(images, axis=1).repeat(5, 0).repeat(5, 1)
         assert np.array_equal(sheet[row * 60:(row + 1) * 60, margin:], strip)
         assert 10 < (sheet[row * 60:(row + 1) * 60, :margin] < 128).sum() < 2000       # a label, black on white
 
 
-def test_a_new_npz_takes_the_place_of_an_old_one(run, tmp_path, monkeypatch):
-    first, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 4)
-    second, _ = draw(monkeypatch, run, tmp_path / "x.npz", "--n", 5, "--seed", 1)
+def test_a_new_npz_takes_the_place_of_an_old_one(trained, tmp_path, monkeypatch):
+    first, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 4)
+    second, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 5, "--seed", 1)
     assert len(second) == 5 and not np.array_equal(first, second[:4]) and os.listdir(tmp_path) == ["x.npz"]
 
 
 @pytest.mark.parametrize("name, processes", [("x.npz", 1), ("x", 2)])
-def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name, processes):
+def test_killed_and_continued_is_uninterrupted(trained, tmp_path, monkeypatch, name, processes):
     """kill -9 at some moment, continued by another number of processes, with other batches."""
-    flags = ["--ckpt", str(run / "teacher.pt"), "--out", str(tmp_path / name), "--samples", "384", "--nfe", "8",
+    flags = ["--ckpt", str(trained / "teacher.pt"), "--out", str(tmp_path / name), "--samples", "384", "--nfe", "8",
              "--cfg", "2", "--device", "cpu"]
     begun = [popen(*flags, script="sample.py")] if processes == 1 else popen_two(*flags, script="sample.py")
     done = tmp_path / (f"{name}.partial" if name.endswith("npz") else name) / "done"
@@ -349,7 +351,7 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
         torchrun(*flags, "--batch", 100, script="sample.py")
     else:
         call(monkeypatch, sample, *flags, "--batch", 100)
-    whole, _ = draw(monkeypatch, run, tmp_path / "whole.npz", *flags[4:], ckpt="teacher.pt")
+    whole, _ = draw(monkeypatch, trained, tmp_path / "whole.npz", *flags[4:], ckpt="teacher.pt")
     if name == "x":
         assert len(pngs(tmp_path / name)) == 384
         images = [np.asarray(Image.open(tmp_path / name / png)) for png in pngs(tmp_path / name)]
@@ -359,9 +361,9 @@ def test_killed_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, name,
     assert np.array_equal(images, whole)
 
 
-def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_leaves_what_can_be_continued(trained, tmp_path, monkeypatch, capsys):
     """SIGINT while the third of four batches is drawn; then the two that are missing."""
-    flags = ["--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 256, "--nfe", 2, "--device", "cpu"]
+    flags = ["--ckpt", trained / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 256, "--nfe", 2, "--device", "cpu"]
     honest, firsts = sample.draw_batch, []
 
     def interrupted(*args):
@@ -382,15 +384,15 @@ def test_ctrl_c_leaves_what_can_be_continued(run, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 @pytest.mark.parametrize("change", [["--seed", 1], ["--nfe", 2], ["--n", 9], ["--labels", "1"], ["--sampler", "euler"],
                                     ["--raw"]], ids=lambda c: c[0])
-def test_other_settings_are_not_mixed_in(run, tmp_path, monkeypatch, capsys, name, change):
-    flags = ["--ckpt", run / "ckpt.pt", "--out", tmp_path / name, "--n", 8, "--device", "cpu"]
+def test_other_settings_are_not_mixed_in(trained, tmp_path, monkeypatch, capsys, name, change):
+    flags = ["--ckpt", trained / "ckpt.pt", "--out", tmp_path / name, "--n", 8, "--device", "cpu"]
     folder = tmp_path / (f"{name}.partial" if name.endswith("npz") else name)
 
     def full(*args):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(data, "put", full)
+        patch.setattr(run, "write_at", full)
         call(patch, sample, *flags)
     assert "error: the disk is full; what is written stays" in capsys.readouterr().err
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -399,18 +401,18 @@ def test_other_settings_are_not_mixed_in(run, tmp_path, monkeypatch, capsys, nam
     call(monkeypatch, sample, *flags)
 
 
-def test_a_folder_of_others_is_left_alone(run, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_others_is_left_alone(trained, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (12, 12)).save(tmp_path / "mine.png")
-    line = refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path)
+    line = refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt", "--out", tmp_path)
     assert "another --out" in line and os.listdir(tmp_path) == ["mine.png"]
 
 
-def peak_memory(run, out, n):
+def peak_memory(folder, out, n):
     """KiB, of a process that draws n samples."""
     code = ("import resource, runpy, sys; sys.path.insert(0, '.'); sys.argv[0] = 'sample.py'\n"
             "runpy.run_path('sample.py', run_name='__main__')\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    flags = ["--ckpt", run / "ckpt.pt", "--out", out, "--n", n, "--device", "cpu"]
+    flags = ["--ckpt", folder / "ckpt.pt", "--out", out, "--n", n, "--device", "cpu"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
@@ -420,7 +422,7 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     """30,000 images of 32x32 are 92 MB, and their noise four times that."""
     net = models.create("DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2).eval()
     args = dict(net=dict(name="DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2))
-    data.save_checkpoint(tmp_path / "ckpt.pt", dict(method="facm", args=args, step=1, model={}, ema=net.state_dict()))
+    run.save_checkpoint(tmp_path / "ckpt.pt", dict(method="facm", args=args, step=1, model={}, ema=net.state_dict()))
     few, many = (peak_memory(tmp_path, tmp_path / "x.npz", n) for n in (1000, 30_000))
     assert len(read(tmp_path / "x.npz")[0]) == 30_000
     assert many - few < 20_000, (few, many)
@@ -450,12 +452,12 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     (["--method", "flux"], "flux"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt"),
 ])
-def test_bad_flags_end_in_one_line(run, tmp_path, monkeypatch, capsys, flags, words):
-    assert words in refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path / "x.png", *flags)
+def test_bad_flags_end_in_one_line(trained, tmp_path, monkeypatch, capsys, flags, words):
+    assert words in refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt", "--out", tmp_path / "x.png", *flags)
     assert not (tmp_path / "x.png").exists()
 
 
-def test_bad_flags_of_a_teacher_and_of_the_output(run, tmp_path, monkeypatch, capsys):
+def test_bad_flags_of_a_teacher_and_of_the_output(trained, tmp_path, monkeypatch, capsys):
     for flags, words in ((["--out", tmp_path / "x.npz", "--sampler", "heun", "--nfe", 4], "odd"),
                          (["--out", tmp_path / "x.npz", "--sampler", "cm"], "euler, heun"),
                          (["--out", tmp_path / "x.npz", "--times", "0.5"], "--times"),
@@ -465,38 +467,39 @@ def test_bad_flags_of_a_teacher_and_of_the_output(run, tmp_path, monkeypatch, ca
                          (["--out", tmp_path / "x.npz", "--cfg-channels", 1], "give it, too"),
                          (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-interval", 0.8, 0.2], "T0 <= T1"),
                          (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-channels", 4], "--cfg-channels 4"),
-                         (["--out", run / "ckpt.pt"], "another --out"),
-                         (["--out", run / "ckpt.pt" / "x.npz"], "x.npz.partial")):
-        line = refused(monkeypatch, capsys, sample, "--ckpt", run / "teacher.pt", *flags)
+                         (["--out", trained / "ckpt.pt"], "another --out"),
+                         (["--out", trained / "ckpt.pt" / "x.npz"], "x.npz.partial")):
+        line = refused(monkeypatch, capsys, sample, "--ckpt", trained / "teacher.pt", *flags)
         assert re.search(words, line) and not list(tmp_path.iterdir())
     (tmp_path / "x.npz").mkdir()
-    assert "folder" in refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--out", tmp_path / "x.npz")
+    assert "folder" in refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt", "--out", tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x", "x.png"])
-def test_samples_that_are_not_finite_are_not_written_as_black_images(run, tmp_path, monkeypatch, capsys, name):
-    checkpoint = data.read_checkpoint(run / "ckpt.pt")
+def test_samples_that_are_not_finite_are_not_written_as_black_images(trained, tmp_path, monkeypatch, capsys, name):
+    checkpoint = run.read_checkpoint(trained / "ckpt.pt")
     next(iter(checkpoint["ema"].values())).fill_(float("nan"))
-    data.save_checkpoint(tmp_path / "nan.pt", checkpoint)
+    run.save_checkpoint(tmp_path / "nan.pt", checkpoint)
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, sample, "--ckpt", tmp_path / "nan.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / name)
     assert end.value.code == 2 and "error: samples from number 0 on are not finite" in capsys.readouterr().err
     assert not (tmp_path / name).exists() or not pngs(tmp_path / name)
 
 
-def test_a_finished_folder_is_left_as_it_is(run, tmp_path, monkeypatch):
-    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / "f")
+def test_a_finished_folder_is_left_as_it_is(trained, tmp_path, monkeypatch):
+    flags = ["--ckpt", trained / "ckpt.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / "f"]
+    call(monkeypatch, sample, *flags)
     settings = json.loads((tmp_path / "f/settings.json").read_text())
     assert settings["n"] == 3 and settings["options"] == dict(condition="expanded")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()}
-    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / "f", "--batch", 1)
+    call(monkeypatch, sample, *flags, "--batch", 1)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()} == before and len(before) == 5
 
 
 def test_every_sample_has_a_noise_of_its_own():
     noise = sample.draw_noise(3, [4, 9], 2, (1, 2, 2))
     for k, i in enumerate((4, 9)):
-        assert torch.equal(noise[:, k], torch.randn((2, 1, 2, 2), generator=data.generator("cpu", 3, "sample", i)))
+        assert torch.equal(noise[:, k], torch.randn((2, 1, 2, 2), generator=run.generator("cpu", 3, "sample", i)))
     assert not torch.equal(noise[:, 0], noise[:, 1])
 
 
@@ -522,31 +525,32 @@ def test_a_flow_with_a_second_time_is_asked_for_the_velocity():
                         second_time=True)
     monkey = net.forward
     net.forward = lambda x, t, s=None, y=None: (seen.append((t, s)), monkey(x, t, s, y))[1]
-    checkpoint = dict(method="flow", step=1, args=dict(net=models.infer(net.state_dict())))
+    checkpoint = dict(method="flow", step=1, args=dict(net=weights.options_from_shapes(net.state_dict())))
     sample.draw(net, checkpoint, 2, torch.arange(3))
     assert seen and all(torch.equal(t, s) for t, s in seen)
 
 
-def test_nothing_of_others_is_overwritten(run, tmp_path, monkeypatch, capsys):
+def test_nothing_of_others_is_overwritten(trained, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "mine.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     (tmp_path / "mine/cat").mkdir(parents=True)
     before = (tmp_path / "mine.npz").read_bytes()
     for out in ("mine.npz", "mine"):
-        words = refused(monkeypatch, capsys, sample, "--ckpt", run / "ckpt.pt", "--n", 2, "--out", tmp_path / out,
+        words = refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt", "--n", 2, "--out", tmp_path / out,
                         "--device", "cpu")
         assert "take another --out" in words
     assert (tmp_path / "mine.npz").read_bytes() == before and [p.name for p in (tmp_path / "mine").iterdir()] == ["cat"]
 
 
-def test_a_folder_that_was_only_just_begun_is_ours(run, tmp_path, monkeypatch):
+def test_a_folder_that_was_only_just_begun_is_ours(trained, tmp_path, monkeypatch):
     (tmp_path / "x.npz.partial").mkdir()
     (tmp_path / "x.npz.partial/done").write_bytes(b"0")
-    call(monkeypatch, sample, "--ckpt", run / "ckpt.pt", "--n", 2, "--out", tmp_path / "x.npz", "--device", "cpu")
+    call(monkeypatch, sample, "--ckpt", trained / "ckpt.pt", "--n", 2, "--out", tmp_path / "x.npz", "--device", "cpu")
     assert read(tmp_path / "x.npz")[0].shape == (2, 12, 12, 3)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--cfg-channels", "0"], "at least 1"), (["--shift", "1e300"], "0.001 to 1000"), (["--out", "x.JPG"], "no such format"),
     (["--out", "x.PNG"], "no such format")], ids=str)
-def test_more_senseless_flags(run, tmp_path, monkeypatch, capsys, flags, words):
-    assert words in refused(monkeypatch, capsys, sample, "--ckpt", run / "teacher.pt", "--out", tmp_path / "x.npz", *flags)
+def test_more_senseless_flags(trained, tmp_path, monkeypatch, capsys, flags, words):
+    flags = ["--ckpt", trained / "teacher.pt", "--out", tmp_path / "x.npz", *flags]
+    assert words in refused(monkeypatch, capsys, sample, *flags)

@@ -194,10 +194,10 @@ def first_gradient(out):
 def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
-    call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "accum", "--accum", 2)
-    run_two(*common, *flags, "--out", tmp_path / "two", "--accum", 2)
+    call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "pieces", "--micro-batch", 3)
+    run_two(*common, *flags, "--out", tmp_path / "two", "--micro-batch", 2)
     one, (line,) = first_gradient(tmp_path / "one"), rows(tmp_path / "one")
-    for other in ("accum", "two"):
+    for other in ("pieces", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
         assert {**rows(tmp_path / other)[0], "images_per_s": 0} == pytest.approx({**line, "images_per_s": 0}, abs=5e-6)
     assert one.abs().max() > 0
@@ -207,7 +207,7 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     (facm, ["--pretrain", 1, "--steps", 1], 2), (decm, ["--pretrain", 1, "--steps", 1, "--freq", 1], 3),
     (gcm, ["--steps", 2], 2)], ids=["facm", "decm", "gcm"])
 def test_pieces_are_averaged_over_the_processes_once_an_update(tmp_path, monkeypatch, script, flags, updates):
-    """DDP, in one process that takes itself for the first of two: not with every piece of --accum."""
+    """DDP, in one process that takes itself for the first of two: not with every piece of --micro-batch."""
     averaged = []
 
     def hook(state, bucket):
@@ -224,7 +224,7 @@ def test_pieces_are_averaged_over_the_processes_once_an_update(tmp_path, monkeyp
     monkeypatch.setattr(run, "DistributedDataParallel", Counted)
     monkeypatch.setattr(run, "start_processes", lambda *_: (torch.device("cpu"), 0, 2))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    call(monkeypatch, script, *TINY[:11], "--accum", 4, *flags, "--out", tmp_path / "run")
+    call(monkeypatch, script, *TINY[:11], "--micro-batch", 1, *flags, "--out", tmp_path / "run")
     assert len(averaged) == updates
 
 
@@ -257,7 +257,7 @@ def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monke
     """--fsdp in two processes; its checkpoint goes on in one process, and back, as if nothing had been sharded."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--pretrain", 1]
     one, two = tmp_path / "one", tmp_path / "two"
-    for number, flags in enumerate((["--steps", 0], ["--steps", 1], ["--steps", 2, "--accum", 2])):
+    for number, flags in enumerate((["--steps", 0], ["--steps", 1], ["--steps", 2, "--micro-batch", 2])):
         call(monkeypatch, facm, *common, *flags, "--out", one)
         if number == 1:
             call(monkeypatch, facm, *common, *flags, "--out", two)
@@ -291,14 +291,14 @@ def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
     assert torch.equal(steps(saved)[0], whole)
 
 
-@pytest.mark.parametrize("flags", [[], ["--condition", "auxiliary", "--bf16"]], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--condition", "auxiliary", "--precision", "bf16"]], ids=str)
 def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
     """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
     perturb(monkeypatch)
     for jvp in ("fused", "exact"):
         call(monkeypatch, facm, *TINY, "--pretrain", 0, "--steps", 1, *flags, "--jvp", jvp, "--out", tmp_path / jvp)
     a, b = (first_gradient(tmp_path / jvp) for jvp in ("fused", "exact"))
-    assert (a - b).abs().max() < (0.02 if "--bf16" in flags else 1e-5) * b.abs().max() > 0
+    assert (a - b).abs().max() < (0.02 if "bf16" in flags else 1e-5) * b.abs().max() > 0
 
 
 def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -335,7 +335,7 @@ def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, 
 
 
 @pytest.mark.parametrize("flags", [
-    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--anchor", "0"], ["--bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
+    ["--condition", "auxiliary"], ["--jvp", "fd"], ["--anchor", "0"], ["--precision", "bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
     ["--w", "1"], ["--w", "1", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2", "num_classes=0"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
     call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
@@ -461,7 +461,7 @@ def refused(monkeypatch, capsys, module, *argv):
     (["--data", "mnist"], "unknown data set 'mnist'"),
     (["--resolution", "15"], "divisible"),
     (["--resolution", "4"], "legible"),
-    (["--batch", "7", "--accum", "2"], "--batch 7"),
+    (["--micro-batch", "0"], "--micro-batch 0"),
     (["--batch", "0"], "at least 1"),
     (["--steps", "-1"], "--steps -1: want a finite number, at least 0"),
     (["--steps", "0", "--pretrain", "0"], "both 0"),
@@ -533,7 +533,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, caps
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("flags", [
-    [], ["--bf16"], ["--bf16", "--compile"], ["--jvp", "fused", "--bf16", "--compile", "--grad-checkpoint"]], ids=str)
+    [], ["--precision", "bf16"], ["--precision", "bf16", "--compile"], ["--jvp", "fused", "--precision", "bf16", "--compile", "--grad-checkpoint"]], ids=str)
 def test_trains_on_cuda(tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
     call(monkeypatch, facm, *on_gpu, *flags, "--pretrain", 3, "--steps", 3, "--out", tmp_path / "run")
@@ -624,7 +624,8 @@ def test_clip_bounds_the_gradient(tmp_path, monkeypatch, script, flags):
     ("--label-drop -1", "--label-drop"), ("--betas 2 0.9", "--betas 2"), ("--pretrain-P nan 1", "--pretrain-P nan"),
     ("--pretrain-batch 0", "--pretrain-batch"), ("--save-every 0", "--save-every"), ("--net input_size=8", "input_size 8"),
     ("--net in_channels=4", "in_channels 4"), ("--net num_classes=2", "num_classes 2"),
-    ("--net width=0", "DDPM++ with these options"), ("--net mult=1", "DDPM++ with these options"), ("--num-classes -1", "--num-classes")])
+    ("--net width=0", "DDPM++ with these options"), ("--net mult=1,x", "mult='1,x': want int"),
+    ("--net width=abc", "width='abc': want int"), ("--net blocks=True", "blocks=True: want int"), ("--num-classes -1", "--num-classes")])
 def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, facm, *TINY[:4], *flags.split(), "--out", tmp_path / "run")
 

@@ -1,0 +1,231 @@
+"""README.md and docs/: the index of equations is complete and true, links lead somewhere, names and commands exist."""
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import sys
+import tokenize
+
+import pytest
+from conftest import ROOT
+
+import data
+
+EQUATIONS = {"facm": 20, "decm": 18, "gcm": 46}            # numbered equations of each paper
+LINES = {"facm": 9, "decm": 31, "gcm": 0}                  # numbered lines of its algorithm
+METHODS = [*EQUATIONS, "baselines"]
+HEADINGS = ["Usage", "What the logged numbers mean", "Implementation details", "Results", "Departures from the paper",
+            "Index of equations"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted([*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages: sections, tables, code.
+
+def without_code(text):
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def fenced(text, language=""):
+    """The contents of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def inline_code(text):
+    """What stands in backticks."""
+    return re.findall(r"`([^`\n]+)`", without_code(text))
+
+
+def section(method, heading):
+    """The text under a heading of a method's page."""
+    text = (ROOT / "docs" / f"{method}.md").read_text()
+    return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)[1]
+
+
+def rows(text):
+    """The cells of all rows of the tables in a text, but for their headers."""
+    lines = without_code(text).splitlines()
+    cells = [re.split(r"(?<!\\)\|", line.strip())[1:-1] if line.startswith("|") else None for line in lines]
+    ruler = [bool(row) and all(re.fullmatch(r"-+", cell) for cell in row) for row in cells]
+    header = [*ruler[1:], False]
+    return [[cell.strip() for cell in row] for row, *skip in zip(cells, ruler, header) if row and not any(skip)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scripts: what their parts say of equations and lines.
+
+NUMBER = r"\d+(?:-\d+)?(?!\.?\d)"          # 9 or 26-36, and not the 3 of section 3.3
+
+
+def mentions(text):
+    """{("Eq.", 9), ("line", 4), ...}: of "Eq. 9", "Eqs. 8, 36", "Eqs. 26-36", "line 4", "lines 7 and 8"."""
+    found = set()
+    for kind, numbers in re.findall(rf"\b(Eq|line)s?\.? ({NUMBER}(?:(?:,| and) {NUMBER})*)", " ".join(text.split())):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
+            found |= {("Eq." if kind == "Eq" else kind, n) for n in range(int(first), int(last or first) + 1)}
+    return found
+
+
+@functools.cache
+def parts(method):
+    """{name: (first line, last line, source)} of a script's functions and constants, comments and docstrings included."""
+    source = (ROOT / f"{method}.py").read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        if isinstance(node, ast.Assign):
+            names = [n.id for target in node.targets for n in ast.walk(target)
+                     if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        text = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])     # to the end of the last comment
+        found |= {name: (node.lineno, node.end_lineno, text) for name in names}
+    return found
+
+
+def comments(method):
+    """(line number, text) of a script's comments."""
+    with open(ROOT / f"{method}.py") as file:
+        return [(token.start[0], token.string) for token in tokenize.generate_tokens(file.readline)
+                if token.type == tokenize.COMMENT]
+
+
+def index(method):
+    """[(("Eq.", 9), where), ...] of the table on a method's page."""
+    keys = [(re.match(r"(Eq\.|line) (\d+)\b", row[0]), row[1]) for row in rows(section(method, "Index of equations"))]
+    return [((key[1], int(key[2])), where) for key, where in keys]
+
+
+def test_mentions():
+    assert mentions("# Eq. 14, 3.3") == {("Eq.", 14)}
+    assert mentions("# lines 5, 6, Eq. 17") == {("line", 5), ("line", 6), ("Eq.", 17)}
+    assert mentions("(Eqs. 26-28 and 36). line\n    18") == {("Eq.", n) for n in (26, 27, 28, 36)} | {("line", 18)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_page_has_the_headings_in_order(method):
+    text = without_code((ROOT / "docs" / f"{method}.md").read_text())
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == HEADINGS
+
+
+@pytest.mark.parametrize("method", EQUATIONS)
+def test_the_index_is_complete(method):
+    """Each equation and each line of the algorithm once, in order."""
+    assert [key for key, _ in index(method)] == [
+        *(("Eq.", n + 1) for n in range(EQUATIONS[method])), *(("line", n + 1) for n in range(LINES[method]))]
+
+
+@pytest.mark.parametrize("method", EQUATIONS)
+def test_the_index_is_true(method):
+    """A part of the script that a row names mentions the row's equation or line."""
+    for key, where in index(method):
+        assert re.fullmatch(r"derivation|background|`\w+`(, `\w+`)*", where), (key, where)
+        for part in re.findall(r"`(\w+)`", where):
+            assert part in parts(method), f"{method}.py has no {part}, which has {key}"
+            assert key in mentions(parts(method)[part][2]), f"{method}.py: {part} does not mention {key}"
+
+
+@pytest.mark.parametrize("method", EQUATIONS)
+def test_every_comment_with_an_equation_is_in_the_index(method):
+    where = dict(index(method))
+    for number, text in comments(method):
+        if re.match(r"# (Eqs?\.|lines?) \d", text):
+            part = next(name for name, (first, last, _) in parts(method).items() if first <= number <= last)
+            for key in mentions(text):
+                assert f"`{part}`" in where.get(key, ""), f"{method}.py:{number}: {key} is of {part}, not {where.get(key)}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_departure_of_the_script_has_a_row(method):
+    """A function or constant with "paper: ...; here: ..." is named by as many rows as it has of these."""
+    table = rows(section(method, "Departures from the paper"))
+    assert all(len(row) == 3 and all(row) for row in table)
+    for part, (_, _, source) in parts(method).items():
+        named = sum(f"`{part}`" in " ".join(row) for row in table)
+        assert named >= len(re.findall(r";[\s#]+here:", source)), f"{method}.py: {part}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def anchors(path):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text())):
+        if not link.startswith("https://"):
+            place, _, anchor = link.partition("#")
+            target = (path.parent / place).resolve() if place else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_files_and_flags_and_functions_that_are_named_exist(path):
+    text, sources = path.read_text(), "".join(script.read_text() for script in SCRIPTS)
+    inline = inline_code(text)
+    for code in [*inline, *fenced(text)]:
+        for file in re.findall(r"(?<![\w/.-])(?:[\w-]+/)*[\w-]+\.(?:py|md)\b", code):
+            assert (ROOT / file).exists(), file
+    for code in inline:
+        flags = set(re.findall(r"(?<!\S)--[A-Za-z][\w-]*", code)) - {"--help"}
+        for flag in flags if not code.startswith("torchrun") else []:
+            assert f'"{flag}"' in sources or f'"--{flag.removeprefix("--no-")}"' in sources, flag
+        if re.fullmatch(r"(\w+\.)?[a-z]+(_[a-z0-9]+)+", code):
+            assert re.search(rf"\b{code.split('.')[-1]}\b", sources), code
+
+
+def commands(path):
+    """The words of the launch lines in a page's text, and of those in its blocks that test_repo.py does not parse."""
+    text = path.read_text()
+    blocks = [line for block in fenced(text) for line in block.splitlines() if re.match(r"python (data|\w+/\w+)\.py ", line)]
+    lines = [line.split("#")[0] for line in blocks + inline_code(text)]
+    return [shlex.split(line) for line in lines if re.match(r"(python|torchrun) .*\w\.py\b(?!.*--help)", line)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_commands_parse(path, monkeypatch):
+    for words in commands(path):
+        script = next(word for word in words if word.endswith(".py"))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", words[words.index(script):])
+            if words[0] == "torchrun":
+                patch.setenv("WORLD_SIZE", "8")
+            if script == "data.py":
+                patch.setattr(data, "inspect", lambda args: None)
+                data.main()
+            elif "/" in script:            # a benchmark, whose parser is in its main
+                source = (ROOT / script).read_text()
+                assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
+            else:
+                importlib.import_module(script.removesuffix(".py")).parse_args()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_snippets_run(path):
+    for block in fenced(path.read_text(), "python"):
+        exec(compile(block, name(path), "exec"), {})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_a_cell_holds_one_number(path):
+    for row in rows(path.read_text()):
+        for cell in row:
+            assert not re.fullmatch(r"[\d.,%± -]+[;/,] [\d.,;%± /-]+", cell), cell
+
+
+def test_readme_is_a_door():
+    text = (ROOT / "README.md").read_text()                            # test_repo.py counts its lines
+    assert len(text.split()) <= 2000
+    assert all(len(line) <= 160 for line in text.splitlines())
