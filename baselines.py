@@ -41,8 +41,8 @@ from facm import conditions, flow_velocity, interpolate, pretrain_loss, sample_t
 from jvp import JVP, select
 
 METHOD = "baselines"
-PRESETS = {name: row | dict(tangent_warmup=100 if name == "glyphs" else 10_000)      # A.3(c)
-           for name, row in facm.PRESETS.items()}
+PRESETS = {name: row | dict(tangent_warmup=100 if name in ("glyphs", "mnist") else 10_000)
+           for name, row in facm.PRESETS.items()}                      # A.3(c)
 
 
 def parse_args():

@@ -2,7 +2,6 @@
 
     load(name, ...)        a Dataset; its `batch` is addressed by (seed, images before it)
     glyphs(n, size, seed)  class-conditional coloured digits, drawn here; nothing is downloaded
-    augment                EDM's augmentation
     to_uint8, save_grid    pixels are floats in [-1, 1] inside the methods and uint8 on disk
 
     python data.py inspect DATA                                     # what is in a data set?
@@ -10,7 +9,6 @@
 
 import io
 import json
-import math
 import os
 import pathlib
 import zipfile
@@ -19,7 +17,6 @@ from functools import cache, lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import flags
@@ -350,7 +347,7 @@ def center_crop(image, size):
 
 
 def read_npz(path):
-    """images uint8 [N, H, W, 3] and labels int64 [N] or None, under either usual pair of names.
+    """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None, under either pair of names.
 
     Raises ValueError naming the file for other content; pickled objects in it are not read.
     """
@@ -362,35 +359,55 @@ def read_npz(path):
     images, labels = held.get("images", held.get("arr_0")), held.get("labels", held.get("arr_1"))
     if images is None:
         raise ValueError(f"{path} has neither images nor arr_0; it has {', '.join(held)}")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"{path}: want images uint8 [N, H, W, 3], not {images.dtype} "
-                         f"{list(images.shape)}")
+    images = with_channels(images)
+    if (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3)
+            or not len(images)):
+        raise ValueError(f"{path}: want images uint8 [N, H, W, 3], or [N, H, W] of grey ones, not "
+                         f"{images.dtype} {list(images.shape)}")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: want labels int [{len(images)}], not {labels.dtype} "
                          f"{list(labels.shape)}")
     return images, labels
 
 
-def _cifar10(folder):
+IDX = "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, unpacked,"
+TORCHVISION = {                            # name: class there, what to put where without a network
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"
+                "cifar.html", ""),
+    "mnist": ("MNIST", f"{IDX} from https://ossci-datasets.s3.amazonaws.com/mnist/", "MNIST/raw"),
+    "fashion": ("FashionMNIST", f"{IDX} from http://fashion-mnist.s3-website.eu-central-1."
+                "amazonaws.com/", "FashionMNIST/raw"),
+}
+
+
+def read_torchvision(name, folder):
+    """The training images uint8 [N, H, W, C] and labels int64 [N] of a key of TORCHVISION, which
+    are downloaded to the folder unless they are there. ValueError if they cannot be had."""
+    kind, files, place = TORCHVISION[name]
     try:
-        from torchvision.datasets import CIFAR10  # here, because it takes a second
+        import torchvision  # here, because it takes a second
         with run.one_process_first():
-            train = CIFAR10(folder, train=True, download=True)
+            train = getattr(torchvision.datasets, kind)(folder, train=True, download=True)
     except Exception as e:
         raise ValueError(
-            f"CIFAR-10 could not be downloaded to {folder} ({type(e).__name__}); put "
-            "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html there, or "
-            "give an npz by --data FILE.npz --preset cifar10") from None
-    return train.data, np.array(train.targets)
+            f"{name} could not be downloaded to {folder} ({type(e).__name__}); put {files} into "
+            f"{os.path.join(folder, place)}, or give an npz by --data FILE.npz --preset {name}"
+        ) from None
+    return with_channels(np.asarray(train.data)), np.asarray(train.targets)
+
+
+def with_channels(images):
+    """[N, H, W] of grey images -> [N, H, W, 1]; others as they are."""
+    return images[..., None] if images.ndim == 3 else images
 
 
 def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, xflip=None,
          skip_broken=False):
-    """The data set `name`: glyphs, cifar10, imagenet_latents, or the path of an npz, a zip archive,
-    a folder of images or a folder of latents.
+    """The data set `name`: glyphs, mnist, fashion, cifar10, imagenet_latents, or the path of an
+    npz, a zip archive, a folder of images or a folder of latents.
 
     resolution: images are cropped and scaled to it (None: as they are; glyphs: 16); data_dir: where
-    cifar10 and imagenet_latents lie; num_classes: as many are meant, though not all need to occur;
+    all but glyphs lie; num_classes: as many are meant, though not all need to occur;
     uncond: labels are left out; xflip: half of the images come mirrored (None: of latents alone;
     glyphs never do). Under torchrun all processes call it: one of each machine downloads.
     Raises ValueError, naming the file, for what cannot be had.
@@ -406,11 +423,13 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     elif name == "imagenet_latents" or path.is_dir() and any(path.glob("*.safetensors")):
         folder = data_dir or "data/imagenet_latents" if name == "imagenet_latents" else path
         dataset = Latents(folder, xflip is not False)
-    elif name == "cifar10" or path.suffix == ".npz" and path.is_file():
-        images, labels = _cifar10(data_dir or "data") if name == "cifar10" else read_npz(path)
+    elif name in TORCHVISION or path.suffix == ".npz" and path.is_file():
+        images, labels = (read_torchvision(name, data_dir or "data") if name in TORCHVISION
+                          else read_npz(path))
         if images.shape[1] != images.shape[2] or resolution not in (None, images.shape[1]):
             size = resolution or min(images.shape[1:3])
-            images = np.stack([center_crop(Image.fromarray(image), size) for image in images])
+            images = with_channels(np.stack([
+                center_crop(Image.fromarray(image.squeeze()), size) for image in images]))
         classes = 0 if labels is None else int(labels.max()) + 1
         labels = np.zeros(len(images)) if labels is None else labels
         dataset = Images(images, labels, classes, xflip)
@@ -419,8 +438,8 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     elif path.exists():
         raise ValueError(f"{path}: want a folder, an .npz or a .zip")
     else:
-        raise ValueError(f"unknown data set {name!r}; there is: glyphs, cifar10, imagenet_latents, "
-                         "or the path of a folder, .npz or .zip")
+        raise ValueError(f"unknown data set {name!r}; there is: glyphs, {', '.join(TORCHVISION)}, "
+                         "imagenet_latents, or the path of a folder, .npz or .zip")
     if num_classes and not dataset.num_classes and not uncond:
         raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
@@ -461,73 +480,6 @@ def fit_network_to(dataset, options):
 
 
 # --------------------------------------------------------------------------------------------------
-# EDM's augmentation: the network sees its parameters, so that it does not leak into the samples.
-
-# Wavelet filter sym6 (Daubechies), in which images are resampled without aliasing.
-SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
-        0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
-        -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
-
-
-def augment(x, generator, p=0.12, batch=None, rows=slice(None)):
-    """EDM's augmentation for CIFAR-10 (Karras et al. 2022, Appendix F.2): x [B, C, H, W] on any
-    device -> augmented x and labels [B, 9], all zero where nothing was done but for the mirroring.
-    x may be the `rows` of a larger `batch`, for which the random numbers are then drawn.
-
-    One half of the images is mirrored; each of these befalls a share p: upside down (one half of
-    it), scaling by 2^(0.2 n), rotation by any angle, stretching by 2^(0.2 n) along an axis that is
-    turned in half of the cases, translation by 0.125 n of the size; n standard normal.
-    """
-    B, C, H, W = x.shape
-    normal = torch.randn((4, batch or B), generator=generator)[:, rows].to(x)
-    u = torch.rand((10, batch or B), generator=generator)[:, rows].to(x)
-    done = lambda i, value: torch.where(u[i] < p, value, torch.zeros_like(value))  # noqa: E731
-    mirror, down = (u[0] < 0.5).to(x), done(1, (u[2] < 0.5).to(x))
-    scale, angle = done(3, normal[0]), done(4, (2 * u[5] - 1) * math.pi)
-    stretch, tx, ty = done(6, normal[1]), done(7, normal[2]), done(7, normal[3])
-    axis = torch.where(u[8] < 0.5, (2 * u[9] - 1) * math.pi, torch.zeros_like(angle))
-    labels = torch.stack([mirror, down, scale, angle.cos() - 1, angle.sin(), stretch * axis.cos(),
-                          stretch * axis.sin(), tx, ty], dim=1)
-
-    def matrix(a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
-        rows = [torch.as_tensor(v).to(x).expand(B) for v in (a, b, c, d, e, f, 0.0, 0.0, 1.0)]
-        return torch.stack(rows, dim=1).reshape(B, 3, 3)
-
-    def turn(phi):
-        return matrix(phi.cos(), -phi.sin(), 0.0, phi.sin(), phi.cos(), 0.0)
-
-    # From a place in the output to its place in the input, in pixels from the centre
-    s, r = torch.exp2(-0.2 * scale), torch.exp2(0.2 * stretch)
-    inverse = (matrix(s, e=s) @ turn(angle) @ turn(-axis) @ matrix(1 / r, e=r) @ turn(axis)
-               @ matrix(c=-0.125 * W * tx, f=-0.125 * H * ty))
-    x = torch.where(mirror[:, None, None, None] > 0, x.flip(3), x)
-    x = torch.where(down[:, None, None, None] > 0, x.flip(2), x)
-
-    # Pad by reflection, upsample by 2, resample bilinearly, downsample; `more` pixels on all sides
-    taps, pad, more = torch.tensor(SYM6).to(x), (W - 1, W - 1, H - 1, H - 1), len(SYM6) // 4
-    x = F.pad(x, pad, mode="reflect")
-    h, w = x.shape[2:]
-    kernel = taps.flip(0).expand(C, 1, 1, -1)
-    zeros = torch.zeros_like(x)
-    x = torch.stack([x, zeros], dim=4).reshape(B, C, h, 2 * w)[..., :-1]
-    x = F.conv2d(x, kernel, padding=(0, 6), groups=C)
-    x = torch.stack([x, torch.zeros_like(x)], dim=3).reshape(B, C, 2 * h, -1)[:, :, :-1]
-    x = F.conv2d(x, kernel.transpose(2, 3), padding=(6, 0), groups=C)
-    # A pixel's centre now lies half a pixel of the finer grid beside it
-    half = matrix(c=-0.5, f=-0.5)
-    inverse = half @ matrix(2.0, e=2.0) @ inverse @ matrix(0.5, e=0.5) @ torch.linalg.inv(half)
-    size = (B, C, 2 * (H + 2 * more), 2 * (W + 2 * more))
-    inverse = (matrix(2 / x.shape[3], e=2 / x.shape[2]) @ inverse
-               @ matrix(size[3] / 2, e=size[2] / 2))
-    grid = F.affine_grid(inverse[:, :2], size, align_corners=False)
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    kernel = taps.expand(C, 1, 1, -1)
-    x = F.conv2d(x, kernel, stride=(1, 2), padding=(0, 5), groups=C)[..., more:-more]
-    x = F.conv2d(x, kernel.transpose(2, 3), stride=(2, 1), padding=(5, 0), groups=C)
-    return x[:, :, more:-more], labels
-
-
-# --------------------------------------------------------------------------------------------------
 # Images out.
 
 def to_uint8(x):
@@ -545,7 +497,8 @@ def save_grid(path, images, columns, scale=1, labels=()):
     sheet = np.full((rows * columns, h, w, c), 255, np.uint8)
     sheet[:n] = images
     sheet = sheet.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
-    sheet = Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
+    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
+    sheet = Image.fromarray(sheet[..., 0] if c == 1 else sheet)
     if labels:
         margin = int(max(_font(13).getlength(line) for t in labels for line in t.split("\n"))) + 12
         grid, sheet = sheet, Image.new("RGB", (margin + sheet.width, sheet.height), "white")
@@ -564,7 +517,7 @@ def preview_noise(seed, shape):
 def save_preview(path, preview, net, stage, noise, args):
     """Writes the images that preview(net, stage, noise, args) draws, 10 in a row; those of latents
     are left to sample.py. All processes of --fsdp draw them; path None: this one writes nothing."""
-    if noise.shape[2] != 3:
+    if noise.shape[2] not in (1, 3):
         return
     images = preview(net, stage, noise, args)
     if path:

@@ -87,8 +87,10 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
     g = parser.add_argument_group("data")
-    flag(g, "--data", default="glyphs", help="glyphs, cifar10, imagenet_latents, or a path")
-    flag(g, "--data-dir", resume=True, help="folder of cifar10 or imagenet_latents")
+    flag(g, "--data", default="glyphs", help="glyphs, mnist, fashion, cifar10, "
+         "imagenet_latents, or a path")
+    flag(g, "--data-dir", resume=True, help="folder of mnist, fashion, cifar10 (default: data) or "
+         "imagenet_latents (default: data/imagenet_latents)")
     flag(g, "--resolution", int, 1, help="height and width; images are cropped and scaled to it")
     flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
     flag(g, "--uncond", action=switch, help="leave labels out")
@@ -142,7 +144,7 @@ def parse_net_options(items):
 def parse(parser, method, presets):
     """The flags of a training script; the preset's row fills in those that were not given."""
     args = parser.parse_args()
-    args.preset = args.preset or args.data
+    args.preset = args.preset or dict(fashion="mnist").get(args.data, args.data)
     if args.preset not in presets and pathlib.Path(args.data).exists():
         fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
     if args.preset not in presets:

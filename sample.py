@@ -124,9 +124,9 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
     path, stats: --vae, --latent-stats. Raises ValueError if they lack or do not fit.
     """
     args, channels = checkpoint["args"], checkpoint["args"]["net"]["in_channels"]
-    if channels == 3 and (path or stats):
+    if channels in (1, 3) and (path or stats):
         raise ValueError("--vae and --latent-stats are for latents; this network draws pixels")
-    if channels == 3:
+    if channels in (1, 3):
         return lambda x: x, 1, {}
     if not path:
         raise ValueError(f"this network draws latents of {channels} channels; --vae CKPT, their "

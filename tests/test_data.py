@@ -22,6 +22,7 @@ import encode
 import facm
 import models
 import run
+from augment import augment
 from flags import Parser, add_flags
 
 
@@ -465,7 +466,7 @@ def test_one_process_of_each_machine_tells_of_a_mistake(monkeypatch, capsys):
 
 def test_augmentation_does_nothing_but_mirror_when_p_is_0():
     x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    out, labels = data.augment(x, torch.Generator().manual_seed(1), p=0)
+    out, labels = augment(x, torch.Generator().manual_seed(1), p=0)
     mirror = labels[:, 0] == 1
     assert labels.shape == (16, 9) and not labels[:, 1:].any() and 0 < mirror.sum() < 16
     expected = torch.where(mirror[:, None, None, None], x.flip(3), x)
@@ -478,7 +479,7 @@ def test_augmentation_moves_a_blob_as_its_labels_say():
     place = torch.tensor([5.0, 3.0])                                   # right of and below the centre
     grid = torch.arange(size) - (size - 1) / 2
     blob = torch.exp(-((grid[None, :] - place[0]) ** 2 + (grid[:, None] - place[1]) ** 2) / 4)
-    x, labels = data.augment(blob.expand(n, 1, size, size), torch.Generator().manual_seed(0), p=1.0)
+    x, labels = augment(blob.expand(n, 1, size, size), torch.Generator().manual_seed(0), p=1.0)
     mirror, down, scale, cos, sin, along, across, tx, ty = labels.double().T
     at = torch.stack([torch.where(mirror > 0, -1, 1) * place[0], torch.where(down > 0, -1, 1) * place[1]], 1).double()
     turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).reshape(-1, 2, 2)  # noqa: E731
@@ -509,7 +510,7 @@ def test_grid(tmp_path):
     assert (sheet[:4, 6:12] == 10).all() and (sheet[4:, 6:12] == 40).all() and (sheet[4:, 12:] == 255).all()
 
 
-@pytest.mark.parametrize("name, size", [("mnist", 16), ("glyphs", 8)])
+@pytest.mark.parametrize("name, size", [("minst", 16), ("glyphs", 8)])
 def test_unknown_data_is_refused(name, size):
     with pytest.raises(ValueError):
         data.load(name, size)
@@ -589,7 +590,7 @@ def test_one_batch_given_is_that_of_both_stages(monkeypatch):
 
 
 def test_augmentations_befall_their_shares():
-    _, labels = data.augment(torch.zeros(20_000, 1, 4, 4), torch.Generator().manual_seed(0))
+    _, labels = augment(torch.zeros(20_000, 1, 4, 4), torch.Generator().manual_seed(0))
     mirror, down, scale, cos, sin, along, across, tx, ty = labels.T
     for label, share in ((mirror, 0.5), (down, 0.06), (scale, 0.12), (sin, 0.12), (along, 0.12), (across, 0.06), (tx, 0.12)):
         assert abs((label != 0).double().mean() - share) < 0.015

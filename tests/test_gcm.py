@@ -686,7 +686,7 @@ def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
     calls, rates = {}, learning_rates(monkeypatch, torch.optim.RAdam)
     watch(monkeypatch, calls, gcm, "sample_times", "gcm_loss")
     watch(monkeypatch, calls, data.Dataset, "batch")
-    watch(monkeypatch, calls, data, "augment")
+    watch(monkeypatch, calls, gcm, "augment")
     watch(monkeypatch, calls, run, "generator", "ema_update")
     call(monkeypatch, gcm, *TINY, "--variant", "VU", "--steps", 2, "--seed", 7, "--label-drop", 1, "--w", 3,
          "--kappa", 0.4, "--guide", 0.1, 0.8, "--group", 2, "--kernel-sigma", 0.3, "--share-time", "--curriculum", 0,
