@@ -225,7 +225,7 @@ def main():
             # Backward: summed over the pieces
             ((L_fm + L_cm) * share).backward()
             terms += torch.stack([L_fm, L_cm]).detach() * share
-        if job.world > 1 and phi.grad is not None:                     # not among the network's
+        if dist.is_initialized() and phi.grad is not None:             # not among the network's
             dist.all_reduce(phi.grad.div_(job.world))
 
         # Clip, optimiser, EMA

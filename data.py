@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -521,8 +522,17 @@ def save_preview(path, preview, net, stage, noise, args):
         return
     images = preview(net, stage, noise, args)
     if path:
-        path.parent.mkdir(exist_ok=True)
-        save_grid(path, to_uint8(images), columns=10, scale=3)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_grid(path, to_uint8(images), columns=10, scale=3)
+        except OSError as e:
+            say_once(f"{path.parent}: no previews ({e.strerror}); the run goes on")
+
+
+@cache
+def say_once(text):
+    """Prints a line on stderr, the first time that it is asked to."""
+    print("\n" + text, file=sys.stderr)       # below the progress bar
 
 
 # --------------------------------------------------------------------------------------------------

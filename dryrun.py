@@ -68,8 +68,9 @@ class NoData:
     """What stands for a data set: zeros of the shape that the preset's data have."""
 
     def __init__(self, args):
-        side = args.resolution or 32
-        shape, classes = (3, side, side), 10
+        grey = args.preset == "mnist"
+        side = args.resolution or (28 if grey else 32)
+        shape, classes = (1 if grey else 3, side, side), 10
         if args.preset == "imagenet_latents":              # the VA-VAE's, or the SD-VAE's
             light = args.net["name"].startswith("LightningDiT")
             shape, classes = (32, 16, 16) if light else (4, 32, 32), 1000
@@ -133,7 +134,8 @@ class DryRun(run.Run):
 
     def after_step(self, stage, figures):
         """Reports and ends the program."""
-        self.flops.__exit__(None, None, None)
+        for mode in (self.flops, self.living, self.fake):
+            mode.__exit__(None, None, None)
         self.report(stage)
         sys.exit(0)
 
@@ -162,9 +164,9 @@ class DryRun(run.Run):
                 ("parameters", f"{count / 1e6:.1f} M"),
                 ("images", f"{stage.batch} a step, {stage.batch // self.world} a process, "
                  f"{self.images} at once"),
-                ("memory", f"{(kept + passes) / GIB:.1f} GiB a process: {kept / GIB:.1f} kept "
+                ("memory", f"{(kept + passes) / GIB:.3g} GiB a process: {kept / GIB:.3g} kept "
                  f"(weights, EMA, teacher, optimiser{', buckets of DDP' if buckets else ''}), "
-                 f"{passes / GIB:.1f} in the passes (activations, gradient)"),
+                 f"{passes / GIB:.3g} in the passes (activations, gradient)"),
                 ("work", f"{flops / 1e12:.4g} TFLOP a step; {rate * stage.batch / flops:.4g} "
                  f"images/s at {SHARE:.0%} of an H100's {args.precision} rate"),
                 ("time", f"{steps * flops / rate / 3600:.4g} hours for {steps:,} steps at this "

@@ -101,6 +101,8 @@ def add_flags(parser, presets, two_stages=True):
     g = parser.add_argument_group("network")
     flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "
          "dropout=0.1")
+    flag(g, "--weights", metavar="KEY", help="key of the weights in a public file that the network "
+         "begins with (default: an average of them, or the model)")
 
     g = parser.add_argument_group("optimiser")
     flag(g, "--optimizer", choices=["AdamW", "RAdam"], help="optimiser")

@@ -56,13 +56,14 @@ PRESETS = {
                  adaptive_scale=True)),
     "cifar10": PAPER | dict(
         resolution=32, steps=400_000, batch=512, xflip=True, uncond=True, precision="tf32",
-        net=dict(name="DDPM++", dropout=0.2)),
+        micro_batch=64, net=dict(name="DDPM++", dropout=0.2)),
     "cifar10_finetune": PAPER | dict(      # for --init: ECT's released settings, G.2's weights
         resolution=32, steps=200_000, batch=128, uncond=True, precision="tf32", lam=3.0,
-        pt="uniform", ht="ect", curriculum=25_000, net=dict(name="DDPM++", dropout=0.2)),
+        pt="uniform", ht="ect", curriculum=25_000,
+        micro_batch=64, net=dict(name="DDPM++", dropout=0.2)),     # ours: 24 GB
     # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 --steps 200000
     "imagenet_latents": PAPER | dict(
-        precision="bf16",
+        precision="bf16", micro_batch=64,                  # ours: XL/2 fits 80 GB
         steps=400_000, batch=256, optimizer="AdamW", betas=(0.9, 0.95), sigma_data=1.0,
         variant="VU", epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0,
         net=dict(name="DiT-B/4")),
@@ -413,7 +414,7 @@ def main():
         dataset = data.load_for(args)
         args.net = data.fit_network_to(dataset, args.net)
         if args.init:
-            start, args.net = weights.read_start(args.init, args.net)
+            start, args.net = weights.read_start(args.init, args.net, args.weights)
             args.net = data.fit_network_to(dataset, args.net)
         args.net |= dict(second_time=args.variant == "VU")
         args.net |= dict(augment_dim=9) if args.augment else {}

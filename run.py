@@ -5,7 +5,7 @@
     own, save_checkpoint   folders with one owner, files that a kill leaves whole
     Run, Log               a run's folder, state, networks and optimiser; its log
     ema_update             the average of the weights
-    program                decorates a main: memory that is short ends it in one line
+    program                decorates a main: short memory or a loss of NaN ends it in one line
 """
 
 import contextlib
@@ -54,13 +54,16 @@ LESS_MEMORY = ("--micro-batch, --grad-checkpoint, --precision bf16 and --fsdp ne
 
 
 def program(advice):
-    """Decorates a main. Where memory ends the program ends in one line, with what torch says of the
-    sizes, `advice`, and exit code 2. Folders that it owned are free again after it."""
+    """Decorates a main. Where memory ends, or a loss is not finite, the program ends in one line
+    with exit code 2. For memory, the line has what torch says of the sizes, and `advice`. Folders
+    that it owned are free again after it."""
     def decorate(main):
         @functools.wraps(main)
         def wrapped():
             try:
                 main()
+            except FloatingPointError as e:
+                fail(e, always=True)
             except (MemoryError, RuntimeError) as e:       # torch.OutOfMemoryError is one of these
                 if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and (
                         "can't allocate memory" not in str(e)):
@@ -283,8 +286,9 @@ def load_weights(net, weights, path, may_lack=()):
     }
     for what, names in problems.items():
         if names:
-            raise ValueError(f"{path} does not fit this network: it {what} {names[0]} "
-                             f"(and {len(names) - 1} more)")
+            shapes = [list(a[names[0]].shape) for a in (weights, own) if names[0] in a]
+            raise ValueError(f"{path} does not fit this network: it {what} {names[0]}, "
+                             f"{' and not '.join(map(str, shapes))} (and {len(names) - 1} more)")
     net.load_state_dict(weights, strict=False)
 
 
@@ -476,7 +480,7 @@ class Run:
     def clip_gradient(self):
         """Scales the gradient to a norm of at most --clip; returns the norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.args.clip)
-        return norm.full_tensor() if self.args.fsdp else norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def set_lr(self, lr):
         """Gives the optimiser a learning rate."""
@@ -603,8 +607,8 @@ class Log:
                 terms = [f"{name} {a}" for (at, name), a in zip(names, own) if at == broken]
                 rank = dist.get_rank() if dist.is_initialized() else 0
                 raise FloatingPointError(
-                    f"step {broken - 1}, process {rank}: {', '.join(terms)}; the checkpoints "
-                    f"before stay in {self.path.parent}")
+                    f"not finite in step {broken - 1}, process {rank}: {', '.join(terms)}; the "
+                    f"checkpoints before stay in {self.path.parent}")
 
     def write(self, step, stage, names, means):
         """A line of the file: the means over the steps since the last one."""

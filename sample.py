@@ -73,6 +73,8 @@ def parse_args():
     a("--method", choices=["flow", *METHODS], help="of a public network: flow, or what "
       "distilled it")
     a("--net", nargs="+", default=[], metavar="K=V", help="its options, such as prediction=noise")
+    a("--weights", metavar="KEY", help="key of its weights in the file (default: an average of "
+      "them, or the model)")
     a("--vae", help="checkpoint of the autoencoder that makes images of latents")
     a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training data, "
       "or the scale of the SD-VAE)")
@@ -84,14 +86,14 @@ def parse_args():
 # --------------------------------------------------------------------------------------------------
 # What is sampled: networks, autoencoders, labels.
 
-def load(path, device="cpu", raw=False, method=None, options=None):
+def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
 
     method: for a public file, "flow" or what distilled it; its checkpoint has method, step 1 and
-    args = dict(net=...). options: see weights.load. Raises ValueError if the file is no checkpoint.
+    args = dict(net=...). options, key: see weights.load. ValueError if the file is no checkpoint.
     """
     if method:
-        net = weights.load(path, method == "flow", **(options or {})).to(device)
+        net = weights.load(path, method == "flow", key, **(options or {})).to(device)
         if raw or hasattr(net, "decode"):
             raise ValueError(f"{path}: --raw is for our checkpoints, and autoencoders for --vae")
         args = dict(net=weights.options_from_shapes(net.state_dict()) | (options or {}))
@@ -104,8 +106,8 @@ def load(path, device="cpu", raw=False, method=None, options=None):
         raise ValueError(f"{path} does not tell the options of its network")
     if checkpoint["method"] not in METHODS:
         raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
-    if options:
-        raise ValueError(f"--net: {path} tells the options of its network itself")
+    if options or key:
+        raise ValueError(f"--net and --weights are for public files; {path} is one of ours")
     net = models.create(**checkpoint["args"]["net"])
     run.load_weights(net, checkpoint["model" if raw else "ema"], path)
     return net.to(device).eval(), checkpoint
@@ -410,7 +412,7 @@ def main():
         "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
     device, rank, world = run.start_processes(args.device)
     try:
-        net, checkpoint = load(args.ckpt, device, args.raw, args.method, options)
+        net, checkpoint = load(args.ckpt, device, args.raw, args.method, options, args.weights)
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
         chosen = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
@@ -437,8 +439,6 @@ def main():
                    decode)
     except ValueError as e:
         run.fail(e)
-    except FloatingPointError as e:
-        run.fail(e, always=True)
     except OSError as e:
         run.fail(f"{e}; what is written stays, and the same command goes on", always=True)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ import io
 import pickle
 import re
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -27,8 +28,21 @@ import run
 # What no shape tells of public weights
 NOT_IN_SHAPES = "heads prediction sigma_data edm_time time_scale pixelnorm".split()
 
+# The field's names for averaged weights: DiT, SiT, LightningDiT; k-diffusion, CompVis; lucidrains;
+# FACM's training, by ema_pytorch; timm, OpenTAD; diffusers. They go before the weights themselves.
+AVERAGES = ("ema", "model_ema", "ema_model", "emas", "state_dict_ema", "ema_state_dict")
+
+# ema_pytorch keeps the network itself beside it; of two averages FACM's authors take the second
+AVERAGE = re.compile(r"^(ema_model|ema|model_ema|ema_models\.1\.ema_model)\.")
+
 # What a student may have more than the network that it begins with
 MAY_BEGIN_ANEW = ("map_second", "r_embed", "map_augment")
+
+
+# NumPy's numbers beside the tensors: what rebuilds them under weights_only, under both its names
+NUMBERS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+           for core in ("core", "_core")]
+NUMBERS += [np.dtype, *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdg"}]
 
 
 class _Plain(dict):
@@ -77,9 +91,31 @@ def _flatten(state, prefix=""):
     return weights
 
 
-def read(path, velocity=False):
+def has_tensors(value):
+    """Whether a value of a checkpoint is a dict or list that holds tensors, at any depth."""
+    inner = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list, tuple)) and any(
+        torch.is_tensor(v) or has_tensors(v) for v in inner)
+
+
+def choose(held, path, key=None):
+    """The entry of a checkpoint's dict that holds its weights: `key`, else an average of them, else
+    the model. Raises ValueError with the file's keys if that is a guess."""
+    keys = f"{path} has the keys {', '.join(map(str, held))}"
+    if key and not isinstance(held.get(key), dict):
+        raise ValueError(f"{keys}; --weights {key} names no weights there")
+    there = (k for k in (*AVERAGES, "model", "state_dict") if isinstance(held.get(k), dict))
+    chosen = key or next(there, None)
+    others = [k for k, v in held.items() if "ema" in str(k).lower() and k != chosen
+              and has_tensors(v)]
+    if others and not key:
+        raise ValueError(f"{keys}; --weights KEY says which are the weights")
+    return held[chosen] if chosen else held
+
+
+def read(path, velocity=False, key=None):
     """The tensors of a .safetensors, .pkl (NVlabs/edm) or PyTorch file, {name: tensor}, and the
-    options of models.create, if it is a checkpoint of ours. Averaged weights go before others.
+    options of models.create, if it is a checkpoint of ours. key: see choose.
 
     Nothing in the file is executed. Raises ValueError for a file that is missing, damaged, or
     holds anything but tensors and plain values, and with `velocity` for our consistency models.
@@ -91,7 +127,7 @@ def read(path, velocity=False):
             with open(path, "rb") as f:
                 held = _flatten(_Unpickler(f).load()["ema"])
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace, *NUMBERS]):
                 held = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
@@ -104,10 +140,10 @@ def read(path, velocity=False):
     options = args.get("net") if isinstance(args, dict) else None
     if velocity and options and held.get("step", 0) > args.get("pretrain", 0):
         raise ValueError(f"{path} is a consistency model, no velocity; its run has a teacher.pt")
-    for key in ("ema", "model_ema", "model", "state_dict"):
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-            break
+    if isinstance(held, dict) and not str(path).endswith(".pkl"):
+        held = choose(held, path, key)
+        averaged = {AVERAGE.sub("", k): v for k, v in held.items() if AVERAGE.match(str(k))}
+        held = averaged or held
     if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
         raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
     prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.))+")
@@ -199,14 +235,14 @@ def options_from_shapes(weights):
     raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
 
 
-def load(path, velocity=False, **options):
+def load(path, velocity=False, key=None, **options):
     """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
 
     options: what no shape tells of public weights (NOT_IN_SHAPES), such as prediction="noise" for
     facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser.
-    velocity, and the ValueErrors: see read and run.load_weights.
+    velocity, key, and the ValueErrors: see read and run.load_weights.
     """
-    weights, own = read(path, velocity)
+    weights, own = read(path, velocity, key)
     try:
         net = models.create(**(own or options_from_shapes(weights) | options))
     except (KeyError, ValueError) as e:
@@ -215,10 +251,10 @@ def load(path, velocity=False, **options):
     return net.eval()
 
 
-def read_start(path, options):
+def read_start(path, options, key=None):
     """The tensors of a velocity network that a run begins with, and the options of a network with
     them: the file's own, but for those of `options` that no file tells. ValueError as from read."""
-    weights, own = read(path, velocity=True)
+    weights, own = read(path, velocity=True, key=key)
     kept = {k: v for k, v in options.items() if k in (*NOT_IN_SHAPES, "dropout")}
     return weights, (own or options_from_shapes(weights)) | kept
 
@@ -233,7 +269,7 @@ def load_teacher(path, net, args, device):
     if args.dry_run:
         return models.create(**args.net).eval().requires_grad_(False)
     told = {k: v for k, v in args.net.items() if k in NOT_IN_SHAPES}
-    teacher = load(path, velocity=True, **told)
+    teacher = load(path, velocity=True, key=args.weights, **told)
     for k in NOT_IN_SHAPES:
         theirs, own = (getattr(network, k, None) for network in (teacher, net))
         if theirs != own:

@@ -134,7 +134,7 @@ def train(script, flags, out):
                "--preview-every", "1000000", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
-    if "FloatingPointError" in done.stderr:
+    if "error: not finite" in done.stderr:
         return False
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")

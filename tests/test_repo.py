@@ -25,7 +25,7 @@ FILES = sorted(ROOT.glob("*.py"))
 # jvp.py 220: rules for networks that are not ours, such as affine normalisations, softmax and matrix products.
 # run.py 500: the owner of a folder, the micro-batches, and the four steps of the log as four functions.
 # flags.py and dryrun.py are rooms of their own: what is said before a run, and what a run would take.
-BUDGETS = {"facm.py": 420, "decm.py": 420, "gcm.py": 492, "baselines.py": 350, "models.py": 900, "data.py": 650,
+BUDGETS = {"facm.py": 420, "decm.py": 420, "gcm.py": 493, "baselines.py": 350, "models.py": 900, "data.py": 650,
            "run.py": 640, "flags.py": 220, "dryrun.py": 200, "jvp.py": 265, "weights.py": 300, "README.md": 200}
 
 

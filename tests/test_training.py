@@ -1,5 +1,6 @@
 """facm.py as a program: resume, kill, processes, failures. A small network on 12x12 glyphs."""
 
+import contextlib
 import copy
 import json
 import math
@@ -301,7 +302,16 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
     assert (a - b).abs().max() < (0.02 if "bf16" in flags else 1e-5) * b.abs().max() > 0
 
 
-def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def ends_in_one_line(capsys, pattern):
+    """A loss that is not finite ends the program in one line of this pattern, with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        yield
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.search("^error: not finite in " + pattern, said, re.MULTILINE), said
+
+
+def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     command = [*TINY, "--pretrain", 2, "--steps", 4, "--save-every", 1, "--out", out]
     honest = facm.norm_l2
@@ -310,7 +320,7 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
         loss = honest(F_cm, v_tar, c)
         return loss * float("nan") if run.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
     monkeypatch.setattr(facm, "norm_l2", broken)
-    with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
+    with ends_in_one_line(capsys, r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
         call(monkeypatch, facm, *command)
     kept = run.read_checkpoint(out / "ckpt.pt")
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
@@ -319,7 +329,7 @@ def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkey
     assert run.read_checkpoint(out / "ckpt.pt")["step"] == 6
 
 
-def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, monkeypatch):
+def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, monkeypatch, capsys):
     """Losses are read when a line is written or a checkpoint is due: here after steps 3 and 6, of which 3 fails."""
     honest, calls = facm.norm_l2, []
 
@@ -327,7 +337,7 @@ def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, 
         calls.append(1)
         return honest(*args) * (float("nan") if len(calls) == 2 else 1)
     monkeypatch.setattr(facm, "norm_l2", broken)
-    with pytest.raises(FloatingPointError, match=r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
+    with ends_in_one_line(capsys, r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
         call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 6, "--save-every", 3, "--log-every", 100,
              "--out", tmp_path / "run")
     kept = run.read_checkpoint(tmp_path / "run/ckpt.pt")
@@ -648,10 +658,25 @@ def test_steps_may_change_until_the_rate_depends_on_them(tmp_path, monkeypatch, 
     assert "steps 1, not 2" in refused(monkeypatch, capsys, facm, *command, "--steps", 2)
 
 
-def test_the_checkpoint_goes_before_the_preview(tmp_path, monkeypatch):
+def test_previews_that_cannot_be_written_are_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/previews").touch()                                # no folder: no preview can be written
-    with pytest.raises(FileExistsError):
-        call(monkeypatch, facm, *TINY, "--jvp", "fd", "--preview-every", 1, "--save-every", 1, "--pretrain", 1,
-             "--steps", 0, "--out", tmp_path / "run")
-    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 1
+    (tmp_path / "run/previews").touch()                                # no folder
+    call(monkeypatch, facm, *TINY, "--jvp", "fd", "--preview-every", 1, "--pretrain", 3, "--steps", 0, "--out", tmp_path / "run")
+    assert capsys.readouterr().err.count("no previews (File exists); the run goes on") == 1
+    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3
+
+
+def test_lines_of_the_log_that_are_torn_or_foreign_are_dropped(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = [*TINY, "--jvp", "fd", "--pretrain", 2, "--out", out]
+    call(monkeypatch, facm, *command, "--steps", 0)
+    whole = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text("\n[1]\n{}\nhello\n\x00\x01\n" + whole + '{"step": "x"}\n{"step": 1')
+    call(monkeypatch, facm, *command, "--steps", 1)
+    assert (out / "log.jsonl").read_text().startswith(whole) and [row["step"] for row in rows(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("out", ["/proc/self", "file", "file/run"])
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / out) in refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / out)

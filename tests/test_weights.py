@@ -7,6 +7,7 @@ import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -184,3 +185,45 @@ def test_every_golden_file_is_used():
     used = "".join((GOLDEN.parent / f"test_{name}.py").read_text() for name in ("golden", "weights", "fid", "parity"))
     for path in GOLDEN.iterdir():
         assert f'"{path.stem}"' in used or f'"{path.name}"' in used, path
+
+
+# Which entry of a file holds the weights: the names that the field has for an average.
+
+def held_by_ema_pytorch(average, net):
+    """The state of ema_pytorch's EMA: the network twice, and numbers."""
+    return {**{f"ema_model.{k}": w for k, w in average.items()}, **{f"online_model.{k}": w for k, w in net.items()},
+            "initted": torch.tensor(True), "step": torch.tensor(7)}
+
+
+def held_by_post_hoc_ema(average, net):
+    """The state of its PostHocEMA with two averages, of which FACM's authors take the second."""
+    return {f"ema_models.{i}.{k}": w for i, of in enumerate((net, average)) for k, w in held_by_ema_pytorch(of, net).items()}
+
+
+@pytest.mark.parametrize("file", [
+    lambda a, w: dict(model=w, ema=a, opt={}, args=None), lambda a, w: dict(model=w, model_ema=a, step=3),
+    lambda a, w: dict(model=w, ema_model=a), lambda a, w: dict(state_dict=w, state_dict_ema=a),
+    lambda a, w: dict(state_dict=w, ema_state_dict={f"module.{k}": v for k, v in a.items()}),
+    lambda a, w: dict(step=1, model=w, ema=held_by_ema_pytorch(a, w)), lambda a, w: dict(model=w, emas=held_by_post_hoc_ema(a, w)),
+    lambda a, w: held_by_ema_pytorch(a, w), lambda a, w: dict(model=a), lambda a, w: dict(state_dict=a, ema_decay=0.999),
+    lambda a, w: dict(model=a, best=np.float64(1.5), epoch=np.int64(3), ema_rate=np.float32(0.1)),
+    lambda a, w: dict(a)], ids=range(12))
+def test_an_average_goes_before_the_weights_under_every_name(tmp_path, file):
+    average, raw = {"a": torch.ones(2), "b.c": torch.zeros(3)}, {"a": torch.full((2,), 5.0), "b.c": torch.ones(3)}
+    torch.save(file(average, raw), tmp_path / "x.pt")
+    held, options = weights.read(tmp_path / "x.pt")
+    assert options is None and held.keys() == average.keys() and all(torch.equal(held[k], average[k]) for k in held)
+
+
+@pytest.mark.parametrize("file", [
+    dict(model={"a": torch.ones(2)}, my_ema={"a": torch.zeros(2)}), dict(net={"a": torch.ones(2)}, EMA_1={"a": torch.zeros(2)}),
+    dict(model={"a": torch.ones(2)}, ema_params=[torch.zeros(2)]),
+    dict(ema={"a": torch.ones(2)}, ema_slow={"x": {"a": torch.zeros(2)}})], ids=range(4))
+def test_an_average_of_an_unknown_name_is_not_passed_over(tmp_path, file):
+    torch.save(file, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"has the keys {', '.join(file)}; --weights KEY says which"):
+        weights.read(tmp_path / "x.pt")
+    key = next(iter(file))
+    assert torch.equal(weights.read(tmp_path / "x.pt", key=key)[0]["a"], torch.ones(2))
+    with pytest.raises(ValueError, match="--weights nothing names no weights there"):
+        weights.read(tmp_path / "x.pt", key="nothing")

@@ -1,0 +1,206 @@
+"""As it is used: what fits into memory, which device a tensor is on, who owns a folder, commands as they stand."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_data import small_vae
+from test_training import call, first_gradient, popen, refused
+
+import baselines
+import decm
+import dryrun
+import encode
+import facm
+import gcm
+import models
+import run
+import sample
+from dryrun import DryRun
+
+TINY = ["--batch", "4", "--micro-batch", "2", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "attention=6,"]
+
+
+@pytest.fixture
+def cuda_claimed(monkeypatch):
+    """Networks and data claim to be on CUDA (fake tensors), so that a tensor that is left on the CPU is an error. The
+    backward engine wants a real device: gradients are zeros instead. main() then runs, but for its files."""
+    jobs = []
+
+    class OnCuda(DryRun):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            jobs.append(self)
+            self.device = torch.device("cuda:0")
+
+        def clip_gradient(self):
+            for p in [*self.net.parameters(), *self.extra]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            return super().clip_gradient()
+
+    def on_cuda(**options):
+        with torch.device("cuda:0"):
+            return create(**options)
+
+    def uncounted(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+    for counter in (dryrun.LivingBytes, dryrun.FlopCounterMode):       # they take most of the time
+        monkeypatch.setattr(counter, "__torch_dispatch__", uncounted, raising=False)
+    create, honest = models.create, run.generator
+    monkeypatch.setattr(torch.nn.Module, "to", torch.nn.Module.to)     # DryRun changes it
+    monkeypatch.setattr(models, "create", on_cuda)
+    monkeypatch.setattr(run, "generator", lambda device, *key: honest("cpu", *key))    # there is no CUDA generator
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: self.device.type == "cuda" or 1 / 0)
+    for module in (facm, decm, gcm, baselines):
+        monkeypatch.setattr(module, "DryRun", OnCuda)
+    yield jobs
+    for job in jobs:
+        for mode in (job.flops, job.living, job.fake):
+            with contextlib.suppress(Exception):
+                mode.__exit__(None, None, None)
+
+
+CONFIGURATIONS = [
+    *[(facm, flags) for flags in (
+        "--jvp fused --condition auxiliary --precision bf16", "--jvp exact --precision tf32", "--jvp fd --pretrain 0 --precision bf16",
+        "--jvp fused --pretrain 0 --w 1", "--steps 0 --condition auxiliary --precision bf16")],
+    *[(decm, flags) for flags in (
+        "--jvp fused --freq 1 --precision bf16", "--jvp exact --freq 3", "--jvp fd --freq 1 --pretrain 0 --w 1")],
+    *[(gcm, flags) for flags in (
+        "--precision bf16", "--jvp fused", "--jvp exact --precision bf16", "--row A --w 1", "--row F --group 2 --w 1 --augment",
+        "--variant CU --w 1 --equal 0")],
+    *[(baselines, flags) for flags in (
+        "--objective scm --jvp fd --precision bf16", "--objective scm --jvp exact --dry-run 2", "--objective meanflow --jvp fused")]]
+
+
+@pytest.mark.parametrize("module, flags", CONFIGURATIONS, ids=lambda a: getattr(a, "__name__", a))
+def test_a_step_leaves_no_tensor_on_the_cpu(cuda_claimed, monkeypatch, capsys, module, flags):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--device", "cpu", *TINY, "--dry-run", "1", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0, capsys.readouterr().err
+    assert {p.device.type for p in cuda_claimed[0].net.parameters()} == {"cuda"}
+
+
+# Memory.
+
+def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """CUDA's error, in the second step."""
+    honest = run.Run.clip_gradient
+
+    def full(self):
+        if self.step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return honest(self)
+
+    monkeypatch.setattr(run.Run, "clip_gradient", full)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, facm, "--device", "cpu", *TINY, "--pretrain", 0, "--steps", 2, "--w", 1, "--save-every", 1,
+             "--out", tmp_path / "run")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and said.startswith("error: out of memory")
+    assert "Tried to allocate 20.00 GiB" in said and all(flag in said for flag in (
+        "--micro-batch", "--grad-checkpoint", "--precision", "--fsdp"))
+    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 1
+    assert not (tmp_path / "run/.owner").exists()
+
+
+@pytest.mark.parametrize("words", [
+    "facm.py --device cpu --pretrain 0 --steps 2 --batch 10000000 --out RUN",
+    "sample.py --device cpu --ckpt RUN --n 10000000000 --out RUN/x.npz"], ids=["train", "sample"])
+def test_the_cpus_refusal_is_one_line(tmp_path, monkeypatch, words):
+    """The CPU's allocator, under a limit of the process: 4 GB of address space."""
+    out = tmp_path / "run"
+    call(monkeypatch, facm, "--device", "cpu", *TINY, "--pretrain", 0, "--steps", 1, "--out", out)
+    kept, words = (out / "ckpt.pt").read_bytes(), words.replace("RUN", str(out)).split()
+    flags = TINY[4:] if words[0] == "facm.py" else []
+    done = subprocess.run([sys.executable, "-W", "ignore", ROOT / words[0], *flags, *words[1:], *["--fresh"] * bool(flags)],
+                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"),
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 10 ** 9,) * 2))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "\nerror: out of memory" in done.stderr, done.stderr
+    checkpoint, = tmp_path.glob("run*/ckpt.pt")
+    assert checkpoint.read_bytes() == kept
+
+
+@pytest.mark.parametrize("module", [facm, decm, gcm], ids=lambda m: m.__name__)
+def test_a_resume_with_another_micro_batch_sees_the_same_samples(tmp_path, monkeypatch, module):
+    """The second step in pieces of 4, 3 and 1 images: the same batch, times and noise, and a gradient that agrees."""
+    seen, gradients = {}, {}
+    honest = run.to_device
+    for pieces in (4, 3, 1):
+        out, common = tmp_path / str(pieces), ["--device", "cpu", *TINY[4:], "--batch", 4, "--save-every", 1, "--optimizer", "AdamW"]
+        common += [] if module is gcm else ["--pretrain", 0, "--w", 1]
+        call(monkeypatch, module, *common, "--steps", 1, "--lr-final", 1, "--out", out)
+        parts = []
+        monkeypatch.setattr(run, "to_device", lambda tensors, device: (parts.append(tensors[0]), honest(tensors, device))[1])
+        call(monkeypatch, module, *common, "--steps", 2, "--lr-final", 1, "--micro-batch", pieces, "--out", out)
+        monkeypatch.setattr(run, "to_device", honest)
+        assert [len(x) for x in parts] == {4: [4], 3: [2, 2], 1: [1] * 4}[pieces]
+        seen[pieces], gradients[pieces] = torch.cat(parts), first_gradient(out)
+    for pieces in (3, 1):
+        assert torch.equal(seen[pieces], seen[4])
+        assert (gradients[pieces] - gradients[4]).abs().max() < 1e-5 * gradients[4].abs().max()
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / "run")
+    assert "--batch 4 is no multiple of 3, the number of processes" in said
+
+
+# Owners. The first command is a process; the second one comes while it runs, then after kill -9.
+
+def wait_for(condition, process):
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("the first command made no progress")
+
+
+@pytest.mark.parametrize("kind", ["run", "run --fresh", "samples", "npz", "latents"])
+def test_a_folder_has_one_owner_and_a_killed_one_is_taken_over(tmp_path, monkeypatch, capsys, kind):
+    out, train = tmp_path / "out", ["--device", "cpu", *TINY, "--pretrain", 0, "--w", 1, "--lr-final", 1]
+    if kind.startswith("run"):
+        module, begun = facm, lambda: (out / "ckpt.pt").exists()
+        words = [*train, "--save-every", 1, "--out", out]
+        first, then = [*words, "--steps", 100_000], [*words, "--steps", 1, *kind.split()[1:]]
+    elif kind == "latents":
+        (tmp_path / "images").mkdir()
+        for i in range(40):
+            Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(tmp_path / f"images/{i}.png")
+        small_vae(tmp_path)
+        module, begun = encode, lambda: any(out.glob("*.safetensors"))
+        first = then = ["--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--out", out, "--resolution", 16, "--shard", 1,
+                        "--device", "cpu"]
+    else:
+        call(monkeypatch, facm, *train, "--steps", 1, "--out", tmp_path / "trained")
+        capsys.readouterr()
+        out = tmp_path / ("x.npz" if kind == "npz" else "out")
+        folder = tmp_path / "x.npz.partial" if kind == "npz" else out
+        module, begun = sample, lambda: (folder / "done").exists() and any((folder / "done").read_bytes())
+        first = then = ["--ckpt", tmp_path / "trained", "--n", 1280, "--batch", 64, "--nfe", 60, "--out", out, "--device", "cpu"]
+    process = popen(*first, script=f"{module.__name__}.py")
+    wait_for(begun, process)
+    said = refused(monkeypatch, capsys, module, *then)
+    assert f"belongs to a running program, process {process.pid} on " in said
+    assert not list(tmp_path.glob("*.old-*"))
+    process.kill()
+    process.communicate()
+    if module is sample:                   # the rest is done when a few are
+        monkeypatch.setattr(sample, "draw_batch", lambda *a: torch.zeros(len(a[-1]), 3, 12, 12))
+    call(monkeypatch, module, *then)
+    assert not list(tmp_path.glob("**/.owner"))
+    assert kind != "run --fresh" or (tmp_path / "out.old-1/ckpt.pt").exists() and run.read_checkpoint(out / "ckpt.pt")["step"] == 1
