@@ -204,3 +204,44 @@ def test_a_folder_has_one_owner_and_a_killed_one_is_taken_over(tmp_path, monkeyp
     call(monkeypatch, module, *then)
     assert not list(tmp_path.glob("**/.owner"))
     assert kind != "run --fresh" or (tmp_path / "out.old-1/ckpt.pt").exists() and run.read_checkpoint(out / "ckpt.pt")["step"] == 1
+
+
+# The commands of README.md, as they stand there.
+
+SHORT = {"facm.py": "--pretrain 2 --steps 2", "decm.py": "--pretrain 2 --steps 2 --freq 1", "gcm.py": "--steps 2",
+         "baselines.py": "--pretrain 2 --steps 2"}
+
+
+def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """Those that need nothing, in their order, from an empty folder; training with few steps of small batches."""
+    lines = [line.split("#")[0].split("&&")[-1].split() for line in (ROOT / "README.md").read_text().splitlines()
+             if "python " in line.split("#")[0] and ".py" in line and "needs" not in line and not line.startswith(("|", "-", "`"))]
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in lines:
+        script = words[1]
+        if words[0] != "python" or "/" in script:          # benchmarks and examples have tests of their own
+            continue
+        more = f"--device cpu {SHORT[script]} --batch 4 --preview-every 100" if script in SHORT else "--device cpu"
+        module = {"facm.py": facm, "decm.py": decm, "gcm.py": gcm, "baselines.py": baselines, "sample.py": sample}[script]
+        call(monkeypatch, module, *words[2:], *more.split(), *(["--n", "8"] if "--n" in words else []))
+        ran.append(script)
+    assert ran.count("sample.py") >= 2 and "facm.py" in ran
+    assert (tmp_path / "runs/facm-glyphs/ckpt.pt").exists() and any(tmp_path.glob("*.png")) and (tmp_path / "samples.npz").exists()
+
+
+def test_headline_commands_without_their_data_say_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refused(monkeypatch, capsys, facm, "--data", "imagenet_latents", "--device", "cpu", "--precision", "float32",
+                   "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=2")
+    assert "data/imagenet_latents: no *.safetensors in it" in said and "encode.py" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_samples_go_beside_the_checkpoint(tmp_path, monkeypatch, capsys):
+    call(monkeypatch, facm, "--device", "cpu", *TINY, "--pretrain", 0, "--w", 1, "--steps", 1, "--out", tmp_path)
+    for ckpt, nfe in ((tmp_path, 1), (tmp_path / "ckpt.pt", 2)):
+        call(monkeypatch, sample, "--ckpt", ckpt, "--nfe", nfe, "--n", 4, "--device", "cpu")
+        assert (tmp_path / f"nfe{nfe}.png").exists()
+        assert f"{tmp_path}/nfe{nfe}.png: 4 samples" in capsys.readouterr().out
