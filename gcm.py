@@ -69,7 +69,8 @@ PRESETS = {
         net=dict(name="DiT-B/4")),
 }
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours: half an hour on a laptop
-    resolution=None, steps=8000, batch=16, curriculum=1300)
+    resolution=None, steps=8000, batch=16, curriculum=1300,
+    net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
 
 def configurations():

@@ -34,7 +34,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import quickstart
 
-import data
 import run
 import sample
 from flags import Parser
@@ -159,8 +158,8 @@ def figures_of(script, flags, out, columns, n):
     kept = out / f"figures-{n}.json"
     figures |= json.loads(kept.read_text()) if kept.exists() else {}
     torch.set_num_threads(1)
-    classifier, labels = quickstart.load_classifier(16), torch.arange(n) % 10
-    _, *reference = quickstart.judge(classifier, *data.glyphs(20_000, 16, seed=2))
+    classifier, labels = quickstart.load_classifier("glyphs", 16), torch.arange(n) % 10
+    _, *reference = quickstart.judge(classifier, *quickstart.real_images("glyphs", 16, "reference"))
     net, checkpoint = sample.load(out / "ckpt.pt")
     for sampler, nfe in columns:
         if column(sampler, nfe) not in figures:
@@ -186,7 +185,7 @@ def main():
         run.fail("--n must be at least 100, --jobs and --steps at least 1")
     steps, script, out = args.steps or table["steps"], table["script"], pathlib.Path("runs/ablation")
     seeds, columns = args.seeds or list(table.get("seeds", range(3))), table["columns"]
-    quickstart.load_classifier(16)
+    quickstart.load_classifier("glyphs", 16)
 
     # The teachers, then the rows' runs; rows and tables with the same flags share their runs
     figures, teachers = {}, {}

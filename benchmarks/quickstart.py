@@ -1,12 +1,15 @@
-"""How good is a glyphs run? Share of digits recognised and Frechet distance, beside the teacher's.
+"""How good is a run on glyphs or MNIST? Share of digits recognised and Frechet distance, beside the
+teacher's and those of real digits.
 
     python benchmarks/quickstart.py runs/facm-glyphs
+    python benchmarks/quickstart.py runs/facm-mnist
 
-A small classifier is trained on real glyphs (seed 1; a minute on 2 cores, then kept in runs/). It
-judges n samples of each sampler, n/10 of each digit: the share whose digit it recognises, and the
-Frechet distance of its 64 features to those of 20,000 real glyphs (seed 2). Blurred digits are
-recognised too, so the distance is the figure that counts. The teacher's 20 Euler steps with the
-guidance that was distilled are the yardstick.
+A small classifier is trained on real digits (some minutes on 2 cores, then kept in runs/): on 20,000
+glyphs of seed 1, or on MNIST's training images. It judges n samples of each sampler, n/10 of each
+digit: the share whose digit it recognises, and the Frechet distance of its 64 features to those of
+real digits: 20,000 glyphs of seed 2, or MNIST's training images. Blurred digits are recognised too,
+so the distance is the figure that counts. The teacher's 20 Euler steps with the guidance that was
+distilled are the yardstick. The last row is n other real digits: glyphs of seed 3, or test images.
 """
 
 import contextlib
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
@@ -33,12 +37,12 @@ import sample
 
 
 class Classifier(nn.Module):
-    """uint8 images [N, H, W, 3] -> logits [N, 10], and 64 features with features=True."""
+    """uint8 images [N, H, W, C] -> logits [N, 10], or 64 features with features=True."""
 
-    def __init__(self):
+    def __init__(self, channels):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveMaxPool2d(2),
             nn.Flatten(), nn.Linear(256, 64), nn.ReLU())
@@ -49,12 +53,25 @@ class Classifier(nn.Module):
         return h if features else self.head(h)
 
 
-def train_classifier(size, epochs=8, n=20_000, batch=128):
+def real_images(name, size, part, n=20_000):
+    """uint8 images [N, size, size, C] and labels int64 [N] of the data set `name`. part: "classifier",
+    "reference" or "test"; n: so many glyphs."""
+    if name == "glyphs":
+        return data.glyphs(n, size, seed=dict(classifier=1, reference=2, test=3)[part])
+    if part != "test":
+        return data.read_torchvision(name, "data")
+    test = getattr(torchvision.datasets, data.TORCHVISION[name][0])("data", train=False)
+    return data.with_channels(test.data.numpy()), test.targets.numpy()
+
+
+def train_classifier(images, labels, seen=160_000, batch=128):
+    """seen: images in training, which are 8 epochs of glyphs and 2 of MNIST."""
     torch.manual_seed(0)
-    images, labels = (torch.from_numpy(a) for a in data.glyphs(n, size, seed=1))
-    net, steps = Classifier(), epochs * (n // batch)
+    n, labels = len(images), torch.as_tensor(labels)
+    images = torch.as_tensor(images)
+    net, epochs = Classifier(images.shape[3]), seen // n
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (n // batch))
     for _ in range(epochs):
         for index in torch.randperm(n)[: n - n % batch].view(-1, batch):
             F.cross_entropy(net(images[index]), labels[index]).backward()
@@ -64,15 +81,15 @@ def train_classifier(size, epochs=8, n=20_000, batch=128):
     return net.eval()
 
 
-def load_classifier(size):
-    """The classifier of glyphs of this size: from runs/, or trained and put there."""
-    path = pathlib.Path("runs") / f"glyphs{size}-classifier.pt"
-    net = Classifier()
+def load_classifier(name, size):
+    """The classifier of this data set's images of this size: from runs/, or trained and put there."""
+    path, real = pathlib.Path("runs") / f"{name}{size}-classifier.pt", real_images(name, size, "classifier")
     if path.exists():
+        net = Classifier(real[0].shape[3])
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
-    print(f"training the classifier, once, for a minute; it is kept as {path}")
-    net = train_classifier(size)
+    print(f"training the classifier, once, for some minutes; it is kept as {path}")
+    net = train_classifier(*real)
     path.parent.mkdir(exist_ok=True)
     run.save_checkpoint(path, net.state_dict())
     return net
@@ -90,7 +107,7 @@ def judge(net, images, labels):
 def measure(net, images, labels, reference):
     """The share recognised, and the Frechet distance to the reference (mean, covariance)."""
     share, *moments = judge(net, images, labels)
-    with contextlib.redirect_stderr(io.StringIO()):    # a note that some features are 0 for all glyphs
+    with contextlib.redirect_stderr(io.StringIO()):    # a note that some features are always 0
         return share, fid.frechet_distance(*moments, *reference)
 
 
@@ -112,8 +129,8 @@ SAMPLERS = {
 
 
 def main():
-    p = flags.Parser(description="Recognised share and Frechet distance of a glyphs run.")
-    p.add_argument("run", type=pathlib.Path, help="run directory of a script's --data glyphs")
+    p = flags.Parser(description="Recognised share and Frechet distance of a run on glyphs or MNIST.")
+    p.add_argument("run", type=pathlib.Path, help="run folder of a script's --data glyphs or mnist")
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
@@ -124,8 +141,8 @@ def main():
     try:
         student, teacher = sample.load(args.run / "ckpt.pt"), None     # network and checkpoint
         method, train = student[1]["method"], student[1]["args"]
-        if train["data"] != "glyphs":
-            raise ValueError(f"{args.run} is a run on {train['data']}; this judges glyphs")
+        if train["data"] not in ("glyphs", "mnist", "fashion"):
+            raise ValueError(f"{args.run} is a run on {train['data']}; this judges glyphs and MNIST")
         if train["teacher"] or train["pretrain"]:
             teacher = sample.load(train["teacher"] or args.run / "teacher.pt")
     except ValueError as e:
@@ -138,18 +155,19 @@ def main():
         rows += [(f"teacher, 50 Euler steps, w {w}", teacher, "euler", 50, w)] * (method == "decm")
         rows += [("teacher, 20 Euler steps", teacher, "euler", 20, 1),
                  ("teacher, 1 Euler step", teacher, "euler", 1, 1)]
-    size, labels = train["net"]["input_size"], torch.arange(args.n) % 10
-    net = load_classifier(size)
-    _, *reference = judge(net, *data.glyphs(20_000, size, seed=2))
+    name, size, labels = train["data"], train["net"]["input_size"], torch.arange(args.n) % 10
+    net = load_classifier(name, size)
+    _, *reference = judge(net, *real_images(name, size, "reference"))
 
     print(f"{args.run}: {args.n} samples a row, seed {args.seed}\n{'':32}recognised  distance")
     figures = {}
-    for name, weights, sampler, nfe, w in [*rows, ("real glyphs", None, None, None, None)]:
-        images = data.glyphs(args.n, size, seed=3)[0] if weights is None else sample.draw(
-            *weights, nfe, labels, args.seed, sampler=sampler, cfg=w)
-        share, distance = measure(net, images, labels, reference)
-        figures[name] = dict(recognised=share, distance=distance)
-        print(f"{name:32}{share:10.1%}{distance:10.2f}", flush=True)
+    tests = real_images(name, size, "test", args.n)
+    for row, weights, sampler, nfe, w in [*rows, ("other real digits", None, None, None, None)]:
+        judged = tests if weights is None else (sample.draw(
+            *weights, nfe, labels, args.seed, sampler=sampler, cfg=w), labels)
+        share, distance = measure(net, *judged, reference)
+        figures[row] = dict(recognised=share, distance=distance)
+        print(f"{row:32}{share:10.1%}{distance:10.2f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(
             figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
