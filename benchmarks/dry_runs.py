@@ -8,6 +8,7 @@ hours, both at the share of an H100's rate that --dry-run names. No data and no 
 rows take five minutes on 2 cores. --steps 0 is the pretraining alone, which has its own hours.
 """
 
+import os
 import pathlib
 import re
 import subprocess
@@ -32,7 +33,7 @@ def figures(script, options, processes):
     if said.returncode:
         raise SystemExit(said.stderr)
     return [re.search(pattern, said.stdout).group(1) for pattern in (
-        r"parameters +([\d.]+) M", r"memory +([\d.]+) GiB", r"; ([\d.e+]+) images/s", r"time +([\d.e+]+) hours")]
+        r"parameters +([\d.]+) M", r"memory +([\d.]+) GiB", r"; ([\d.e+-]+) images/s", r"time +([\d.e+-]+) hours")]
 
 
 MEASURED = [
@@ -44,7 +45,7 @@ MEASURED = [
 
 def measure(script, options):
     """GiB of a process on the CPU: as --dry-run tells it, and as a process holds it at most in one step on zeros, beyond
-    what it held before. glibc keeps what is freed, so that its peak is a little higher than the tensors'."""
+    what it held before. glibc gives back at once what is freed: what it keeps for later is no need of the tensors."""
     options = ["--device", "cpu", "--steps", "1", "--preview-every", "2", "--out", "runs/memory", "--fresh", *options.split()]
     told = float(figures(script, " ".join(options), 1)[1])
     code = f"""
@@ -52,12 +53,14 @@ import resource, sys
 import data, dryrun, run, {script[:-3]} as script
 class NoFiles(run.Run):
     def save(self, name): pass
-sys.argv, run.Run = {[script, *options]}, NoFiles
+sys.argv, run.Run, run.ctypes = {[script, *options]}, NoFiles, None      # without ctypes glibc keeps these settings
 data.load_for, data.save_preview = dryrun.NoData, lambda *a: None
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 script.main()
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    settings = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | settings)
     if done.returncode:
         raise SystemExit(done.stderr)
     return told, int(re.search(r"peak (\d+)", done.stdout).group(1)) / 2 ** 30

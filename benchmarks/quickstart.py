@@ -134,6 +134,8 @@ def main():
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    p.add_argument("--log", action="store_true", help="add a line to RUN/distance.jsonl: the step, and "
+                   "the student's figures alone")
     args = p.parse_args()
     run.check_output(args.json)
     if args.n < 100:
@@ -149,7 +151,7 @@ def main():
         run.fail(e)
     rows = [(f"student, NFE {nfe}" + (method == "decm") * f", {sampler}", student, sampler, nfe, None)
             for sampler, nfe in SAMPLERS[method]]
-    if teacher:
+    if teacher and not args.log:
         w = train["w"]
         rows += [(f"teacher, 20 Euler steps, w {w}", teacher, "euler", 20, w)]
         rows += [(f"teacher, 50 Euler steps, w {w}", teacher, "euler", 50, w)] * (method == "decm")
@@ -168,6 +170,9 @@ def main():
         share, distance = measure(net, *judged, reference)
         figures[row] = dict(recognised=share, distance=distance)
         print(f"{row:32}{share:10.1%}{distance:10.2f}", flush=True)
+    if args.log:
+        with open(args.run / "distance.jsonl", "a") as f:
+            f.write(json.dumps(dict(step=student[1]["step"], figures=figures)) + "\n")
     if args.json:
         args.json.write_text(json.dumps(dict(
             figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
