@@ -7,12 +7,10 @@
     python data.py inspect DATA                                     # what is in a data set?
 """
 
-import io
+import hashlib
 import json
 import os
 import pathlib
-import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
@@ -21,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import flags
+import imagefiles
 import run
 
 # --------------------------------------------------------------------------------------------------
@@ -69,12 +68,17 @@ def glyphs(n, size=16, seed=0, first=0):
 class Dataset:
     """labels int64 [N] below num_classes; `items` of a subclass gives the samples, shape (C, H, W).
 
-    num_classes 0: the labels mean nothing. xflip: half of the samples come mirrored.
+    num_classes 0: the labels mean nothing. xflip: half of the samples come mirrored. class_names:
+    those of class folders, in the order of the labels. Raises ValueError for oblong samples.
     """
 
     ahead = False                          # True: items take a while, so the next come in a thread
+    class_names = names = ()
 
     def __init__(self, labels, shape, num_classes, xflip=False):
+        if shape[1] != shape[2]:
+            raise ValueError(f"samples of {shape[2]}x{shape[1]}; want square ones: --resolution "
+                             "crops and scales images")
         self.labels, self.shape = torch.as_tensor(labels, dtype=torch.int64), tuple(shape)
         self.num_classes, self.xflip = num_classes, xflip
         self.thread, self.next = ThreadPoolExecutor(1), {}
@@ -141,74 +145,64 @@ class Glyphs(Images):
 class Files(Dataset):
     """Image files of a folder or a zip archive, decoded when asked for, in several threads.
 
-    path: class folders, whose sorted names are the labels (torchvision's ImageFolder), or images
-    alone. resolution: they are cropped and scaled to it; None: all have the size of the first.
-    skip_broken: images that do not decode are listed and left out, which takes one pass over all.
-    Raises ValueError naming the file: no image there, a broken one, one of another size, a class
-    folder without images, which would shift the labels of others.
+    path: as imagefiles.Tree takes it. channels: 3 (RGB) or 1 (grey). resolution: images are cropped
+    and scaled to it; None: all have the size of the first. skip_broken: images that do not decode
+    are listed and left out, which takes one pass over all. Raises ValueError as imagefiles.Tree
+    does, and naming the file: a broken image, one of another size.
     """
 
     ahead = True
 
-    def __init__(self, path, resolution=None, xflip=False, skip_broken=False):
-        self.path, self.resolution = pathlib.Path(path), resolution
-        self.archive = open_zip(self.path) if self.path.is_file() else None
-        self.names = image_names(self.archive or self.path)
-        if not self.names:
-            raise ValueError(f"{path}: no images in it ({', '.join(IMAGE_TYPES)})")
-        folders = {n: pathlib.PurePath(n).parts[:-1] for n in self.names}
-        common = 0
-        if self.archive:                   # folders around all of a zip's class folders
-            parts = list(folders.values())
-            common = min(len(os.path.commonprefix(parts)), max(0, min(map(len, parts)) - 1))
-        classes = sorted({f[common] for f in folders.values() if len(f) > common})
-        if classes and (beside := [n for n, f in folders.items() if len(f) <= common]):
-            raise ValueError(f"{path}: images both in class folders and beside them, such as "
-                             f"{beside[0]}")
-        if classes and not self.archive:
-            there = {p.name for p in self.path.iterdir() if p.is_dir() and p.name[0] != "."}
-            if empty := sorted(there - set(classes)):
-                raise ValueError(f"{path}: no images in the class folder {empty[0]}; fill it, or "
-                                 "remove it")
+    def __init__(self, path, resolution=None, xflip=False, skip_broken=False, channels=3):
+        self.tree, self.resolution, self.channels = imagefiles.Tree(path), resolution, channels
         self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self.names, labels = self.tree.names, self.tree.labels
         if skip_broken:
-            broken = {n for n, e in zip(self.names, self.decoders.map(self.fault, self.names)) if e}
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{path}: {len(broken)} broken images left out", *sorted(broken), sep="\n  ")
-            self.names = [n for n in self.names if n not in broken]
+            broken = list(self.decoders.map(self.is_broken, self.names))
+            imagefiles.say_once("\n  ".join([f"{path}: {sum(broken)} broken images left out", *(
+                name for name, bad in zip(self.names, broken) if bad)]))
+            self.names, labels = ([a for a, bad in zip(column, broken) if not bad]
+                                  for column in (self.names, labels))
             if not self.names:
                 raise ValueError(f"{path}: every image in it is broken")
-        self.size = resolution or self.decode(self.names[0]).shape[0]
-        number = {name: label for label, name in enumerate(classes)}
-        labels = [number[folders[n][common]] if classes else 0 for n in self.names]
-        super().__init__(labels, (3, self.size, self.size), len(classes), xflip)
+        width, height = self.read(self.names[0]).size
+        if resolution and (width, height) != (resolution, resolution):
+            imagefiles.say_once(f"{path}: {scaled_note(width, height, resolution)}")
+        size = (resolution, resolution) if resolution else (height, width)
+        super().__init__(labels, (channels, *size), self.tree.num_classes, xflip)
+        self.class_names = self.tree.classes
+
+    def read(self, name):
+        """The image, of any size; ValueError if it does not decode."""
+        try:
+            return imagefiles.read_image(self.tree.open(name), self.channels)
+        except Exception as e:
+            raise ValueError(f"{self.tree.path / name}: no readable image ({e}); "
+                             "--skip-broken leaves such files out") from None
+
+    def is_broken(self, name):
+        """Does this image not decode?"""
+        try:
+            self.read(name)
+        except ValueError:
+            return True
+        return False
 
     def decode(self, name):
-        """uint8 [H, W, 3] at the resolution; ValueError if that is not to be had."""
-        try:
-            file = io.BytesIO(self.archive.read(name)) if self.archive else self.path / name
-            image = read_rgb(file)
-        except Exception as e:
-            raise ValueError(f"{self.path / name}: no readable image ({e}); "
-                             "--skip-broken leaves such files out") from None
+        """uint8 [H, W, C] at the resolution; ValueError if that is not to be had."""
+        image = self.read(name)
         if self.resolution:
-            return center_crop(image, self.resolution)
-        if image.size[0] != image.size[1] or image.size[0] != getattr(self, "size", image.size[0]):
-            raise ValueError(f"{self.path / name} has {image.size[0]}x{image.size[1]} pixels; "
+            pixels = imagefiles.center_crop(image, self.resolution)
+            return pixels.reshape(*self.shape[1:], self.channels)
+        if (image.height, image.width) != self.shape[1:]:
+            raise ValueError(f"{self.tree.path / name} has {image.width}x{image.height} pixels; "
                              "images of several sizes, or not square, need --resolution")
-        return np.asarray(image)
-
-    def fault(self, name):
-        """Why an image does not decode, or None."""
-        try:
-            self.decode(name)
-        except ValueError as e:
-            return str(e)
+        return np.asarray(image).reshape(*self.shape[1:], self.channels)
 
     def items(self, index, flip):
-        images = np.stack(list(self.decoders.map(self.decode, [self.names[i] for i in index])))
-        images[flip.numpy()] = images[flip.numpy(), :, ::-1]
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        x = np.stack(list(self.decoders.map(self.decode, [self.names[i] for i in index])))
+        x[flip.numpy()] = x[flip.numpy(), :, ::-1]
+        return torch.from_numpy(x).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class Latents(Dataset):
@@ -229,7 +223,7 @@ class Latents(Dataset):
             raise ValueError(
                 f"{folder}: no *.safetensors in it; want latents in LightningDiT's shards: put the "
                 f"published ones there, or run python encode.py --out {folder}")
-        self.shards = [map_shard(path) for path in paths]
+        self.paths, self.shards = paths, [map_shard(path, xflip) for path in paths]
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
         if len(shapes) > 1:
             raise ValueError(f"{folder}: shards with latents of several shapes, {sorted(shapes)}")
@@ -245,46 +239,15 @@ class Latents(Dataset):
         shard = torch.searchsorted(self.start, index, right=True) - 1
         rows = (index - self.start[shard]).tolist()
         for k, (s, row, mirrored) in enumerate(zip(shard.tolist(), rows, flip.tolist())):
-            z[k] = self.shards[s]["latents_flip" if mirrored else "latents"][row]
+            name = "latents_flip" if mirrored else "latents"
+            z[k] = as_float(self.shards[s][name][row])
+            if not np.isfinite(z[k]).all():
+                raise ValueError(f"{self.paths[s]}: {name} has NaN or infinity in row {row}; "
+                                 "encode that shard anew")
         return torch.from_numpy(z)
 
     def items(self, index, flip):
         return self.raw(index, flip).sub_(self.mean).div_(self.std)
-
-
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff",
-               ".gif")
-
-
-def open_zip(path):
-    """The archive, opened to read, by several threads too; ValueError if that cannot be done."""
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as e:
-        raise ValueError(f"{path}: damaged, or no {path.suffix} file to be read "
-                         f"({type(e).__name__})") from None
-
-
-def read_rgb(file):
-    """The image in a file, RGB. Raises ValueError for one of more than 8 bits, which PIL would clip
-    to white, and whatever PIL's decoders raise on a damaged one."""
-    with Image.open(file) as image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"mode {image.mode}, more than 8 bits")
-        return image.convert("RGB")
-
-
-def image_names(place):
-    """Sorted names of the images in a folder, links being followed, or in an opened zip archive;
-    hidden ones, such as those that a Mac adds, are left out."""
-    if isinstance(place, zipfile.ZipFile):
-        names = place.namelist()
-    else:
-        root = os.path.join(place, "")
-        names = (os.path.join(folder, file).removeprefix(root)
-                 for folder, _, files in os.walk(root, followlinks=True) for file in files)
-    return sorted(n for n in names if n.lower().endswith(IMAGE_TYPES)
-                  and not any(part.startswith(".") for part in pathlib.PurePath(n).parts))
 
 
 @lru_cache(maxsize=4)
@@ -292,28 +255,45 @@ def _permutation(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
-def map_shard(path):
-    """{name: memory-mapped array} of a .safetensors file: length, a JSON header, data."""
-    kinds = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
+SHARD_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+               "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
+
+
+def map_shard(path, flipped=True):
+    """{name: memory-mapped array} of a .safetensors file: length, a JSON header, data. bfloat16 is
+    mapped as its bits (see as_float). flipped: latents_flip has to be there."""
     try:
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if length > path.stat().st_size:
                 raise ValueError("its header does not end")
-            header = json.loads(f.read(length))
+            header = {k: t for k, t in json.loads(f.read(length)).items() if k != "__metadata__"}
+        types = {name: t["dtype"] for name, t in header.items()}
         arrays = {name: np.asarray(np.memmap(
-            path, kinds[t["dtype"]], "r", 8 + length + t["data_offsets"][0], tuple(t["shape"])))
-                  for name, t in header.items() if name != "__metadata__"}
+            path, SHARD_TYPES[t["dtype"]], "r", 8 + length + t["data_offsets"][0],
+            tuple(t["shape"]))) for name, t in header.items() if t["dtype"] in SHARD_TYPES}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no readable shard, truncated or foreign ({e})") from None
-    for name in ("latents", "latents_flip", "labels"):
-        if name not in arrays:
-            raise ValueError(f"{path} has no {name}; it has {', '.join(arrays) or 'nothing'}")
+    names = ("latents", "latents_flip", "labels") if flipped else ("latents", "labels")
+    for name in names:
+        if name not in types:
+            raise ValueError(f"{path} has no {name}; it has {', '.join(types) or 'nothing'}"
+                             + (name == "latents_flip") * "; --no-xflip does without")
+        if name not in arrays or ("F" in types[name]) != name.startswith("latents"):
+            raise ValueError(f"{path}: {name} are {types[name]}; want "
+                             + ("whole numbers" if name == "labels" else "F32, F16 or BF16"))
     if (arrays["latents"].shape[:1] != arrays["labels"].shape or arrays["latents"].ndim != 4
-            or arrays["latents"].shape != arrays["latents_flip"].shape):
-        raise ValueError(f"{path}: latents, latents_flip and labels of unequal lengths, "
-                         f"{[arrays[n].shape for n in ('latents', 'latents_flip', 'labels')]}")
+            or flipped and arrays["latents"].shape != arrays["latents_flip"].shape):
+        raise ValueError(f"{path}: {', '.join(names)} of unequal lengths, "
+                         f"{[arrays[n].shape for n in names]}")
     return arrays
+
+
+def as_float(latents):
+    """float32 of a mapped shard's latents; bfloat16 are the upper 16 bits of float32."""
+    if latents.dtype == np.uint16:
+        return (latents.astype(np.uint32) << 16).view(np.float32)
+    return latents.astype(np.float32)
 
 
 def read_stats(path, channels):
@@ -334,19 +314,6 @@ def read_stats(path, channels):
     return 0 * ones, ones / 0.18215
 
 
-def center_crop(image, size):
-    """A PIL image's centre square at size x size, uint8 [size, size, 3], as ADM does it: halved by
-    box filters while twice too large, then bicubic to the short side (Dhariwal & Nichol 2021)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)),
-                         Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
-
-
 def read_npz(path):
     """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None, under either pair of names.
 
@@ -354,12 +321,14 @@ def read_npz(path):
     """
     try:
         with np.load(path, allow_pickle=False) as f:
-            held = {name: f[name] for name in f.files}
+            names = f.files
+            held = {name: np.ascontiguousarray(f[name]) for name in (
+                "images", "arr_0", "labels", "arr_1") if name in names}
     except Exception as e:                 # ValueError, zlib.error, ...: what numpy raises on it
         raise ValueError(f"{path}: no readable npz of plain arrays of one size ({e})") from None
     images, labels = held.get("images", held.get("arr_0")), held.get("labels", held.get("arr_1"))
     if images is None:
-        raise ValueError(f"{path} has neither images nor arr_0; it has {', '.join(held)}")
+        raise ValueError(f"{path} has neither images nor arr_0; it has {', '.join(names)}")
     images = with_channels(images)
     if (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3)
             or not len(images)):
@@ -368,7 +337,7 @@ def read_npz(path):
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: want labels int [{len(images)}], not {labels.dtype} "
                          f"{list(labels.shape)}")
-    return images, labels
+    return images, labels if labels is None else labels.astype(np.int64)
 
 
 IDX = "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, unpacked,"
@@ -403,15 +372,15 @@ def with_channels(images):
 
 
 def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, xflip=None,
-         skip_broken=False):
+         skip_broken=False, channels=None):
     """The data set `name`: glyphs, mnist, fashion, cifar10, imagenet_latents, or the path of an
     npz, a zip archive, a folder of images or a folder of latents.
 
     resolution: images are cropped and scaled to it (None: as they are; glyphs: 16); data_dir: where
     all but glyphs lie; num_classes: as many are meant, though not all need to occur;
     uncond: labels are left out; xflip: half of the images come mirrored (None: of latents alone;
-    glyphs never do). Under torchrun all processes call it: one of each machine downloads.
-    Raises ValueError, naming the file, for what cannot be had.
+    glyphs never do); channels: of image files, 3 (None) or 1. Under torchrun all processes call
+    it: one of each machine downloads. Raises ValueError, naming the file, for what cannot be had.
     """
     path = pathlib.Path(name)
     if min(a for a in (resolution, num_classes, 1) if a is not None) < 1:
@@ -425,27 +394,31 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
         folder = data_dir or "data/imagenet_latents" if name == "imagenet_latents" else path
         dataset = Latents(folder, xflip is not False)
     elif name in TORCHVISION or path.suffix == ".npz" and path.is_file():
-        images, labels = (read_torchvision(name, data_dir or "data") if name in TORCHVISION
+        pixels, labels = (read_torchvision(name, data_dir or "data") if name in TORCHVISION
                           else read_npz(path))
-        if images.shape[1] != images.shape[2] or resolution not in (None, images.shape[1]):
-            size = resolution or min(images.shape[1:3])
-            images = with_channels(np.stack([
-                center_crop(Image.fromarray(image.squeeze()), size) for image in images]))
+        if resolution and pixels.shape[1:3] != (resolution, resolution):
+            imagefiles.say_once(f"{name}: {scaled_note(*pixels.shape[2:0:-1], resolution)}")
+            pixels = with_channels(np.stack([
+                imagefiles.center_crop(Image.fromarray(image.squeeze()), resolution)
+                for image in pixels]))
         classes = 0 if labels is None else int(labels.max()) + 1
-        labels = np.zeros(len(images)) if labels is None else labels
-        dataset = Images(images, labels, classes, xflip)
+        labels = np.zeros(len(pixels)) if labels is None else labels
+        dataset = Images(pixels, labels, classes, xflip)
     elif path.is_dir() or path.suffix == ".zip" and path.is_file():
-        dataset = Files(path, resolution, xflip, skip_broken)
+        dataset = Files(path, resolution, xflip, skip_broken, channels or 3)
     elif path.exists():
         raise ValueError(f"{path}: want a folder, an .npz or a .zip")
     else:
         raise ValueError(f"unknown data set {name!r}; there is: glyphs, {', '.join(TORCHVISION)}, "
                          "imagenet_latents, or the path of a folder, .npz or .zip")
+    if channels not in (None, dataset.shape[0]):
+        raise ValueError(f"{name} has {dataset.shape[0]} channels, whatever --channels says: that "
+                         "is for image files")
     if num_classes and not dataset.num_classes and not uncond:
         raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
     used = len(dataset.labels.unique())
-    known = isinstance(dataset, Files) or uncond or num_classes        # which classes there are
+    known = dataset.class_names or uncond or num_classes               # which classes there are
     if dataset.num_classes and not known and low >= 0 and used <= high:
         raise ValueError(
             f"{data_dir or name}: labels up to {high}, but only {used} classes have images; number "
@@ -459,13 +432,30 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     return dataset
 
 
+def scaled_note(width, height, resolution):
+    """The line that is said when images change their size."""
+    return (f"images of {width}x{height} are cropped and scaled to {resolution}x{resolution} "
+            "(--resolution)")
+
+
 def load_for(args):
-    """The data set that a training script's flags ask for; ValueError as from load."""
+    """The data set that a training script's flags ask for; ValueError as from load. What a
+    checkpoint keeps of it goes into args: class_names, and samples, by which a resumed run knows
+    its data again, wherever they lie by then."""
     if args.dry_run:
         from dryrun import NoData
         return NoData(args)
-    return load(args.data, args.resolution, args.data_dir, args.num_classes, args.uncond,
-                args.xflip, args.skip_broken)
+    dataset = load(args.data, args.resolution, args.data_dir, args.num_classes, args.uncond,
+                   args.xflip, args.skip_broken, args.channels)
+    n, classes = len(dataset.labels), dataset.class_names
+    if isinstance(dataset, Files):
+        imagefiles.say_once(f"{args.data}: {n} images, " + (
+            f"{len(classes)} classes: {classes[0]} ... {classes[-1]}" if classes
+            else f"{dataset.num_classes} classes"))
+    held = hashlib.sha256(dataset.labels.numpy().tobytes())
+    held.update("\n".join(dataset.names).encode(errors="surrogateescape"))
+    args.class_names, args.samples = list(classes), f"{n} (fingerprint {held.hexdigest()[:12]})"
+    return dataset
 
 
 def fit_network_to(dataset, options):
@@ -520,30 +510,24 @@ def save_preview(path, preview, net, stage, noise, args):
     are left to sample.py. All processes of --fsdp draw them; path None: this one writes nothing."""
     if noise.shape[2] not in (1, 3):
         return
-    images = preview(net, stage, noise, args)
+    drawn = preview(net, stage, noise, args)
     if path:
         try:
             path.parent.mkdir(exist_ok=True)
-            save_grid(path, to_uint8(images), columns=10, scale=3)
+            save_grid(path, to_uint8(drawn), columns=10, scale=3)
         except OSError as e:
-            say_once(f"{path.parent}: no previews ({e.strerror}); the run goes on")
-
-
-@cache
-def say_once(text):
-    """Prints a line on stderr, the first time that it is asked to."""
-    print("\n" + text, file=sys.stderr)       # below the progress bar
+            imagefiles.say_once(f"\n{path.parent}: no previews ({e.strerror}); the run goes on")
 
 
 # --------------------------------------------------------------------------------------------------
 # python data.py inspect
 
 def latent_stats(shards):
-    """mean and std [1, C, 1, 1] of the latents, not mirrored, of _map_shard's shards."""
+    """mean and std [1, C, 1, 1] of the latents, not mirrored, of map_shard's shards."""
     n, total, squares = 0, 0.0, 0.0
     for shard in shards:
         for i in range(0, len(shard["labels"]), 500):
-            z = torch.from_numpy(shard["latents"][i:i + 500].astype(np.float64))
+            z = torch.from_numpy(as_float(shard["latents"][i:i + 500]).astype(np.float64))
             n += z[:, 0].numel()
             total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
     mean = total / n
@@ -553,7 +537,8 @@ def latent_stats(shards):
 
 def save_stats(folder):
     """Writes latents_stats.pt (mean, std) of the shards in a folder."""
-    shards = [map_shard(path) for path in sorted(pathlib.Path(folder).glob("*.safetensors"))]
+    paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    shards = [map_shard(path, flipped=False) for path in paths]
     if not sum(len(shard["labels"]) for shard in shards):
         raise ValueError(f"{folder}: no latents in it")
     mean, std = latent_stats(shards)
@@ -568,15 +553,18 @@ def inspect(args):
     try:
         if args.save_stats:
             save_stats(args.data_dir if args.data == "imagenet_latents" else args.data)
-        dataset = load(args.data, args.resolution, args.data_dir, skip_broken=args.skip_broken)
+        dataset = load(args.data, args.resolution, args.data_dir, skip_broken=args.skip_broken,
+                       channels=args.channels)
         index = torch.linspace(0, len(dataset.labels) - 1, 100).long().unique()
         x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
     except ValueError as e:
         run.fail(e)
-    counts = torch.bincount(dataset.labels)
+    counts = torch.bincount(dataset.labels, minlength=dataset.num_classes)
     print(f"{args.data}: {len(dataset.labels)} samples of shape {list(dataset.shape)}, "
           f"{dataset.num_classes} classes with {counts.min()} to {counts.max()} samples each")
-    if len(counts) <= 20:
+    for label, name in enumerate(dataset.class_names):
+        print(f"{label:5}  {name}: {counts[label]}")
+    if len(counts) <= 20 and not dataset.class_names:
         print("samples of each class:", *counts.tolist())
     if isinstance(dataset, Latents):
         mean, std = latent_stats(dataset.shards)
@@ -593,6 +581,7 @@ def inspect(args):
     print(f"{args.grid}: {len(x)} of them")
 
 
+@run.program("take fewer images")
 def main():
     parser = flags.Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=flags.Parser)
@@ -600,6 +589,8 @@ def main():
     a.add_argument("data", help="data set or path, as --data of the scripts")
     a.add_argument("--data-dir", help="where it lies")
     a.add_argument("--resolution", type=int, help="images are cropped and scaled to it")
+    a.add_argument("--channels", type=int, choices=[1, 3], help="of image files: 3 (RGB, the "
+                   "default) or 1 (grey)")
     a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG to write")
     a.add_argument("--save-stats", action="store_true", help="write latents_stats.pt, too")
     a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")

@@ -47,6 +47,8 @@ def encode(args):
         images = data.load(args.images, args.resolution, skip_broken=args.skip_broken)
         if not isinstance(images, (data.Files, data.Images)):
             raise ValueError(f"{args.images} holds no images")
+        if images.shape[0] != 3:
+            raise ValueError(f"{args.images}: grey images; the autoencoder takes RGB")
         if images.shape[1] % vae.factor:
             raise ValueError(f"--resolution {images.shape[1]} is no multiple of {vae.factor}")
         if rank == 0:

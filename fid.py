@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import data
 import flags
+import imagefiles
 import run
 
 INCEPTION = "inception-2015-12-05"
@@ -109,34 +110,30 @@ def open_source(text, n=20_000, resolution=16, data_dir=None):
             raise ValueError(f"{text}: want glyphs or glyphs:SEED, --n >= 1, --resolution >= 12")
         seed = int(seed)
         return Source(text, n, lambda i, j: data.glyphs(j - i, resolution, seed, first=i)[0])
-    if text == "cifar10":
+    if text in data.TORCHVISION:
         images = data.load(text, data_dir=data_dir).images
         return Source(text, len(images), lambda i, j: images[i:j].numpy())
-    if path.is_dir():
-        return _open_images(text, [path / name for name in data.image_names(path)], lambda p: p)
+    if path.is_dir() or path.suffix == ".zip":
+        return _open_images(text, imagefiles.Tree(path, labelled=False))
     if not path.exists():
-        raise ValueError(f"{text}: no such file or folder; data sets are glyphs, cifar10")
+        raise ValueError(f"{text}: no such file or folder; data sets are glyphs, "
+                         f"{', '.join(data.TORCHVISION)}")
     if path.suffix == ".npz":
-        return _open_npz(text, data.open_zip(path))
-    if path.suffix == ".zip":
-        archive = data.open_zip(path)
-        return _open_images(text, data.image_names(archive), archive.open)
+        return _open_npz(text, imagefiles.open_zip(path))
     if path.suffix in (".pt", ".pth"):
         return Source(text, statistics=_check_statistics(text, _read_torch(path)))
-    raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, glyphs or cifar10")
+    raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, or a data set such as cifar10")
 
 
-def _open_images(name, files, opened):
-    """Image files, opened by `opened`, decoded in threads; all must have the size of the first."""
-    if not files:
-        raise ValueError(f"{name}: no images in it ({' '.join(data.IMAGE_TYPES)})")
+def _open_images(name, tree):
+    """Image files, decoded in threads; all must have the size of the first."""
+    files = tree.names
 
     def decode(file):
         try:
-            return np.asarray(data.read_rgb(opened(file)))
+            return np.asarray(imagefiles.read_image(tree.open(file)))
         except Exception as e:             # decoders raise about anything on a damaged file
-            where = file if isinstance(file, pathlib.Path) else f"{name}: {file}"
-            raise ValueError(f"{where}: no readable image ({e})") from None
+            raise ValueError(f"{tree.path / file}: no readable image ({e})") from None
 
     size = decode(files[0]).shape
     threads = ThreadPoolExecutor(min(8, os.cpu_count()))
@@ -170,8 +167,10 @@ def _open_npz(name, archive):
         shape, fortran, dtype = header(member)
     except DAMAGE as e:
         raise ValueError(f"{name}: {str(e).removeprefix(name + ': ')}") from None
+    shape = (*shape, 1) if len(shape) == 3 else shape      # grey
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
-        raise ValueError(f"{name}: {images} is {dtype} {list(shape)}, want uint8 [N, H, W, 3]")
+        raise ValueError(f"{name}: {images} is {dtype} {list(shape)}, want uint8 [N, H, W, 3], or "
+                         "[N, H, W] of grey images")
     start, row = member.tell(), int(np.prod(shape[1:]))
 
     def read(i, j):

@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 LARGE = 1e15
-MAY_CHANGE = set()         # the flags that may change at a resume; `flag` fills it
+MAY_CHANGE = {"class_names"}       # the flags that may change at a resume; `flag` fills it
 
 
 def fail(message, always=False):
@@ -87,7 +87,7 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
     g = parser.add_argument_group("data")
-    flag(g, "--data", default="glyphs", help="glyphs, mnist, fashion, cifar10, "
+    flag(g, "--data", resume=True, default="glyphs", help="glyphs, mnist, fashion, cifar10, "
          "imagenet_latents, or a path")
     flag(g, "--data-dir", resume=True, help="folder of mnist, fashion, cifar10 (default: data) or "
          "imagenet_latents (default: data/imagenet_latents)")
@@ -95,8 +95,10 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
     flag(g, "--uncond", action=switch, help="leave labels out")
     flag(g, "--xflip", action=switch, help="mirror half of the images (never glyphs)")
-    flag(g, "--skip-broken", action="store_true", help="list and leave out images that do not "
-         "decode")
+    flag(g, "--channels", type=int, choices=[1, 3], help="of image files: 3 (RGB, the default) "
+         "or 1 (grey)")
+    flag(g, "--skip-broken", action="store_true", resume=True, help="list and leave out images "
+         "that do not decode")
 
     g = parser.add_argument_group("network")
     flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "

@@ -68,9 +68,8 @@ PRESETS = {
         variant="VU", epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0,
         net=dict(name="DiT-B/4")),
 }
-PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours: half an hour on a laptop
-    resolution=None, steps=8000, batch=16, curriculum=1300,
-    net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
+PRESETS["mnist"] = PRESETS["glyphs"] | dict(resolution=None, steps=8000, batch=16, curriculum=1300,
+    net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))     # ours: half an hour
 
 
 def configurations():

@@ -64,6 +64,9 @@ def program(advice):
                 main()
             except FloatingPointError as e:
                 fail(e, always=True)
+            except BrokenPipeError:        # as in `... | head -1`, which has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             except (MemoryError, RuntimeError) as e:       # torch.OutOfMemoryError is one of these
                 if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and (
                         "can't allocate memory" not in str(e)):
@@ -378,7 +381,10 @@ class Run:
         for name, old in checkpoint["args"].items():
             new = getattr(args, name, None)
             old, new = (list(a) if isinstance(a, tuple) else a for a in (old, new))
-            if new != old and (name not in MAY_CHANGE or name == "steps" and falls):
+            if name == "samples" and new != old and args.skip_broken:
+                print(f"{self.folder} was begun with samples {old}, now they are {new}: from here "
+                      "on the images come in another order", file=sys.stderr)
+            elif new != old and (name not in MAY_CHANGE or name == "steps" and falls):
                 raise ValueError(f"{self.folder} was begun with {name} {old}, not {new}; use --out "
                                  "or --fresh")
         self.checkpoint, self.step = checkpoint, checkpoint["step"]

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import data
 import flags
+import imagefiles
 import models
 import run
 import weights
@@ -149,17 +150,20 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
     return lambda z: vae.decode(z * std + mean), vae.factor, tensors
 
 
-def choose_labels(labels, n, num_classes, seed):
-    """int64 [n] from --labels. Raises ValueError for a label that the network does not have."""
+def choose_labels(labels, n, num_classes, seed, names=()):
+    """int64 [n] from --labels, which are numbers or `names` of classes. Raises ValueError for a
+    label that the network does not have."""
     if labels == "all":
         return torch.arange(n) % max(num_classes, 1)
     if labels == "random":
         random = run.generator("cpu", seed, "labels")
         return torch.randint(max(num_classes, 1), (n,), generator=random)
     try:
-        given = torch.tensor([int(label) for label in labels.split(",")])
+        given = torch.tensor([names.index(label) if label in names else int(label)
+                              for label in labels.split(",")])
     except ValueError:
-        raise ValueError(f"--labels {labels}: want all, random, or a list such as 3,3,7") from None
+        raise ValueError(f"--labels {labels}: want all, random, or a list such as 3,3,7"
+                         + (names and f" or {names[0]},{names[-1]}" or "")) from None
     if given.min() < 0 or given.max() >= num_classes:
         raise ValueError(f"--labels {labels}: the checkpoint has {num_classes} classes, from 0 on")
     return given[torch.arange(n) % len(given)]
@@ -350,7 +354,7 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     """
     n, npz, batch = len(labels), out.suffix == ".npz", -(-batch // ROWS) * ROWS
     folder = out.with_name(out.name + ".partial") if npz else out
-    if npz and out.exists() and data.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
+    if npz and out.exists() and imagefiles.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
         raise ValueError(f"{out} is there, and does not hold samples; take another --out")
     done = begin(folder, settings, (n, size, size, 3), rank, npz)
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
@@ -414,7 +418,8 @@ def main():
     try:
         net, checkpoint = load(args.ckpt, device, args.raw, args.method, options, args.weights)
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
-        labels = choose_labels(args.labels, args.n, net.num_classes, args.seed)
+        labels = choose_labels(args.labels, args.n, net.num_classes, args.seed,
+                               checkpoint["args"].get("class_names", ()))
         chosen = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
         if out.suffix == ".png" and rank == 0:             # small: one process draws it alone
             images = np.concatenate([draw(net, checkpoint, nfe, labels, args.seed, decode, **given)

@@ -20,6 +20,7 @@ from PIL import Image
 import data
 import encode
 import facm
+import imagefiles
 import models
 import run
 from augment import augment
@@ -172,11 +173,11 @@ def test_batches_made_ahead_are_those_that_are_asked_for(tmp_path):
 def test_center_crop():
     x, y = np.meshgrid(np.arange(100.0), np.arange(60.0))
     ramp = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
-    crop = data.center_crop(ramp, 30)                                  # halved to 50x30, then cut at 10
+    crop = imagefiles.center_crop(ramp, 30)                                  # halved to 50x30, then cut at 10
     assert crop.shape == (30, 30, 3)
     assert np.abs(crop[5:-5, 5:-5, 0] - (2 * np.arange(10, 40) + 0.5)[None, 5:-5]).max() <= 1
     assert np.abs(crop[5:-5, 5:-5, 1] - (2 * np.arange(30) + 0.5)[5:-5, None]).max() <= 1
-    assert np.array_equal(data.center_crop(Image.fromarray(PIXELS[0]), 12), PIXELS[0])
+    assert np.array_equal(imagefiles.center_crop(Image.fromarray(PIXELS[0]), 12), PIXELS[0])
 
 
 def damage(folder, what):
@@ -232,7 +233,7 @@ def test_skip_broken_lists_what_it_leaves_out(tmp_path, capsys):
     dataset = data.load(str(path), skip_broken=True)
     assert np.array_equal(all_images(dataset), PIXELS[[0, 1, 3, 4, 5, 6]])
     assert dataset.labels.tolist() == [0, 0, 1, 2, 2, 2]
-    assert "1 broken" in (said := capsys.readouterr().out) and word in said
+    assert "1 broken" in (said := capsys.readouterr().err) and word in said
 
 
 def test_a_class_whose_images_are_all_broken_keeps_its_number(tmp_path):
@@ -540,20 +541,20 @@ def test_center_crop_is_adms(size, halves, last):
         expected = expected.resize(half, Image.BOX)
     expected = expected.resize(last, Image.BICUBIC)
     left, top = (n - size >> 1 for n in last)
-    assert np.array_equal(data.center_crop(image, size), np.asarray(expected)[top:top + size, left:left + size])
+    assert np.array_equal(imagefiles.center_crop(image, size), np.asarray(expected)[top:top + size, left:left + size])
 
 
 def test_images_of_an_npz_are_scaled_to_the_resolution(tmp_path):
     np.savez(tmp_path / "x.npz", images=PIXELS)
     dataset = data.load(str(tmp_path / "x.npz"), 8, xflip=True)
-    expected = np.stack([data.center_crop(Image.fromarray(image), 8) for image in PIXELS])
+    expected = np.stack([imagefiles.center_crop(Image.fromarray(image), 8) for image in PIXELS])
     assert dataset.shape == (3, 8, 8) and np.array_equal(dataset.images.numpy(), expected) and dataset.xflip
     assert data.load(str(write_images(tmp_path / "f", NAMES)), xflip=True).xflip and not data.load(str(tmp_path / "f")).xflip
 
 
 def test_types_in_capitals_are_images(tmp_path):
     write_images(tmp_path, ["0.PNG", "1.Jpg"])
-    assert data.image_names(tmp_path) == ["0.PNG", "1.Jpg"]
+    assert imagefiles.Tree(tmp_path).names == ["0.PNG", "1.Jpg"]
 
 
 def test_statistics_of_more_latents_than_are_read_at_once(tmp_path):

@@ -322,9 +322,11 @@ def test_images_come_in_any_piece(files, images):
             assert np.array_equal(source.read(i, j), images[0][i:j])
 
 
-def test_cifar10_is_the_training_images(images, monkeypatch):
-    monkeypatch.setattr(data, "_cifar10", lambda folder: (images[0][:7], np.arange(7)) if folder == "here" else None)
-    source = fid.open_source("cifar10", data_dir="here")
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_a_data_set_is_its_training_images(images, monkeypatch, name):
+    monkeypatch.setattr(data, "read_torchvision",
+                        lambda asked, folder: (images[0][:7], np.arange(7)) if (asked, folder) == (name, "here") else None)
+    source = fid.open_source(name, data_dir="here")
     assert source.count == 7 and np.array_equal(source.read(2, 5), images[0][2:5])
 
 
