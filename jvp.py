@@ -261,5 +261,7 @@ RULES = dict(
     linear=lambda y, x, w, b=None: F.linear(x.tangent, w),
     conv2d=lambda y, x, w, b=None, *size, **sizes: F.conv2d(x.tangent, w, None, *size, **sizes),
     conv_transpose2d=lambda y, x, w, **sizes: F.conv_transpose2d(x.tangent, w, **sizes),
+    linalg_vector_norm=lambda y, x, dim, keepdim: torch.where(
+        y > 0, (x.value * x.tangent).sum(dim, keepdim=keepdim) / y, 0),
     softmax=_softmax, layer_norm=_layer_norm, group_norm=_group_norm,
     scaled_dot_product_attention=_attention)

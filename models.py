@@ -239,6 +239,23 @@ class FourierFeatures(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def edm_noise(t):
+    """EDM's c_noise = ln(sigma) / 4 (Karras et al. 2022, Table 1) at flow times t [B], with sigma =
+    (1-t) / t in [0.002, 80]; 1 < t <= 2 is 2 - t."""
+    flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # a difference goes below
+    return ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4
+
+
+def edm_scalings(t, sigma_data):
+    """c_in, c_skip, c_out [B, 1, 1, 1]: c_skip x + c_out U(c_in x, t) is EDM's preconditioning of
+    the denoiser (Karras et al. 2022, Table 1), written for the velocity of the linear flow x_t =
+    (1-t) x_0 + t x_1 with x_0 ~ N(0, I); then 1 < t <= 2 is the flow time 2 - t."""
+    flow_t = (1 - (1 - t).abs())[:, None, None, None]
+    var = (1 - flow_t) ** 2 + (flow_t * sigma_data) ** 2               # of x_t
+    c_in = var.rsqrt()
+    return c_in, (flow_t * sigma_data ** 2 - (1 - flow_t)) / var, sigma_data * c_in
+
+
 class DDPMpp(nn.Module):
     """DDPM++ or NCSN++ U-Net (Song et al. 2021), in the layout of NVlabs/edm's SongUNet.
 
@@ -253,14 +270,12 @@ class DDPMpp(nn.Module):
     sigma_data      standard deviation of the data, for the preconditioning; None: none
     time_scale      the features are those of time_scale t
     pixelnorm       normalises that scale and shift over the channels (sCM; FACM A.3(c))
-    edm_time        the features are those of EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in
-                    [0.002, 80], so that a denoiser trained by NVlabs/edm is a velocity here
+    edm_time        the features are those of edm_noise, so that a denoiser that was trained by
+                    NVlabs/edm is a velocity here
 
-    With sigma_data the output is c_skip(t) x + c_out(t) U(c_in(t) x, t): EDM's preconditioning of
-    the denoiser (Karras et al. 2022, Table 1), written for the velocity of the linear flow
-    x_t = (1-t) x_0 + t x_1 with x_0 ~ N(0, I); then 1 < t <= 2 is the flow time 2 - t (FACM's
-    expanded interval). With edm_time nothing but x tells these two apart, and FACM needs
-    --condition auxiliary. Raises ValueError for sizes that do not divide.
+    With sigma_data the output is preconditioned, see edm_scalings. With edm_time nothing but x
+    tells t and 2 - t apart, and FACM needs --condition auxiliary. Raises ValueError for sizes that
+    do not divide.
     """
 
     def __init__(self, input_size, in_channels=3, num_classes=0, width=128, mult=(2, 2, 2),
@@ -332,8 +347,7 @@ class DDPMpp(nn.Module):
             dtype = self.map_layer0.weight.dtype
             noise = self.time_scale * t.to(dtype)
             if self.edm_time:
-                flow_t = (1 - (1 - t.to(dtype)).abs()).clamp(0, 1)     # a difference goes below
-                noise = ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4     # c_noise
+                noise = edm_noise(t.to(dtype))
             emb = self.map_noise(noise)
             if self.map_second is not None:
                 emb = emb + self.map_second(self.map_noise(self.time_scale * s.to(dtype)))
@@ -358,9 +372,8 @@ class DDPMpp(nn.Module):
         emb = self.embed(t, s, y, augment)
         h = x
         if self.sigma_data is not None:
-            flow_t = (1 - (1 - t).abs())[:, None, None, None]
-            var = (1 - flow_t) ** 2 + (flow_t * self.sigma_data) ** 2          # of x_t
-            h = var.rsqrt() * x                                                # c_in x
+            c_in, c_skip, c_out = edm_scalings(t, self.sigma_data)
+            h = c_in * x
 
         skips, aux = [], h
         for name, layer in self.enc.items():
@@ -380,9 +393,221 @@ class DDPMpp(nn.Module):
                 h = run_block(self, layer, h, emb)
 
         if self.sigma_data is not None:
-            c_skip = (flow_t * self.sigma_data ** 2 - (1 - flow_t)) / var
-            h = c_skip * x + self.sigma_data * var.rsqrt() * h                 # c_skip x + c_out U
+            h = c_skip * x + c_out * h
         return h.to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# EDM2's U-Net (Karras et al. 2024, arXiv 2312.02696), in the layout of NVlabs/edm2's UNet. Numbers
+# of equations are its own.
+
+def mp_normalise(x, dim, eps=1e-4):
+    """x over its root mean square along the dimensions `dim`, plus eps."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x.div(norm.mul(math.prod(x.shape[d] for d in dim) ** -0.5).add(eps))
+
+
+def mp_silu(x):
+    return F.silu(x).mul(1 / 0.596)                                    # Eq. 81
+
+
+def mp_sum(a, b, share):
+    """(1 - share) a + share b, at the magnitude of one of them."""
+    return (a.mul(1 - share) + b.mul(share)).mul(math.hypot(1 - share, share) ** -1)     # Eq. 88
+
+
+def mp_cat(a, b):
+    """a and b side by side, each with half of the magnitude."""
+    whole = (a.shape[1] + b.shape[1]) / 2
+    return torch.cat([a.mul((whole / a.shape[1]) ** 0.5),              # Eq. 103, t = 1/2
+                      b.mul((whole / b.shape[1]) ** 0.5)], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Cosines of a time [B] at random frequencies and phases: [B, channels]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, t):
+        angle = t[:, None] * self.freqs.to(t.dtype) + self.phases.to(t.dtype)
+        return angle.cos().mul(2 ** 0.5)                               # Eq. 75
+
+
+class MPConv(nn.Module):
+    """Convolution or, without a kernel, fully connected layer, whose weight [out, in, ...] has a
+    root mean square of 1 for each output; no bias."""
+
+    def __init__(self, in_channels, out_channels, *kernel):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def normal_weight(self, weight):
+        return mp_normalise(weight, tuple(range(1, weight.dim())))
+
+    def forward(self, x, gain=1.0):
+        scale = gain / self.weight[0].numel() ** 0.5
+        w = self.normal_weight(self.weight) * scale                    # Eq. 47
+        return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class EDM2Block(nn.Module):
+    """Block of EDM2's encoder or decoder (Figure 21): x [B, in_channels, H, W], emb [B, emb] ->
+    [B, out_channels, H', W']. up, down: resampling by 2; heads: of self-attention, 0: none."""
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, decoder=False, up=False,
+                 down=False, heads=0):
+        super().__init__()
+        self.decoder, self.up, self.down, self.heads = decoder, up, down, heads
+        first = in_channels if decoder else out_channels
+        self.emb_gain = nn.Parameter(torch.zeros(1))
+        self.conv_res0 = MPConv(first, out_channels, 3, 3)
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.dropout = Dropout(dropout)
+        self.conv_res1 = MPConv(out_channels, out_channels, 3, 3)
+        self.conv_skip = None
+        if in_channels != out_channels:
+            self.conv_skip = MPConv(in_channels, out_channels, 1, 1)
+        if heads:
+            self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1, 1)
+            self.attn_proj = MPConv(out_channels, out_channels, 1, 1)
+
+    def forward(self, x, emb):
+        if self.up or self.down:
+            x = F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        skip = x if self.conv_skip is None else self.conv_skip(x)
+        x = x if self.decoder else mp_normalise(skip, (1,))            # pixel normalisation
+        h = self.conv_res0(mp_silu(x))
+        scale = self.emb_linear(emb, self.emb_gain).add(1)
+        h = self.dropout(mp_silu(h * scale[:, :, None, None]))
+        x = mp_sum(skip if self.decoder else x, self.conv_res1(h), 0.3)
+        if self.heads:
+            x = mp_sum(x, self.attn_proj(self.attend(self.attn_qkv(x))), 0.3)
+        return x.clamp(-256, 256)
+
+    def attend(self, qkv):
+        """Self-attention from qkv [B, 3C, H, W], interleaved, with normalised q, k and v."""
+        B, C, H, W = qkv.shape
+        q_k_v = mp_normalise(qkv.reshape(B, self.heads, -1, 3, H * W), (2,)).permute(3, 0, 1, 4, 2)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        q, k, v = q_k_v.to(wide).contiguous().unbind(0)                # [B, heads, HW, C / heads]
+        with torch.autocast(qkv.device.type, enabled=False):
+            h = F.scaled_dot_product_attention(q, k, v)
+        return h.to(qkv.dtype).transpose(2, 3).reshape(B, C // 3, H, W)
+
+
+class EDM2(nn.Module):
+    """EDM2's U-Net inside its preconditioning, as the velocity of the linear flow (see DDPMpp).
+
+    input_size, in_channels, num_classes, blocks, second_time   as DDPMpp's
+    width, mult     channels at full resolution, and their multiples as the resolution halves
+    attention       the resolutions with self-attention; the lowest always has one
+    head_channels   channels of a head
+    dropout         at resolutions up to dropout_res (None: at all)
+    sigma_data      standard deviation of the data
+
+    The time goes in as c_noise = ln(sigma) / 4, sigma = (1-t) / t, so nothing but x tells t and
+    2 - t apart: FACM needs --condition auxiliary. The head that tells an uncertainty (logvar) is
+    not built: consistency training does not use it.
+    """
+
+    expandable, edm_time = False, True
+
+    def __init__(self, input_size, in_channels=3, num_classes=0, width=192, mult=(1, 2, 3, 4),
+                 blocks=3, attention=(16, 8), head_channels=64, dropout=0.0, dropout_res=None,
+                 second_time=False, sigma_data=0.5):
+        super().__init__()
+        if input_size % 2 ** (len(mult) - 1):
+            raise ValueError(f"{len(mult)} resolutions need a size that is divisible by "
+                             f"{2 ** (len(mult) - 1)}; {input_size} is not")
+        self.num_classes, self.second_time, self.sigma_data = num_classes, second_time, sigma_data
+        channels = [width * m for m in mult]
+        emb_channels = max(channels)
+
+        self.emb_fourier = MPFourier(channels[0])
+        self.emb_noise = MPConv(channels[0], emb_channels)
+        self.emb_label = MPConv(num_classes, emb_channels) if num_classes else None
+        self.map_second = None
+        if second_time:
+            self.map_second = nn.Sequential(Linear(channels[0], width), nn.SiLU(),
+                                            Linear(width, emb_channels, gain=0.0))
+
+        def block(res, cin, cout, attention=False, **options):
+            p = dropout if res <= (dropout_res or res) else 0.0
+            heads = cout // head_channels if attention else 0
+            return EDM2Block(cin, cout, emb_channels, p, heads=heads, **options)
+
+        self.enc, skips, cout = nn.ModuleDict(), [], channels[0]
+        for level, c in enumerate(channels):
+            res = input_size >> level
+            self.enc[f"{res}x{res}_down" if level else f"{res}x{res}_conv"] = (
+                block(res, cout, cout, down=True) if level
+                else MPConv(in_channels + 1, cout, 3, 3))
+            skips.append(cout)
+            for i in range(blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(res, cout, c, res in attention)
+                cout = c
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, c in reversed(list(enumerate(channels))):
+            res = input_size >> level
+            if level == len(channels) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(res, cout, cout, True, decoder=True)
+                self.dec[f"{res}x{res}_in1"] = block(res, cout, cout, decoder=True)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(res, cout, cout, up=True, decoder=True)
+            for i in range(blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    res, cout + skips.pop(), c, res in attention, decoder=True)
+                cout = c
+        self.out_conv = MPConv(cout, in_channels, 3, 3)
+        self.out_gain = nn.Parameter(torch.zeros(1))
+
+    @torch.no_grad()
+    def force_weight_norm(self):
+        """Forced weight normalisation (Eq. 66), in place, after each step of the optimiser.
+        paper: in each training pass; here: between the steps, so that all passes of a step, with
+        gradient and without, see one weight. It is a matter of each output's row, so of FSDP's
+        part alone."""
+        for layer in self.modules():
+            if isinstance(layer, MPConv):
+                weight = layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
+                weight.copy_(layer.normal_weight(weight))
+
+    def embed(self, t, s, y):
+        """The conditioning vector [B, max(mult) width], float32."""
+        with torch.autocast(t.device.type, enabled=False):
+            dtype = self.emb_noise.weight.dtype
+            emb = self.emb_noise(self.emb_fourier(edm_noise(t.to(dtype))))
+            if self.emb_label is not None:
+                if y is None:
+                    y = torch.full(t.shape, self.num_classes, device=t.device)
+                classes = torch.arange(self.num_classes, device=y.device)
+                onehot = (y[:, None] == classes).to(dtype)                     # null label: zeros
+                emb = mp_sum(emb, self.emb_label(onehot * math.sqrt(self.num_classes)), 0.5)
+            if self.map_second is not None:
+                emb = emb + self.map_second(self.emb_fourier(edm_noise(s.to(dtype))))
+            return mp_silu(emb)
+
+    def forward(self, x, t, s=None, y=None, tangent=None):
+        """As every network here."""
+        if tangent is not None:
+            h = self.forward(*duals((x, t, s), tangent), y)
+            return h.value, h.tangent
+        _check_second_time(self, s)
+        emb = self.embed(t, s, y)
+        c_in, c_skip, c_out = edm_scalings(t, self.sigma_data)
+        ones = torch.ones((x.shape[0], 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
+        h, skips = torch.cat([c_in * x, ones], dim=1), []              # in place of biases
+        for name, layer in self.enc.items():
+            h = layer(h) if name.endswith("_conv") else run_block(self, layer, h, emb)
+            skips.append(h)
+        for name, layer in self.dec.items():
+            h = run_block(self, layer, mp_cat(h, skips.pop()) if "_block" in name else h, emb)
+        return (c_skip * x + c_out * self.out_conv(h, self.out_gain)).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,6 +1028,9 @@ LightningDiT = partial(DiT, input_size=16, in_channels=32, swiglu=True, rope=Tru
 NETWORKS = {
     "DDPM++": DDPMpp,
     "NCSN++": partial(DDPMpp, ncsn=True),
+    "EDM2": EDM2,
+    **{f"EDM2-{size}": partial(EDM2, width=width) for size, width in (
+        ("XS", 128), ("S", 192), ("M", 256), ("L", 320), ("XL", 384))},
     "DiT": DiT,
     "LightningDiT": LightningDiT,
     "AutoencoderKL": AutoencoderKL,
@@ -863,5 +1091,5 @@ def shard(net):
     from torch.distributed.fsdp import fully_shard
     net.to(memory_format=torch.contiguous_format)          # FSDP takes no other layout
     mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
-    for part in [m for m in net.modules() if isinstance(m, (UNetBlock, DiTBlock))] + [net]:
+    for part in [m for m in net.modules() if isinstance(m, (UNetBlock, EDM2Block, DiTBlock))] + [net]:
         fully_shard(part, mesh=mesh)

@@ -5,8 +5,9 @@
     options_from_shapes   the options of models.create that names and shapes tell
     load_teacher          a run's teacher, whose student begins with its weights
 
-Files: .pt, .pth, .ckpt, .bin, .safetensors, and the .pkl of NVlabs/edm. Layouts: facebookresearch's
-DiT, SiT, LightningDiT, FACM's release, NVlabs/edm, CompVis' and diffusers' AutoencoderKL.
+Files: .pt, .pth, .ckpt, .bin, .safetensors, and the .pkl of NVlabs/edm and edm2. Layouts:
+facebookresearch's DiT, SiT, LightningDiT, FACM's release, NVlabs/edm and edm2, CompVis' and
+diffusers' AutoencoderKL.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class _Plain(dict):
 class _Unpickler(pickle.Unpickler):
     """Rebuilds tensors and plain containers, executes nothing, and refuses every other name.
 
-    NVlabs/edm's networks hold their own source code; here they come back as dicts of their state.
+    NVlabs' networks hold their own source code; here they come back as dicts of their state.
     """
 
     ALLOWED = {
@@ -146,8 +147,12 @@ def read(path, velocity=False, key=None):
         held = averaged or held
     if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
         raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
-    prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.))+")
+    prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.)|"
+                        r"unet\.)+")
     weights = {prefix.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
+    if "emb_noise.weight" in weights:              # EDM2's: ours has gains [1], and no uncertainty
+        weights = {k: v.reshape(1) if k.endswith("_gain") else v for k, v in weights.items()
+                   if not k.startswith("logvar_")}
     if any(k.startswith("encoder.down_blocks") for k in weights):
         weights = _from_diffusers(weights)
     if "quant_conv.weight" in weights:             # what an autoencoder needs in training alone
@@ -222,6 +227,17 @@ def options_from_shapes(weights):
             augment_dim=shape.get("map_augment.weight", (0, 0))[1],
             adaptive_scale=shape[block + "affine.weight"][0] == 2 * conv[0],
             second_time="map_second.0.weight" in shape, sigma_data=0.5, edm_time=True)
+    if "emb_noise.weight" in shape:
+        sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
+        top = f"enc.{sizes[0]}x{sizes[0]}"
+        width, channels = shape[f"{top}_conv.weight"][:2]
+        return dict(
+            name="EDM2", input_size=sizes[0], in_channels=channels - 1, width=width,
+            mult=tuple(shape[f"enc.{n}x{n}_block0.conv_res1.weight"][0] // width for n in sizes),
+            blocks=count(rf"{re.escape(top)}_block(\d+)\."),
+            attention=tuple(n for n in sizes if f"enc.{n}x{n}_block0.attn_qkv.weight" in shape),
+            num_classes=shape.get("emb_label.weight", (0, 0))[1],
+            second_time="map_second.0.weight" in shape)
     if "post_quant_conv.weight" in shape:
         levels = count(r"encoder\.down\.(\d+)\.")
         conv = [shape[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]

@@ -1,9 +1,11 @@
 import os
 import pathlib
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for child processes: sums depend on it to the last bit
 
+import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -16,7 +18,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    import pytest
     for item in items:
         if "large" in item.keywords and "large" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="needs 6 GB; pytest -m large"))
@@ -24,3 +25,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def signals_are_as_before():
+    """A training run takes SIGINT and SIGTERM; the test after it has them as pytest has."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)

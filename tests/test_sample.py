@@ -447,7 +447,7 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     (["--n-ode", "1"], "--n-ode"),
     (["--sampler", "heun"], "heun"),
     (["--vae", "vae.pt"], "pixels"),
-    (["--net", "heads=2"], "itself"),
+    (["--net", "heads=2"], "--net and --weights are for public files"),
     (["--net", "heads"], "KEY=VALUE"),
     (["--method", "flux"], "flux"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt"),
