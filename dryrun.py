@@ -70,10 +70,11 @@ class NoData:
     def __init__(self, args):
         grey = args.preset == "mnist"
         side = args.resolution or (28 if grey else 32)
-        shape, classes = (1 if grey else 3, side, side), 10
+        shape = (1 if grey else 3, side, side)
         if args.preset == "imagenet_latents":              # the VA-VAE's, or the SD-VAE's
             light = args.net["name"].startswith("LightningDiT")
-            shape, classes = (32, 16, 16) if light else (4, 32, 32), 1000
+            shape = (32, 16, 16) if light else (4, 32, 32)
+        classes = 1000 if args.preset.startswith("imagenet") else 10
         self.shape, self.num_classes = shape, 0 if args.uncond else args.num_classes or classes
 
     def batch(self, seed, first, batch, rows=slice(None)):

@@ -114,6 +114,8 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--warmup", int, 0, help="steps in which the learning rate rises, in each stage")
     flag(g, "--lr-final", float, 0, 1, help="share of --lr to which the rate then falls, linearly; "
          "1: it stays")
+    flag(g, "--lr-decay", int, 1, help="steps of a stage after which the rate falls as the inverse "
+         "square root of the step")
     flag(g, "--clip", float, 1e-9, math.inf, default=1.0, help="largest norm of the gradient")
     flag(g, "--ema-sigma", float, 0.001, 0.28, help="relative width sigma_rel of the EMA")
     flag(g, "--ema-beta", float, 0, 1, help="constant rate of the EMA instead; 0: --ema-sigma's")

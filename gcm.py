@@ -45,8 +45,9 @@ METHOD = "gcm"
 PAPER = dict(
     variant="CU", ht="exp", epsilon=0.005, mu=3.5, ct="exp", scheme="gcm", gamma=1.0, lam=6.0,
     pt="sine", pt_ab=(1.0, 0.01), nu_s=4.0, equal=0.0, P_mean=-0.4, P_std=1.0, group=1, jvp="fd",
-    kernel_sigma=0.1, w=1.0, kappa=0.0, guide=(0.0, 1.0), sigma_data=0.5, lr=1e-4,
-    lr_final=1.0, warmup=0, betas=(0.9, 0.999), optimizer="RAdam", ema_beta=0.9999, ema_sigma=0.1)
+    kernel_sigma=0.1, w=1.0, kappa=0.0, guide=(0.0, 1.0), sigma_data=0.5, lr=1e-4, lr_final=1.0,
+    warmup=0, betas=(0.9, 0.999), optimizer="RAdam", ema_beta=0.9999, ema_sigma=0.1, q=2.0,
+    t_mid=(0.6,))
 PRESETS = {
     "glyphs": PAPER | dict(                # ours: high rates that fall, G.2's weights and times
         resolution=16, steps=4000, batch=8, lr=2e-3, lr_final=0.0, warmup=200, betas=(0.9, 0.99),
@@ -61,6 +62,10 @@ PRESETS = {
         resolution=32, steps=200_000, batch=128, uncond=True, precision="tf32", lam=3.0,
         pt="uniform", ht="ect", curriculum=25_000,
         micro_batch=64, net=dict(name="DDPM++", dropout=0.2)),     # ours: 24 GB
+    "imagenet64_finetune": PAPER | dict(   # the same; XL: --lr 7e-4 --net name=EDM2-XL dropout=0.5
+        resolution=64, steps=100_000, batch=128, micro_batch=32, optimizer="AdamW", lr=1e-3,
+        lr_decay=2000, betas=(0.9, 0.99), lam=3.0, pt="uniform", ht="ect", curriculum=25_000,
+        q=4.0, t_mid=(0.798,), net=dict(name="EDM2-S", dropout=0.4, dropout_res=16)),
     # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 --steps 200000
     "imagenet_latents": PAPER | dict(
         precision="bf16", micro_batch=64,                  # ours: XL/2 fits 80 GB
@@ -96,7 +101,8 @@ def parse_args():
          "finite difference over h(t) (Table 7j)")
     flag("--ht", choices=list(STEPS), help="step h(t) (C.3, Table 7b)")
     flag("--epsilon", float, 1e-9, help="eps of h(t) 'exp'; the others: integral of eps (1-t)^2")
-    flag("--curriculum", int, 0, help="steps between halvings of eps, from 0.5 (G.1, Table 7d)")
+    flag("--curriculum", int, 0, help="steps after which eps, first 1/q, falls (G.1, Table 7d)")
+    flag("--q", float, 1, help="what eps is divided by at the end of each --curriculum (G.1)")
     flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t), but of --init (Eq. 9)")
     flag("--mu", float, 1e-9, help="exponent of h(t) and c(t) (Eqs. 36, 37)")
     flag("--scheme", choices=list(WEIGHTS), help="whose weights and times (Tables 7e, 11)")
@@ -116,7 +122,7 @@ def parse_args():
     flag("--guide", float, 0, 1, nargs=2, help="guidance at the times from ... to ... (G.2)")
     flag("--sigma-data", float, 1e-9, help="sigma_d, the data's standard deviation (3.1)")
     flag("--augment", action="store_true", help="EDM's augmentation (Tables 8, 9)")
-    flag("--t-mid", float, nargs="+", default=[0.6], help="times between the steps (G.1)")
+    flag("--t-mid", float, nargs="+", help="times between the steps (G.1)")
     given = parser.parse_known_args()[0]
     row = configurations().get(given.row, {})
     row |= dict(curriculum=0) if given.epsilon is not None else {}     # one goes before the other
@@ -440,8 +446,9 @@ def main():
         t_all, s_all, density = sample_times(
             torch.stack(u), args.scheme, args.variant, args.pt, args.pt_ab, args.nu_s, args.equal,
             args.P_mean, args.P_std, args.sigma_data)
-        # paper: k is halved for ever; here: to 2^-10, because float32 rounds less off
-        k = 0.5 ** min(1 + job.step // args.curriculum, 10) if args.curriculum else constant
+        # paper: k falls for ever; here: to 2^-10, because float32 rounds less off
+        k = args.curriculum and max(args.q ** -(1 + job.step // args.curriculum), 2 ** -10)
+        k = k or constant
 
         terms = torch.zeros(1, device=job.device)
         for part, (rows, share) in enumerate(pieces):

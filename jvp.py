@@ -205,8 +205,7 @@ def _normalise(y, x, mean, eps):
 
 def _layer_norm(y, x, shape, weight=None, bias=None, eps=1e-5):
     y = y if weight is None else F.layer_norm(x.value, shape, eps=eps)
-    dims = tuple(range(-len(shape), 0))
-    tangent = _normalise(y, x, lambda a: a.mean(dims, keepdim=True), eps)
+    tangent = _normalise(y, x, lambda a: a.mean(tuple(range(-len(shape), 0)), keepdim=True), eps)
     return tangent if weight is None else tangent * weight
 
 
@@ -261,7 +260,7 @@ RULES = dict(
     linear=lambda y, x, w, b=None: F.linear(x.tangent, w),
     conv2d=lambda y, x, w, b=None, *size, **sizes: F.conv2d(x.tangent, w, None, *size, **sizes),
     conv_transpose2d=lambda y, x, w, **sizes: F.conv_transpose2d(x.tangent, w, **sizes),
-    linalg_vector_norm=lambda y, x, dim, keepdim: torch.where(
-        y > 0, (x.value * x.tangent).sum(dim, keepdim=keepdim) / y, 0),
+    linalg_vector_norm=lambda y, x, dim, keepdim: (
+        x.value * x.tangent).sum(dim, keepdim) / y.clamp(min=1e-30),
     softmax=_softmax, layer_norm=_layer_norm, group_norm=_group_norm,
     scaled_dot_product_attention=_attention)

@@ -240,8 +240,7 @@ class FourierFeatures(nn.Module):
 
 
 def edm_noise(t):
-    """EDM's c_noise = ln(sigma) / 4 (Karras et al. 2022, Table 1) at flow times t [B], with sigma =
-    (1-t) / t in [0.002, 80]; 1 < t <= 2 is 2 - t."""
+    """EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in [0.002, 80]; 1 < t <= 2 is 2 - t."""
     flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # a difference goes below
     return ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4
 
@@ -398,16 +397,17 @@ class DDPMpp(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# EDM2's U-Net (Karras et al. 2024, arXiv 2312.02696), in the layout of NVlabs/edm2's UNet. Numbers
-# of equations are its own.
+# EDM2's U-Net (Karras et al. 2024, whose equations these are) in the layout of NVlabs/edm2's UNet.
 
-def mp_normalise(x, dim, eps=1e-4):
-    """x over its root mean square along the dimensions `dim`, plus eps."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x.div(norm.mul(math.prod(x.shape[d] for d in dim) ** -0.5).add(eps))
+def mp_normalise(x, dim=None, eps=1e-4):
+    """x over its root mean square along dim (None: all dimensions but the first), plus eps."""
+    dim = dim or tuple(range(1, x.dim()))
+    norm, size = torch.linalg.vector_norm(x, dim=dim, keepdim=True), [x.shape[d] for d in dim]
+    return x.div(norm.mul(math.prod(size) ** -0.5).add(eps))
 
 
 def mp_silu(x):
+    """SiLU at the magnitude of its input."""
     return F.silu(x).mul(1 / 0.596)                                    # Eq. 81
 
 
@@ -444,18 +444,13 @@ class MPConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
-    def normal_weight(self, weight):
-        return mp_normalise(weight, tuple(range(1, weight.dim())))
-
     def forward(self, x, gain=1.0):
-        scale = gain / self.weight[0].numel() ** 0.5
-        w = self.normal_weight(self.weight) * scale                    # Eq. 47
+        w = mp_normalise(self.weight) * (gain / self.weight[0].numel() ** 0.5)         # Eq. 47
         return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
 class EDM2Block(nn.Module):
-    """Block of EDM2's encoder or decoder (Figure 21): x [B, in_channels, H, W], emb [B, emb] ->
-    [B, out_channels, H', W']. up, down: resampling by 2; heads: of self-attention, 0: none."""
+    """Block of EDM2's encoder or decoder (Figure 21), as UNetBlock; heads 0: no self-attention."""
 
     def __init__(self, in_channels, out_channels, emb_channels, dropout, decoder=False, up=False,
                  down=False, heads=0):
@@ -491,8 +486,7 @@ class EDM2Block(nn.Module):
         """Self-attention from qkv [B, 3C, H, W], interleaved, with normalised q, k and v."""
         B, C, H, W = qkv.shape
         q_k_v = mp_normalise(qkv.reshape(B, self.heads, -1, 3, H * W), (2,)).permute(3, 0, 1, 4, 2)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        q, k, v = q_k_v.to(wide).contiguous().unbind(0)                # [B, heads, HW, C / heads]
+        q, k, v = q_k_v.to(torch.promote_types(qkv.dtype, torch.float32)).contiguous().unbind(0)
         with torch.autocast(qkv.device.type, enabled=False):
             h = F.scaled_dot_product_attention(q, k, v)
         return h.to(qkv.dtype).transpose(2, 3).reshape(B, C // 3, H, W)
@@ -501,16 +495,9 @@ class EDM2Block(nn.Module):
 class EDM2(nn.Module):
     """EDM2's U-Net inside its preconditioning, as the velocity of the linear flow (see DDPMpp).
 
-    input_size, in_channels, num_classes, blocks, second_time   as DDPMpp's
-    width, mult     channels at full resolution, and their multiples as the resolution halves
-    attention       the resolutions with self-attention; the lowest always has one
-    head_channels   channels of a head
-    dropout         at resolutions up to dropout_res (None: at all)
-    sigma_data      standard deviation of the data
-
-    The time goes in as c_noise = ln(sigma) / 4, sigma = (1-t) / t, so nothing but x tells t and
-    2 - t apart: FACM needs --condition auxiliary. The head that tells an uncertainty (logvar) is
-    not built: consistency training does not use it.
+    head_channels: channels of an attention's head; dropout: at resolutions up to dropout_res (None:
+    at all); the others as DDPMpp's, with edm_time. The head that tells an uncertainty (logvar) is
+    not built, because consistency training does not use it.
     """
 
     expandable, edm_time = False, True
@@ -525,7 +512,6 @@ class EDM2(nn.Module):
         self.num_classes, self.second_time, self.sigma_data = num_classes, second_time, sigma_data
         channels = [width * m for m in mult]
         emb_channels = max(channels)
-
         self.emb_fourier = MPFourier(channels[0])
         self.emb_noise = MPConv(channels[0], emb_channels)
         self.emb_label = MPConv(num_classes, emb_channels) if num_classes else None
@@ -542,9 +528,8 @@ class EDM2(nn.Module):
         self.enc, skips, cout = nn.ModuleDict(), [], channels[0]
         for level, c in enumerate(channels):
             res = input_size >> level
-            self.enc[f"{res}x{res}_down" if level else f"{res}x{res}_conv"] = (
-                block(res, cout, cout, down=True) if level
-                else MPConv(in_channels + 1, cout, 3, 3))
+            self.enc[f"{res}x{res}_down" if level else f"{res}x{res}_conv"] = block(
+                res, cout, cout, down=True) if level else MPConv(in_channels + 1, cout, 3, 3)
             skips.append(cout)
             for i in range(blocks):
                 self.enc[f"{res}x{res}_block{i}"] = block(res, cout, c, res in attention)
@@ -568,14 +553,13 @@ class EDM2(nn.Module):
 
     @torch.no_grad()
     def force_weight_norm(self):
-        """Forced weight normalisation (Eq. 66), in place, after each step of the optimiser.
-        paper: in each training pass; here: between the steps, so that all passes of a step, with
-        gradient and without, see one weight. It is a matter of each output's row, so of FSDP's
-        part alone."""
+        """Forced weight normalisation (Eq. 66), in place, row by row, so also in FSDP's parts.
+        paper: in each training pass; here: after each step of the optimiser, because all passes of
+        a step, with gradient and without, then see one weight."""
         for layer in self.modules():
             if isinstance(layer, MPConv):
-                weight = layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
-                weight.copy_(layer.normal_weight(weight))
+                own = getattr(layer.weight, "to_local", lambda w=layer.weight: w)()
+                own.copy_(mp_normalise(own))
 
     def embed(self, t, s, y):
         """The conditioning vector [B, max(mult) width], float32."""
@@ -1091,5 +1075,6 @@ def shard(net):
     from torch.distributed.fsdp import fully_shard
     net.to(memory_format=torch.contiguous_format)          # FSDP takes no other layout
     mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
-    for part in [m for m in net.modules() if isinstance(m, (UNetBlock, EDM2Block, DiTBlock))] + [net]:
+    blocks = (UNetBlock, EDM2Block, DiTBlock)
+    for part in [m for m in net.modules() if isinstance(m, blocks)] + [net]:
         fully_shard(part, mesh=mesh)

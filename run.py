@@ -444,6 +444,8 @@ class Run:
             **fused)
         if self.extra:
             self.optimizer.add_param_group(dict(params=list(self.extra)))
+        if hasattr(self.net, "force_weight_norm"):
+            self.optimizer.register_step_post_hook(lambda *_: self.net.force_weight_norm())
 
     def end_pretraining(self):
         """Keeps the network as teacher.pt; the method begins with its averaged weights."""
@@ -462,6 +464,7 @@ class Run:
             name, k, batch, steps = "pretrain", self.step, args.pretrain_batch, args.pretrain
             first, lr = k * batch, args.pretrain_lr or args.lr
         fall = (1 - args.lr_final) * k / steps
+        lr *= max(1, k / (args.lr_decay or math.inf)) ** -0.5
         return Stage(name, k, batch, first, lr * min((k + 1) / max(args.warmup, 1), 1 - fall))
 
     def pieces(self, batch, multiple=1):

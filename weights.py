@@ -27,7 +27,7 @@ import run
 # Reading.
 
 # What no shape tells of public weights
-NOT_IN_SHAPES = "heads prediction sigma_data edm_time time_scale pixelnorm".split()
+NOT_IN_SHAPES = "heads head_channels prediction sigma_data edm_time time_scale pixelnorm".split()
 
 # The field's names for averaged weights: DiT, SiT, LightningDiT; k-diffusion, CompVis; lucidrains;
 # FACM's training, by ema_pytorch; timm, OpenTAD; diffusers. They go before the weights themselves.
@@ -212,9 +212,10 @@ def options_from_shapes(weights):
             wo_shift=shape["blocks.0.adaLN_modulation.1.weight"][0] == 4 * width,
             learn_sigma=shape["final_layer.linear.weight"][0] == 2 * channels * patch ** 2,
             second_time="r_embedder.mlp.0.weight" in shape)
+    # U-Nets: the resolutions, from the top
+    sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
+    top = f"enc.{sizes[0]}x{sizes[0]}" if sizes else ""
     if "map_layer0.weight" in shape:
-        sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
-        top = f"enc.{sizes[0]}x{sizes[0]}"
         width, channels = shape[f"{top}_conv.weight"][:2]
         conv = [shape[f"enc.{n}x{n}_block0.conv1.weight"][0] for n in sizes]
         block = f"{top}_block0."
@@ -228,8 +229,6 @@ def options_from_shapes(weights):
             adaptive_scale=shape[block + "affine.weight"][0] == 2 * conv[0],
             second_time="map_second.0.weight" in shape, sigma_data=0.5, edm_time=True)
     if "emb_noise.weight" in shape:
-        sizes = sorted({int(m[1]) for k in shape if (m := re.match(r"enc\.(\d+)x", k))})[::-1]
-        top = f"enc.{sizes[0]}x{sizes[0]}"
         width, channels = shape[f"{top}_conv.weight"][:2]
         return dict(
             name="EDM2", input_size=sizes[0], in_channels=channels - 1, width=width,
@@ -271,7 +270,8 @@ def read_start(path, options, key=None):
     """The tensors of a velocity network that a run begins with, and the options of a network with
     them: the file's own, but for those of `options` that no file tells. ValueError as from read."""
     weights, own = read(path, velocity=True, key=key)
-    kept = {k: v for k, v in options.items() if k in (*NOT_IN_SHAPES, "dropout")}
+    names = *NOT_IN_SHAPES, "dropout", "dropout_res"
+    kept = {k: v for k, v in options.items() if k in names}
     return weights, (own or options_from_shapes(weights)) | kept
 
 

@@ -33,7 +33,7 @@ def fill(net, rename=lambda name: name):
         else:
             u = 0.1 * u + name.endswith("weight")
         with torch.no_grad():
-            p.copy_(torch.from_numpy(u))
+            p.copy_(torch.as_tensor(u))
     return net.eval()
 
 

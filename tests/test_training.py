@@ -468,7 +468,7 @@ def refused(monkeypatch, capsys, module, *argv):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "mnist"], "unknown data set 'mnist'"),
+    (["--data", "cifar"], "unknown data set 'cifar'"),
     (["--resolution", "15"], "divisible"),
     (["--resolution", "4"], "legible"),
     (["--micro-batch", "0"], "--micro-batch 0"),

@@ -119,7 +119,7 @@ def test_missing_and_damaged_files(tmp_path, name):
         weights.load(tmp_path / name)
 
 
-def pickle_as_edm_does(path, net, monkeypatch, outer=()):
+def pickle_as_edm_does(path, monkeypatch, outer=(), beside=(), **nets):
     """NVlabs/edm's pickles: each object of its own is rebuilt from a dict with its class's source and its state."""
     persistence = types.ModuleType("torch_utils.persistence")
     exec("def _reconstruct_persistent_obj(meta): raise RuntimeError", persistence.__dict__)
@@ -140,17 +140,18 @@ def pickle_as_edm_does(path, net, monkeypatch, outer=()):
             (k, wrap(child)) for k, child in module._modules.items() if child is not None))
         return Persistent({k: v for k, v in state.items() if k in ("training", "_parameters", "_buffers", "_modules")})
 
-    precond = Persistent(dict(_parameters={}, _buffers={}, _modules=dict(model=wrap(net)), sigma_data=0.5, **dict(outer)))
-    path.write_bytes(pickle.dumps(dict(ema=precond, loss_fn=Persistent(dict(P_mean=-1.2)), augment_pipe=None)))
+    precond = Persistent(dict(_parameters={}, _buffers={}, _modules={k: wrap(net) for k, net in nets.items()}, sigma_data=0.5, **dict(outer)))
+    path.write_bytes(pickle.dumps(dict(ema=precond, loss_fn=Persistent(dict(P_mean=-1.2)), augment_pipe=None,
+                                     **{k: Persistent(v) for k, v in dict(beside).items()})))
 
 
 def test_edms_pickles(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = models.create("NCSN++", input_size=8, num_classes=4, width=8, mult=(1, 2), blocks=1, attention=(4,),
                         augment_dim=9, sigma_data=0.5, edm_time=True).eval()
-    pickle_as_edm_does(tmp_path / "edm.pkl", net, monkeypatch)
+    pickle_as_edm_does(tmp_path / "edm.pkl", monkeypatch, model=net)
     assert_same(net, weights.load(tmp_path / "edm.pkl"))
-    pickle_as_edm_does(tmp_path / "odd.pkl", net, monkeypatch, outer=dict(odd=argparse.Namespace()).items())
+    pickle_as_edm_does(tmp_path / "odd.pkl", monkeypatch, dict(odd=argparse.Namespace()).items(), model=net)
     with pytest.raises(ValueError, match="argparse.Namespace"):
         weights.load(tmp_path / "odd.pkl")
 
@@ -182,7 +183,7 @@ def test_what_an_autoencoder_needs_in_training_alone_is_left_out(tmp_path, extra
 
 
 def test_every_golden_file_is_used():
-    used = "".join((GOLDEN.parent / f"test_{name}.py").read_text() for name in ("golden", "weights", "fid", "parity"))
+    used = "".join((GOLDEN.parent / f"test_{name}.py").read_text() for name in ("golden", "weights", "fid", "parity", "edm2"))
     for path in GOLDEN.iterdir():
         assert f'"{path.stem}"' in used or f'"{path.name}"' in used, path
 

@@ -1,0 +1,192 @@
+"""EDM2's U-Net: the public class's numbers, its layout in and out, forced weight normalisation, GCM's fine-tuning from it."""
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from formula import fill, normal_like, uniform
+from test_golden import assert_equal, case, golden
+from test_weights import pickle_as_edm_does
+
+import gcm
+import models
+import run
+import weights
+
+SMALL = dict(name="EDM2", input_size=16, num_classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,), head_channels=16)
+
+
+def ours(shapes):
+    """The names and shapes of a public class as our network has them: gains [1], and no uncertainty."""
+    names = {k.removeprefix("unet."): w for k, w in shapes.items() if "logvar" not in k}
+    return {k: w.reshape(1) if k.endswith("_gain") else w for k, w in names.items()}
+
+
+def build(shapes, **options):
+    """Our network for the public names and shapes, filled by formula under these names, the random tables too."""
+    net = models.create(**(weights.options_from_shapes(ours(shapes)) | options))
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: w.shape for k, w in ours(shapes).items()}
+    prefix = "unet." if "unet.out_gain" in shapes else ""
+    fill(net, lambda name: prefix + name)
+    for name, table in net.emb_fourier.named_buffers():
+        table.copy_(torch.from_numpy(3 * uniform(f"{prefix}emb_fourier.{name}", table.shape)))
+    return net
+
+
+def bare(net, monkeypatch):
+    """The network without its preconditioning, given c_noise in place of a time."""
+    monkeypatch.setattr(models, "edm_noise", lambda t: t)
+    monkeypatch.setattr(models, "edm_scalings", lambda t, sigma_data: (1.0, 0.0, 1.0))
+    return net
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, size, options", [
+    case("edm2-small", "UNet", 16, dict(head_channels=16)), case("edm2-xs", "UNet", 64, {}), case("edm2-s", "UNet", 64, {})])
+def test_it_is_the_public_class(name, size, options, monkeypatch):
+    stored, shapes = golden(name)
+    net = bare(build(shapes, **options), monkeypatch)
+    assert_equal(stored, net(normal_like("x", (2, 3, size, size)), torch.tensor([0.3, -0.7]), None, torch.tensor([3, 5])))
+
+
+@torch.no_grad()
+def test_the_velocity_is_that_of_the_public_denoiser():
+    """D(x; sigma) of Precond, from the velocity at x_t = t x, sigma = (1-t) / t: D = x_t + (1-t) v."""
+    stored, shapes = golden("edm2-precond")
+    net, sigma = build(shapes, head_channels=16), torch.tensor([0.2, 20.0])
+    x, t = normal_like("x", (2, 3, 16, 16)) * torch.tensor([1.0, 20.0])[:, None, None, None], 1 / (1 + sigma)
+    xt = t[:, None, None, None] * x
+    v = net(xt, t, None, torch.tensor([3, 5]))
+    assert_equal(stored, xt + (1 - t[:, None, None, None]) * v)
+
+
+@pytest.mark.parametrize("name, golden_name, millions", [("EDM2-XS", "edm2-xs", 124.7), ("EDM2-S", "edm2-s", 280.2),
+                                                         ("EDM2-M", None, 497.8), ("EDM2-L", None, 777.5), ("EDM2-XL", None, 1119.3)])
+def test_public_names_build_the_public_architecture(name, golden_name, millions):
+    with torch.device("meta"):
+        net = models.create(name, input_size=64, num_classes=1000)
+    assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.06
+    if golden_name:
+        assert {k: v.shape for k, v in net.state_dict().items()} == {k: w.shape for k, w in ours(golden(golden_name)[1]).items()}
+
+
+@torch.no_grad()
+def test_a_pickle_of_half_precision(tmp_path, monkeypatch):
+    """As NVlabs/edm2 writes it: names under unet., gains of no dimension, the uncertainty's head, float16."""
+    net = fill(models.create(**SMALL)).half()
+    kept = {k: v.clone() for k, v in net.state_dict().items()}
+    for name, gain in [(n, p) for n, p in net.named_parameters() if n.endswith("_gain")]:
+        owner = net.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(gain.reshape(())))
+    pickle_as_edm_does(tmp_path / "edm2.pkl", monkeypatch, beside=dict(encoder=dict(raw_mean=[0.0]), dataset_kwargs={}), unet=net,
+                       logvar_fourier=models.MPFourier(8), logvar_linear=models.MPConv(8, 1))
+    loaded = weights.load(tmp_path / "edm2.pkl", head_channels=16)
+    for name, w in loaded.state_dict().items():
+        assert w.dtype == torch.float32 and torch.equal(w, kept[name].float()), name
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+def test_the_fused_derivative_is_the_exact_one(dtype, bound):
+    net = fill(models.create(**SMALL, second_time=True)).to(dtype)
+    x, v = (normal_like(n, (3, 3, 16, 16)).to(dtype) for n in "xv")
+    t, s, y = (torch.tensor(a).to(kind) for a, kind in (([0.2, 0.6, 0.9], dtype), ([0.9, 1.0, 0.95], dtype), ([0, 3, 10], torch.int64)))
+    from jvp import JVP
+    ways = {way: JVP[way](net, x, t, s, y, v, 1, 0.5) for way in ("fused", "exact")}
+    (F, dF), (G, dG) = ways.values()
+    assert (F - G).norm() < bound * G.norm() and (dF - dG).norm() < bound * dG.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forced weight normalisation.
+
+def mean_squares(net):
+    return torch.cat([m.weight.detach().square().flatten(1).mean(1) for m in net.modules() if isinstance(m, models.MPConv)])
+
+
+def test_forced_weight_norm_changes_no_output():
+    """The weights are normalised in each pass in any case (Eq. 47), but for eps; their size is a matter of the optimiser alone."""
+    net = fill(models.create(**SMALL)).double()
+    x, t, y = normal_like("x", (2, 3, 16, 16)).double(), torch.tensor([0.3, 0.7]).double(), torch.tensor([3, 5])
+    before = net(x, t, None, y)
+    net.force_weight_norm()
+    assert (mean_squares(net) - 1).abs().max() < 0.01 and (net(x, t, None, y) - before).norm() < 0.02 * before.norm()
+
+
+def test_the_gradient_of_a_weight_is_orthogonal_to_it():
+    """What Eq. 47 is for: a step does not shrink a weight."""
+    net = fill(models.create(**SMALL)).double()
+    net.force_weight_norm()
+    x, t = normal_like("x", (2, 3, 16, 16)).double(), torch.tensor([0.3, 0.7]).double()
+    net(x, t, None, torch.tensor([3, 5])).square().sum().backward()
+    for layer in (m for m in net.modules() if isinstance(m, models.MPConv)):
+        w, g = layer.weight.detach().flatten(1), layer.weight.grad.flatten(1)
+        assert ((w * g).sum(1).abs() <= 1e-3 * w.norm(dim=1) * g.norm(dim=1) + 1e-12).all()
+
+
+TINY = ["--device", "cpu", "--data", "glyphs", "--preset", "imagenet64_finetune", "--resolution", 16, "--batch", 4, "--preview-every", 100,
+        "--save-every", 1, "--num-classes", 10]
+
+
+def train(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["gcm.py", *map(str, [*TINY, *argv])])
+    gcm.main()
+    run.disown_all()
+
+
+def test_fine_tuning_begins_as_the_teacher_and_keeps_its_weights_normal(tmp_path, monkeypatch):
+    teacher = fill(models.create(**SMALL))
+    torch.save({"unet." + k: v for k, v in teacher.state_dict().items()}, tmp_path / "edm2.pt")
+    net = ["--init", tmp_path / "edm2.pt", "--net", "head_channels=16", "dropout=0.1", "dropout_res=8"]
+    train(monkeypatch, *net, "--lr", 0, "--steps", 1, "--out", tmp_path / "still")
+    held = torch.load(tmp_path / "still/ckpt.pt")
+    assert held["args"]["net"] | dict(dropout=0.1) == held["args"]["net"] and held["args"]["t_mid"] == (0.798,)
+    student, x, t = models.create(**held["args"]["net"]), normal_like("x", (2, 3, 16, 16)), torch.tensor([0.3, 0.7])
+    student.load_state_dict(held["model"])
+    expected = teacher(x, t, None, torch.tensor([3, 5]))
+    assert (student.eval()(x, t, None, torch.tensor([3, 5])) - expected).norm() < 1e-3 * expected.norm()
+    train(monkeypatch, *net, "--lr", 0.01, "--steps", 3, "--out", tmp_path / "moving")
+    student.load_state_dict(torch.load(tmp_path / "moving/ckpt.pt")["model"])
+    assert (mean_squares(student) - 1).abs().max() < 1e-3
+    dropouts = {name: m.p for name, m in student.named_modules() if isinstance(m, models.Dropout)}
+    assert {p for n, p in dropouts.items() if ".8x8" in n} == {0.1} and {p for n, p in dropouts.items() if "16x16" in n} == {0.0}
+
+
+def test_the_rate_falls_as_the_inverse_square_root(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gcm.py", *map(str, TINY)])
+    args = gcm.parse_args()
+    job = object.__new__(run.Run)
+    job.args, job.stage_name, rates = args, "gcm", {}
+    for job.step in (0, 2000, 8000, 99_999):
+        rates[job.step] = job.stage().lr
+    assert rates == {0: 1e-3, 2000: 1e-3, 8000: pytest.approx(5e-4), 99_999: pytest.approx(1e-3 * math.sqrt(2000 / 99_999))}
+
+
+def half_of_the_batch(rank, folder):
+    """A process with every second sample, in parts (FSDP): its gradients, and its weights after a step, are those of one process."""
+    from torch.distributed.tensor import DTensor
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    x, t, y = normal_like("x", (4, 3, 16, 16)), torch.tensor([0.1, 0.3, 0.6, 0.9]), torch.tensor([1, 2, 3, 10])
+    net, parts = (fill(models.create(**SMALL, seed=0)) for _ in range(2))
+    models.shard(parts)
+    for network, rows in ((net, slice(None)), (parts, slice(rank, None, 2))):
+        network.grad_checkpoint = True
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        network(x[rows], t[rows], None, y[rows]).square().mean().backward()
+        optimizer.step()
+        network.force_weight_norm()
+    for (name, a), b in zip(parts.named_parameters(), net.parameters(), strict=True):
+        assert isinstance(a, DTensor)
+        grad = a.grad.full_tensor()
+        assert (grad - b.grad).norm() < 1e-5 * (b.grad.norm() + 1e-3), (name, grad, b.grad)
+        assert (a.full_tensor() - b).norm() < 1e-3 * b.norm(), name        # Adam's first step is a sign
+    dist.barrier()
+    dist.destroy_process_group()
+    import os
+    os._exit(0)                            # gloo's threads now and then abort at Python's end
+
+
+def test_two_processes_in_parts_have_the_weights_of_one(tmp_path):
+    torch.multiprocessing.spawn(half_of_the_batch, (tmp_path,), nprocs=2)
