@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -258,11 +259,18 @@ def save_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """What a checkpoint file holds, on the CPU; nothing in it is executed.
 
-    Returns a dict with method, args, step, model, ema, optimizer and torch_version.
-    Raises ValueError if the file is missing, damaged or of another kind.
+    Returns a dict with method, args, step, model, ema, optimizer and torch_version; without the
+    last two for what sample.py --export wrote. Raises ValueError if the file is missing, damaged or
+    of another kind.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as f:
+                weights = {name: f.get_tensor(name) for name in f.keys()}
+                checkpoint = {k: json.loads(text) for k, text in (f.metadata() or {}).items()}
+            checkpoint |= dict(model=weights, ema=weights)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as e:

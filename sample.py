@@ -31,6 +31,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -80,6 +81,8 @@ def parse_args():
     a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training data, "
       "or the scale of the SD-VAE)")
     a("--raw", action="store_true", help="the weights themselves, not their average (EMA)")
+    a("--export", metavar="FILE.safetensors", help="write the network alone, in half precision, to "
+      "a file that --ckpt takes, and end")
     a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     return p.parse_args()
 
@@ -112,6 +115,13 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     net = models.create(**checkpoint["args"]["net"])
     run.load_weights(net, checkpoint["model" if raw else "ema"], path)
     return net.to(device).eval(), checkpoint
+
+
+def export(path, net, checkpoint):
+    """Writes what sampling needs: the weights in float16, and method, step and flags as text."""
+    note = {k: json.dumps(checkpoint[k]) for k in ("method", "step", "args")}
+    weights = {k: w.half().contiguous() for k, w in net.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(weights, note))
 
 
 def is_teacher(checkpoint):
@@ -401,7 +411,9 @@ def main():
     nfes = args.grid or [args.nfe]
     if args.ckpt.is_dir():
         args.ckpt = args.ckpt / "ckpt.pt"
-    out = pathlib.Path(args.out or args.ckpt.parent / f"nfe{'-'.join(map(str, nfes))}.png")
+    name = f"{args.ckpt.stem}-" * (args.ckpt.suffix == ".safetensors")
+    name += f"nfe{'-'.join(map(str, nfes))}.png"
+    out = pathlib.Path(args.out or args.ckpt.parent / name)
     options = flags.parse_net_options(args.net)
     if min(*nfes, args.n, args.batch, 1 if args.cfg_channels is None else args.cfg_channels) < 1:
         run.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
@@ -417,6 +429,8 @@ def main():
     device, rank, world = run.start_processes(args.device)
     try:
         net, checkpoint = load(args.ckpt, device, args.raw, args.method, options, args.weights)
+        if args.export:
+            return export(pathlib.Path(args.export), net, checkpoint)
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed,
                                checkpoint["args"].get("class_names", ()))

@@ -12,6 +12,7 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from formula import fill
@@ -554,3 +555,19 @@ def test_a_folder_that_was_only_just_begun_is_ours(trained, tmp_path, monkeypatc
 def test_more_senseless_flags(trained, tmp_path, monkeypatch, capsys, flags, words):
     flags = ["--ckpt", trained / "teacher.pt", "--out", tmp_path / "x.npz", *flags]
     assert words in refused(monkeypatch, capsys, sample, *flags)
+
+
+def test_an_exported_network_draws_the_same(trained, tmp_path, monkeypatch, capsys):
+    """--export: half of the size, another name for the default picture, and not a step to go on from."""
+    call(monkeypatch, sample, "--ckpt", trained / "ckpt.pt", "--export", tmp_path / "small.safetensors", "--device", "cpu")
+    assert (tmp_path / "small.safetensors").stat().st_size < (trained / "ckpt.pt").stat().st_size / 4
+    flags = ["--nfe", 2, "--n", 8, "--device", "cpu", "--out"]
+    call(monkeypatch, sample, "--ckpt", trained / "ckpt.pt", *flags, tmp_path / "a.npz")
+    call(monkeypatch, sample, "--ckpt", tmp_path / "small.safetensors", *flags, tmp_path / "b.npz")
+    (a, labels), (b, same) = read(tmp_path / "a.npz"), read(tmp_path / "b.npz")
+    assert np.array_equal(labels, same) and np.abs(a.astype(int) - b).max() <= 3       # of float16's 11 bits
+    call(monkeypatch, sample, "--ckpt", tmp_path / "small.safetensors", "--n", 8, "--device", "cpu")
+    assert (tmp_path / "small-nfe1.png").exists()
+    with pytest.raises(ValueError, match="is not a checkpoint of a training script"):
+        safetensors.torch.save_file(dict(w=torch.zeros(1)), tmp_path / "other.safetensors")
+        run.read_checkpoint(tmp_path / "other.safetensors")
