@@ -1,4 +1,4 @@
-"""Dual-End Consistency Model (Dong et al. 2026), in one file.
+"""Dual-End Consistency Model (Dong et al. 2026, arXiv 2602.10764), in one file.
 
 DIRECTION OF TIME: t=0 noise, t=1 data. x_t = (1-t) x_0 + t x_1, x_0 ~ N(0, I), x_1 data.
 One network F(x, t, s) jumps from time t to time s. Not all pairs (t, s) are trained, only three
@@ -19,8 +19,8 @@ noise to any time (t near 0, the first step of samplers that do not start with a
 
 Launch:
     python decm.py                                               # laptop: pretrain, distil
-    python decm.py --resolution 32 --jvp fused --precision bf16 --compile  # 1 GPU
-    torchrun --nproc_per_node=8 decm.py --batch 1024             # 8 GPUs; --batch is global
+    python decm.py --data cifar10                                # 1 GPU
+    torchrun --nproc_per_node=8 decm.py --data imagenet_latents  # 8 GPUs
 
 Results and details: docs/decm.md. A departure stands at its line: "paper: ...; here: ...".
 """

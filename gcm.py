@@ -1,4 +1,4 @@
-"""A Guide to Training Consistency Models (GCM; anonymous, under review), in one file.
+"""A Guide to Training Consistency Models (GCM; openreview.net/forum?id=1SHdqm7Eaa), in one file.
 
 DIRECTION OF TIME: t=0 data, t=1 noise. x_t = (1-t) x + t z, x data, z ~ N(0, sigma_d^2 I), and
 t_0 = 0.006 <= t <= t_T = 0.994. Consistency training from data alone, its choices taken apart: how
