@@ -19,8 +19,8 @@ one network on two tasks, told apart by the time it is conditioned on: the short
 
 Launch:
     python facm.py                                               # laptop: pretrain, distil
-    python facm.py --resolution 32 --jvp fused --precision bf16 --compile  # 1 GPU
-    torchrun --nproc_per_node=8 facm.py --batch 1024             # 8 GPUs; --batch is global
+    python facm.py --data cifar10                                # 1 GPU
+    torchrun --nproc_per_node=8 facm.py --data imagenet_latents  # 8 GPUs
 
 Results and details: docs/facm.md. A departure stands at its line: "paper: ...; here: ...".
 """
