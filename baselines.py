@@ -53,7 +53,7 @@ def parse_args():
     flag("--P-mean", float, help="mean of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (FACM's Eq. 9, Table 5)")
-    flag("--t-low", float, 0, 1, help="no guidance before this time (FACM's Table 5)")
+    flag("--t-low", float, 0, 1, help="time before which there is no guidance (FACM's Table 5)")
     flag("--jvp", choices=list(JVP), help="dF/dt: in one pass with F, by torch.func.jvp, or by a "
          "central difference (FACM's A.1)")
     flag("--c", float, 0, default=1e-3, help="meanflow: the constant in its adaptive weight")

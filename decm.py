@@ -81,15 +81,16 @@ def parse_args():
          "central difference (Eq. 11)")
     flag("--objectives", nargs="+", choices=["fm", "cd", "n2n"], default=["fm", "cd", "n2n"],
          help="the losses that are trained (Table 3 c to g)")
-    flag("--vel-norm", float, 1e-9, metavar="ETA", help="length of D (Table 3 h); default: its own")
+    flag("--vel-norm", float, 1e-9, metavar="ETA", help="length to which D is "
+         "scaled (Table 3 h; default: D keeps its own)")
     flag("--times", choices=["nseg", "arctan", "lognorm"], default="nseg", help="how t is drawn "
          "(Table 3 j to l)")
     flag("--segments", int, 1, default=64, help="N, the segments at whose ends t lies (nseg)")
     flag("--freq", int, 1, help="steps between N2N updates (Table 3 m to o)")
     flag("--lam", float, default=0.5, help="lambda, weight of N2N's right end t (Eq. 14)")
     flag("--gam", float, default=0.5, help="gamma, weight of N2N's left end r (Eq. 14)")
-    flag("--vpsi", choices=["model", "data"], default="model", help="v_psi is taken at f(x_r, r, "
-         "t), or at x_t")
+    flag("--vpsi", choices=["model", "data"], default="model", help="where v_psi is "
+         "taken: at f(x_r, r, t) (model) or at x_t (data)")
     flag("--r-max", float, default=0.02, help="r is uniform from 0 to this (r -> 0 in Eq. 12)")
     flag("--w1", choices=list(WEIGHTS), default="1", help="w_1(t) (Algorithm 1, line 10)")
     flag("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")

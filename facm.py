@@ -80,11 +80,11 @@ def parse_args():
     flag("--P-mean", float, help="mean of ln(sigma) (Eq. 20, Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
-    flag("--t-low", float, 0, 1, help="no guidance before this time (Table 5)")
+    flag("--t-low", float, 0, 1, help="time before which there is no guidance (Table 5)")
     flag("--jvp", choices=list(JVP), help="dF/dt: in one pass with F, by torch.func.jvp, or by a "
          "central difference (A.1)")
-    flag("--condition", choices=["expanded", "auxiliary"], default="expanded", help="how the two "
-         "tasks are told apart (3.2.2)")
+    flag("--condition", choices=["expanded", "auxiliary"], default="expanded", help="how the "
+         "network tells the two tasks apart (3.2.2)")
     flag("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
     flag("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
     flag("--power", float, 0, default=0.5, help="the exponent p in 1-t^p (Table 4)")

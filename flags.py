@@ -61,8 +61,8 @@ def add_flags(parser, presets, two_stages=True):
     switch = argparse.BooleanOptionalAction
 
     g = parser.add_argument_group("run")
-    flag(g, "--out", resume=True, help="run folder; the same command resumes it (default: "
-         "runs/SCRIPT-DATA)")
+    flag(g, "--out", resume=True, help="run folder; the same command resumes the run in it "
+         "(default: runs/SCRIPT-DATA)")
     flag(g, "--fresh", action="store_true", resume=True, help="start over; the old run is renamed, "
          "never deleted")
     flag(g, "--preset", choices=list(presets), help="row of hyper-parameters (default: the data's)")
@@ -75,8 +75,8 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--batch", int, 1, help="images a step, over all processes")
     flag(g, "--micro-batch", int, 1, resume=True, help="the most images that a process takes "
          "through the network at once; fewer need less memory (default: the preset's, or all)")
-    flag(g, "--precision", choices=["float32", "tf32", "bf16"], help="of matrix products and "
-         "convolutions; times stay float32")
+    flag(g, "--precision", choices=["float32", "tf32", "bf16"], help="precision of "
+         "matrix products and convolutions; times stay float32")
     flag(g, "--compile", action="store_true", help="torch.compile the network and the derivative")
     flag(g, "--fsdp", action="store_true", resume=True, help="shard networks and optimiser over "
          "the processes")
@@ -95,8 +95,8 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
     flag(g, "--uncond", action=switch, help="leave labels out")
     flag(g, "--xflip", action=switch, help="mirror half of the images (never glyphs)")
-    flag(g, "--channels", type=int, choices=[1, 3], help="of image files: 3 (RGB, the default) "
-         "or 1 (grey)")
+    flag(g, "--channels", type=int, choices=[1, 3], help="channels of image files: 3 is RGB, "
+         "the default, and 1 is grey")
     flag(g, "--skip-broken", action="store_true", resume=True, help="list and leave out images "
          "that do not decode")
 
@@ -112,13 +112,14 @@ def add_flags(parser, presets, two_stages=True):
     flag(g, "--betas", float, 0, 1, nargs=2, help="beta_1 and beta_2 of the optimiser")
     flag(g, "--weight-decay", float, 0, default=0.0, help="weight decay of the optimiser")
     flag(g, "--warmup", int, 0, help="steps in which the learning rate rises, in each stage")
-    flag(g, "--lr-final", float, 0, 1, help="share of --lr to which the rate then falls, linearly; "
-         "1: it stays")
+    flag(g, "--lr-final", float, 0, 1, help="share of --lr that the rate falls to, linearly; 1 "
+         "means that it stays")
     flag(g, "--lr-decay", int, 1, help="steps of a stage after which the rate falls as the inverse "
          "square root of the step")
     flag(g, "--clip", float, 1e-9, math.inf, default=1.0, help="largest norm of the gradient")
     flag(g, "--ema-sigma", float, 0.001, 0.28, help="relative width sigma_rel of the EMA")
-    flag(g, "--ema-beta", float, 0, 1, help="constant rate of the EMA instead; 0: --ema-sigma's")
+    flag(g, "--ema-beta", float, 0, 1, help="constant rate of the EMA, in place of --ema-sigma; 0 "
+         "means --ema-sigma")
     flag(g, "--label-drop", float, 0, 1, default=0.1, help="share of null labels where the network "
          "learns its own guidance")
     if not two_stages:
@@ -127,11 +128,12 @@ def add_flags(parser, presets, two_stages=True):
     g = parser.add_argument_group("teacher")
     flag(g, "--teacher", help="checkpoint to distil, in place of --pretrain; neither: from scratch")
     flag(g, "--pretrain", int, 0, help="steps of flow matching first")
-    flag(g, "--pretrain-lr", float, 0, help="learning rate of --pretrain (default: the preset's, "
-         "else --lr)")
-    flag(g, "--pretrain-batch", int, 1, help="images a step of --pretrain (default: --batch)")
-    flag(g, "--pretrain-P", float, nargs=2, help="--P-mean and --P-std of --pretrain (default: the "
-         "same)")
+    flag(g, "--pretrain-lr", float, 0, help="learning rate of the pretraining (default: the "
+         "preset's, or else --lr)")
+    flag(g, "--pretrain-batch", int, 1, help="images in a step of the pretraining (default: "
+         "--batch)")
+    flag(g, "--pretrain-P", float, nargs=2, help="--P-mean and --P-std of the pretraining "
+         "(default: those of the method)")
 
 
 def parse_net_options(items):

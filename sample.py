@@ -74,7 +74,8 @@ def parse_args():
     a("--shift", type=float, help="flow matching: LightningDiT's timestep_shift (default: 1, none)")
     a("--method", choices=["flow", *METHODS], help="of a public network: flow, or what "
       "distilled it")
-    a("--net", nargs="+", default=[], metavar="K=V", help="its options, such as prediction=noise")
+    a("--net", nargs="+", default=[], metavar="K=V", help="options of the public network, such as "
+      "prediction=noise")
     a("--weights", metavar="KEY", help="key of its weights in the file (default: an average of "
       "them, or the model)")
     a("--vae", help="checkpoint of the autoencoder that makes images of latents")
