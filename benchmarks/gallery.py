@@ -1,7 +1,6 @@
 """The picture of the README: real images, a teacher and its students, the same noise in each row.
 
-    python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs runs/gcm-glyphs \
-        --right runs/facm-mnist runs/decm-mnist runs/gcm-mnist --out assets/gallery.png
+    python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs --right runs/facm-mnist --out assets/gallery.png
 
 left, right: run folders on two data sets; the teacher is the first run's. A row is ten samples, one
 of each class.
