@@ -1,0 +1,143 @@
+"""examples/sd3_decm.py on a tiny random model of diffusers' own class."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+
+pytest.importorskip("diffusers", reason="pip install -r examples/requirements.txt")
+pytest.importorskip("peft", reason="pip install -r examples/requirements.txt")
+from diffusers import SD3Transformer2DModel
+
+sys.path.insert(0, str(ROOT / "examples"))
+import sd3_decm
+
+import decm
+import jvp
+
+TINY = dict(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
+            caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8, dual_attention_layers=(0,),
+            qk_norm="rms_norm")
+
+
+def build(trained=False):
+    """A student with its teacher, images, captions and the null caption. trained: nothing is zero any more."""
+    torch.manual_seed(0)
+    student = sd3_decm.add_lora(SD3Transformer2DModel(**TINY), 2)
+    if trained:
+        for p in sd3_decm.trained(student).values():
+            p.data.add_(0.1 * torch.randn_like(p))
+    x, y = torch.randn(3, 4, 8, 8), sd3_decm.Text(torch.randn(3, 7, 12), torch.randn(3, 10))
+    return student, sd3_decm.Teacher(student), x, y, sd3_decm.Text(torch.randn(1, 7, 12), torch.randn(1, 10))
+
+
+T, S = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.5, 0.9, 1.0])
+
+
+def test_signs_and_times():
+    """diffusers has the data at sigma 0 and tells noise - data; decm.py has them at t = 1 and wants data - noise."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(**TINY)
+    _, _, x, y, _ = build()
+    theirs = model(hidden_states=x, timestep=1000 * (1 - T), encoder_hidden_states=y.tokens, pooled_projections=y.pooled).sample
+    assert torch.equal(sd3_decm.Velocity(model)(x, T, None, y), -theirs)
+
+
+@torch.no_grad()
+def test_the_student_begins_as_the_teacher():
+    student, teacher, x, y, _ = build()
+    for s in (T, S):
+        assert torch.equal(student(x, T, s, y), teacher(x, T, None, y))
+    student, teacher, x, y, _ = build(trained=True)
+    assert not torch.allclose(student(x, T, S, y), teacher(x, T, None, y), atol=1e-2)
+    assert not torch.allclose(student(x, T, S, y), student(x, T, T, y), atol=1e-3)     # it sees the second time
+
+
+def test_a_text_is_a_y():
+    _, _, x, y, null = build()
+    both = torch.cat([y, y[:2]])
+    assert len(both) == 5 and torch.equal(both.tokens[3:], y.tokens[:2]) and torch.equal(both.pooled[:3], y.pooled)
+    nulls = torch.full_like(y, null)
+    assert len(nulls) == 3 and all(torch.equal(row, null.tokens[0]) for row in nulls.tokens)
+    assert y.to(torch.float64).pooled.dtype == torch.float64
+    guided = decm.guided_velocity(lambda x, t, s, y: x * y.pooled.mean(), x, T, y, y_null=null, w=2.0)
+    assert guided.shape == x.shape
+
+
+def test_the_derivative_in_one_pass_is_the_exact_one():
+    student, _, x, y, _ = build(trained=True)
+    ways = {way: jvp.JVP[way](student, x, T, S, y, torch.ones_like(x), 1, 0.5) for way in ("fused", "exact")}
+    for a, b in zip(*ways.values()):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("way", ["fused", "exact"])
+def test_training_moves_lora_and_the_second_time_alone(way):
+    student, teacher, x, y, null = build()
+    before = {k: p.clone() for k, p in student.named_parameters()}
+    optimizer = torch.optim.AdamW(sd3_decm.trained(student).values(), lr=1e-3)
+    for step in range(2):                  # N2N in the first
+        loss = sd3_decm.losses(student, teacher, x, y, null, step, 0, w=2.0, freq=2, way=way)
+        assert loss.isfinite()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {k for k, p in student.named_parameters() if not torch.equal(p, before[k])}
+    assert moved and all("lora_" in k or "time_text_embed.linear_" in k for k in moved)
+    assert any("lora_B" in k for k in moved) and any("time_text_embed.linear_2" in k for k in moved)
+
+
+def test_the_velocity_of_a_fixed_batch_is_learned():
+    """The jumps' losses compare the network with itself and need not fall; the velocity's must."""
+    student, _, x, y, _ = build()
+    optimizer, found, x0 = torch.optim.AdamW(sd3_decm.trained(student).values(), lr=1e-2), [], torch.randn_like(x)
+    for _ in range(20):
+        L_fm, _, _ = decm.decm_loss(student, jvp.JVP["fused"], x, x0, T, y, w1=decm.WEIGHTS["1"])
+        L_fm.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(L_fm.item())
+    assert max(found[-3:]) < 0.9 * found[0], found
+
+
+@torch.no_grad()
+def test_what_is_saved_draws_the_same(tmp_path):
+    student, _, x, y, _ = build(trained=True)
+    sd3_decm.save(student, tmp_path)
+    again, *_ = build()
+    sd3_decm.load(again, tmp_path)
+    noise = torch.randn(2, 3, 4, 8, 8)
+    assert torch.equal(decm.sample(student, noise, y, 2), decm.sample(again, noise, y, 2))
+    assert not torch.equal(decm.sample(build()[0], noise, y, 2), decm.sample(again, noise, y, 2))
+
+
+def half_of_the_batch(rank, folder):
+    """A process with its rows of the batch, in parts (FSDP): the gradients of LoRA are those of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    (student, _, x, y, _), (parts, *_) = build(trained=True), build(trained=True)
+    x, y, t, s = torch.cat([x, x[:1]]), torch.cat([y, y[1:2]]), torch.tensor([0.2, 0.5, 0.9, 0.4]), torch.tensor([0.5, 0.9, 1.0, 0.4])
+    mesh = init_device_mesh("cpu", (2,))
+    for block in parts.transformer.transformer_blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(parts, mesh=mesh)
+    for net, rows in ((student, slice(None)), (parts, slice(rank, None, 2))):
+        F, dF = net(x[rows], t[rows], s[rows], y[rows], tangent=(x[rows], torch.ones_like(t[rows]), None))
+        (F - (F.detach() - 1e-3 * dF).tanh()).square().mean().backward()
+    expected = {k: p.grad for k, p in sd3_decm.trained(student).items() if p.grad is not None}
+    assert any("lora_A" in k for k in expected)
+    for name, p in sd3_decm.trained(parts).items():
+        if name in expected:
+            assert (p.grad.full_tensor() - expected[name]).norm() < 1e-5 * (expected[name].norm() + 1e-3), name
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)                            # gloo's threads now and then abort at Python's end
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(half_of_the_batch, (tmp_path,), nprocs=2)
