@@ -26,6 +26,7 @@ Results and details: docs/gcm.md. A departure stands at its line: "paper: ...; h
 
 import functools
 import math
+import os
 
 import torch
 
@@ -62,16 +63,15 @@ PRESETS = {
         resolution=32, steps=200_000, batch=128, uncond=True, precision="tf32", lam=3.0,
         pt="uniform", ht="ect", curriculum=25_000,
         micro_batch=64, net=dict(name="DDPM++", dropout=0.2)),     # ours: 24 GB
-    "imagenet64_finetune": PAPER | dict(   # the same; XL: --lr 7e-4 --net name=EDM2-XL dropout=0.5
+    "imagenet64_finetune": PAPER | dict(   # the same; XL: --lr 7e-4 --net dropout=0.5
         resolution=64, steps=100_000, batch=128, micro_batch=32, optimizer="AdamW", lr=1e-3,
         lr_decay=2000, betas=(0.9, 0.99), lam=3.0, pt="uniform", ht="ect", curriculum=25_000,
         q=4.0, t_mid=(0.798,), net=dict(name="EDM2-S", dropout=0.4, dropout_res=16)),
     # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 --steps 200000
     "imagenet_latents": PAPER | dict(
-        precision="bf16", micro_batch=64,                  # ours: XL/2 fits 80 GB
+        precision="bf16", variant="VU", micro_batch=64,    # ours: XL/2 fits 80 GB
         steps=400_000, batch=256, optimizer="AdamW", betas=(0.9, 0.95), sigma_data=1.0,
-        variant="VU", epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0,
-        net=dict(name="DiT-B/4")),
+        epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0, net=dict(name="DiT-B/4")),
 }
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(resolution=None, steps=8000, batch=16, curriculum=1300,
     net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))     # ours: half an hour
@@ -419,7 +419,8 @@ def main():
     with run.errors_in_one_line():
         dataset = data.load_for(args)
         args.net = data.fit_network_to(dataset, args.net)
-        if args.init:
+        begins = args.init and (os.path.exists(args.init) or not args.dry_run)
+        if begins:
             start, args.net = weights.read_start(args.init, args.net, args.weights)
             args.net = data.fit_network_to(dataset, args.net)
         args.net |= dict(second_time=args.variant == "VU")
@@ -428,7 +429,7 @@ def main():
         check(args, net)
         pieces = job.pieces(args.batch, args.group)
         job.open_folder()
-        if args.init:
+        if begins:
             run.load_weights(net, start, args.init, weights.MAY_BEGIN_ANEW)
         job.resume(net, models.shard)
     jvp = select(args.jvp, args.compile)
@@ -456,8 +457,7 @@ def main():
             with job.data_errors_end_the_run():
                 x, y = run.to_device(
                     dataset.batch(args.seed, stage.first, args.batch, rows), job.device)
-            z, t, s = args.sigma_data * z_all[rows], t_all[rows], s_all[rows]
-            labels = None
+            z, t, s, labels = args.sigma_data * z_all[rows], t_all[rows], s_all[rows], None
             if args.w != 1:
                 y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
             if args.augment:

@@ -440,9 +440,9 @@ class MPConv(nn.Module):
     """Convolution or, without a kernel, fully connected layer, whose weight [out, in, ...] has a
     root mean square of 1 for each output; no bias."""
 
-    def __init__(self, in_channels, out_channels, *kernel):
+    def __init__(self, inputs, outputs, *kernel):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.weight = nn.Parameter(torch.randn((outputs, inputs, *kernel)))
 
     def forward(self, x, gain=1.0):
         w = mp_normalise(self.weight) * (gain / self.weight[0].numel() ** 0.5)         # Eq. 47

@@ -22,7 +22,7 @@ ROWS = [
     ("facm.py", "--data imagenet_latents --steps 0"), ("facm.py", "--data imagenet_latents --grad-checkpoint"), ("decm.py", "--data imagenet_latents"),
     ("facm.py", "--data imagenet_latents --net name=LightningDiT-1p6B/1 --fsdp --grad-checkpoint"),
     ("gcm.py", "--data imagenet64.zip --preset imagenet64_finetune"),
-    ("gcm.py", "--data imagenet64.zip --preset imagenet64_finetune --lr 7e-4 --net name=EDM2-XL dropout=0.5"),
+    ("gcm.py", "--data imagenet64.zip --preset imagenet64_finetune --lr 7e-4 --net name=EDM2-XL dropout=0.5 dropout_res=16"),
     ("gcm.py", "--data imagenet_latents"), ("gcm.py", "--data imagenet_latents --net name=DiT-XL/2 --w 2.5 --kappa 0.92 "
                                                       "--guide 0 0.75 --steps 200000"),
     ("baselines.py", "--data imagenet_latents"), ("baselines.py", "--data imagenet_latents --objective scm")]

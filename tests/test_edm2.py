@@ -1,19 +1,29 @@
 """EDM2's U-Net: the public class's numbers, its layout in and out, forced weight normalisation, GCM's fine-tuning from it."""
 
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from formula import fill, normal_like, uniform
+from oracle import mutant
 from test_golden import assert_equal, case, golden
 from test_weights import pickle_as_edm_does
 
+import decm
+import facm
 import gcm
+import jvp
 import models
 import run
+import sample
 import weights
+from jvp import JVP
 
 SMALL = dict(name="EDM2", input_size=16, num_classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,), head_channels=16)
 
@@ -62,6 +72,17 @@ def test_the_velocity_is_that_of_the_public_denoiser():
     assert_equal(stored, xt + (1 - t[:, None, None, None]) * v)
 
 
+@torch.no_grad()
+def test_gcms_f_is_that_of_the_public_denoiser():
+    """GCM's time and noise: x_t = (1-t) x, sigma = sigma_d t / (1-t), D = x_t - t f."""
+    stored, shapes = golden("edm2-precond")
+    f = gcm.precondition(build(shapes, head_channels=16), ct="t", mu=3.5, sigma_d=0.5, second_time=False, velocity=True)
+    sigma = torch.tensor([0.2, 20.0])
+    t = sigma / (0.5 + sigma)
+    xt = gcm.wide(1 - t) * normal_like("x", (2, 3, 16, 16)) * gcm.wide(torch.tensor([1.0, 20.0]))
+    assert_equal(stored, xt - gcm.wide(t) * f(xt, t, torch.full_like(t, gcm.T_MIN), torch.tensor([3, 5])))
+
+
 @pytest.mark.parametrize("name, golden_name, millions", [("EDM2-XS", "edm2-xs", 124.7), ("EDM2-S", "edm2-s", 280.2),
                                                          ("EDM2-M", None, 497.8), ("EDM2-L", None, 777.5), ("EDM2-XL", None, 1119.3)])
 def test_public_names_build_the_public_architecture(name, golden_name, millions):
@@ -92,10 +113,24 @@ def test_the_fused_derivative_is_the_exact_one(dtype, bound):
     net = fill(models.create(**SMALL, second_time=True)).to(dtype)
     x, v = (normal_like(n, (3, 3, 16, 16)).to(dtype) for n in "xv")
     t, s, y = (torch.tensor(a).to(kind) for a, kind in (([0.2, 0.6, 0.9], dtype), ([0.9, 1.0, 0.95], dtype), ([0, 3, 10], torch.int64)))
-    from jvp import JVP
-    ways = {way: JVP[way](net, x, t, s, y, v, 1, 0.5) for way in ("fused", "exact")}
-    (F, dF), (G, dG) = ways.values()
+    (F, dF), (G, dG) = (JVP[way](net, x, t, s, y, v, 1, 0.5) for way in ("fused", "exact"))
     assert (F - G).norm() < bound * G.norm() and (dF - dG).norm() < bound * dG.norm()
+
+
+@pytest.mark.parametrize("rule", ["x.tangent, 0),\n    relu", "x.tangent, x.tangent),\n    relu"], ids=["clipped", "mutant"])
+def test_clipped_activations_have_no_tangent(monkeypatch, rule):
+    """Large gains bring half of the activations to 256, where they no longer move."""
+    source, shares = pathlib.Path(jvp.__file__).read_text(), []
+    monkeypatch.setattr(models, "duals", mutant(source, "x.tangent, 0),\n    relu", rule).duals)
+    net = fill(models.create(**SMALL)).double()
+    for block in (m for m in net.modules() if isinstance(m, models.EDM2Block)):
+        block.emb_gain.data.fill_(400.0)
+        block.register_forward_hook(lambda block, x, h: shares.append((h.abs() == 256).double().mean()) if torch.is_tensor(h) else None)
+    x, v = (normal_like(n, (2, 3, 16, 16)).double() for n in "xv")
+    t, y = torch.tensor([0.2, 0.6]).double(), torch.tensor([3, 5])
+    fused, exact = (JVP[way](net, x, t, None, y, v, 1, 0)[1] for way in ("fused", "exact"))
+    assert 0 < max(shares) and min(shares) < 1
+    assert ((fused - exact).norm() < 1e-8 * exact.norm()) == ("0)" in rule)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,10 +164,13 @@ TINY = ["--device", "cpu", "--data", "glyphs", "--preset", "imagenet64_finetune"
         "--save-every", 1, "--num-classes", 10]
 
 
+def call(monkeypatch, module, *argv):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    module.main()
+
+
 def train(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["gcm.py", *map(str, [*TINY, *argv])])
-    gcm.main()
-    run.disown_all()
+    call(monkeypatch, gcm, *TINY, *argv)
 
 
 def test_fine_tuning_begins_as_the_teacher_and_keeps_its_weights_normal(tmp_path, monkeypatch):
@@ -153,6 +191,34 @@ def test_fine_tuning_begins_as_the_teacher_and_keeps_its_weights_normal(tmp_path
     assert {p for n, p in dropouts.items() if ".8x8" in n} == {0.1} and {p for n, p in dropouts.items() if "16x16" in n} == {0.0}
 
 
+@pytest.mark.parametrize("module, flags", [
+    (facm, "--teacher FILE --condition auxiliary --jvp fused"), (decm, "--teacher FILE --jvp fused"),
+    (gcm, "--init FILE --preset imagenet64_finetune --num-classes 10 --variant VU --jvp fused"),
+    (gcm, "--init FILE --preset imagenet64_finetune --num-classes 10 --variant CU --precision bf16 --grad-checkpoint")],
+    ids=["facm", "decm", "gcm-vu", "gcm-bf16"])
+def test_every_method_begins_with_it(tmp_path, monkeypatch, module, flags):
+    """A step, its checkpoint and two samples: a velocity with a second time is all that a method asks for."""
+    torch.save({"unet." + k: v for k, v in fill(models.create(**SMALL)).state_dict().items()}, tmp_path / "edm2.pt")
+    net = [f"{k}={v if k != 'attention' else '8,'}".replace(" ", "").replace("(", "").replace(")", "") for k, v in SMALL.items()]
+    call(monkeypatch, module, "--device", "cpu", "--data", "glyphs", "--resolution", 16, "--batch", 2, "--steps", 1, "--preview-every", 9,
+         *flags.replace("FILE", str(tmp_path / "edm2.pt")).split(), "--net", *net, "--out", tmp_path / "run")
+    held = torch.load(tmp_path / "run/ckpt.pt")
+    student = models.create(**held["args"]["net"])
+    student.load_state_dict(held["model"])
+    assert student.second_time == ("bf16" not in flags) and (mean_squares(student) - 1).abs().max() < 0.01
+    call(monkeypatch, sample, "--ckpt", tmp_path / "run/ckpt.pt", "--device", "cpu", "--nfe", 2, "--n", 2, "--out", tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("flags, millions", [("--lr 7e-4 --net name=EDM2-XL dropout=0.5 dropout_res=16", "1119.3")])
+def test_a_dry_run_needs_no_file(flags, millions):
+    """--init, too, may name a file that is not there yet; its network is then that of --net."""
+    done = subprocess.run([sys.executable, "-W", "ignore", ROOT / "gcm.py", "--data", "imagenet64.zip", "--preset", "imagenet64_finetune",
+                           "--init", "edm2.pkl", "--dry-run", "128", *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 0 and f"parameters  {millions} M" in done.stdout, done.stderr
+    assert "dropout_res" in done.stdout
+
+
 def test_the_rate_falls_as_the_inverse_square_root(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gcm.py", *map(str, TINY)])
     args = gcm.parse_args()
@@ -164,17 +230,20 @@ def test_the_rate_falls_as_the_inverse_square_root(monkeypatch):
 
 
 def half_of_the_batch(rank, folder):
-    """A process with every second sample, in parts (FSDP): its gradients, and its weights after a step, are those of one process."""
+    """A process with every second sample, in parts (FSDP), derivative included: its gradients, and its weights after a step, are
+    those of one process."""
     from torch.distributed.tensor import DTensor
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    x, t, y = normal_like("x", (4, 3, 16, 16)), torch.tensor([0.1, 0.3, 0.6, 0.9]), torch.tensor([1, 2, 3, 10])
+    x, v = (normal_like(n, (4, 3, 16, 16)) for n in "xv")
+    t, y = torch.tensor([0.1, 0.3, 0.6, 0.9]), torch.tensor([1, 2, 3, 10])
     net, parts = (fill(models.create(**SMALL, seed=0)) for _ in range(2))
     models.shard(parts)
     for network, rows in ((net, slice(None)), (parts, slice(rank, None, 2))):
         network.grad_checkpoint = True
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
-        network(x[rows], t[rows], None, y[rows]).square().mean().backward()
+        value, tangent = network(x[rows], t[rows], None, y[rows], tangent=(v[rows], 1 + t[rows], None))
+        (value - (value.detach() - tangent).tanh()).square().mean().backward()
         optimizer.step()
         network.force_weight_norm()
     for (name, a), b in zip(parts.named_parameters(), net.parameters(), strict=True):
@@ -184,7 +253,6 @@ def half_of_the_batch(rank, folder):
         assert (a.full_tensor() - b).norm() < 1e-3 * b.norm(), name        # Adam's first step is a sign
     dist.barrier()
     dist.destroy_process_group()
-    import os
     os._exit(0)                            # gloo's threads now and then abort at Python's end
 
 

@@ -97,7 +97,8 @@ def test_none_is_no_motion(name):
     ("rsqrt=lambda y, x: -0.5", "rsqrt=lambda y, x: 0.5", dict(name="LightningDiT")),
     ("F.linear(x.tangent, w)", "F.linear(x.tangent, w, b)", dict(name="DiT")),
     ("F.conv2d(x.tangent, w, None,", "F.conv2d(x.tangent, w, b,", dict(sigma_data=None)),
-    ("(a.tangent - y * b.tangent)", "(a.tangent + y * b.tangent)", {})])
+    ("(a.tangent - y * b.tangent)", "(a.tangent + y * b.tangent)", {}),
+    (".sum(dim, keepdim) / y.clamp(min=1e-30)", ".sum(dim, keepdim)", dict(name="EDM2"))])
 def test_mutants_are_caught(monkeypatch, old, new, options):
     monkeypatch.setattr(models, "duals", mutant(SOURCE, old, new).duals)
     net, args, direction = build(options, torch.float64)
@@ -116,7 +117,8 @@ def test_bfloat16_leaves_the_time_path_alone(name):
     assert emb.tangent.dtype == torch.float32 and torch.equal(emb.tangent, wide.tangent)
 
 
-@pytest.mark.parametrize("options", [dict(mult=(1,), blocks=0), dict(name="LightningDiT", depth=1, qknorm=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(mult=(1,), blocks=0), dict(name="LightningDiT", depth=1, qknorm=True),
+                                     dict(name="EDM2", mult=(1,), blocks=0)], ids=str)
 def test_a_compiled_network_equals_the_eager_one(options):
     """Traced as for any compiler; aot_eager leaves out only the generation of machine code."""
     net, args, direction = build(options)
@@ -127,7 +129,8 @@ def test_a_compiled_network_equals_the_eager_one(options):
     assert all((a - b).norm() < 1e-4 * (b.norm() + 1e-3) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("options", [dict(name="DiT", second_time=True), dict(blocks=1, dropout=0.3)], ids=str)
+@pytest.mark.parametrize("options", [dict(name="DiT", second_time=True), dict(blocks=1, dropout=0.3),
+                                     dict(name="EDM2", second_time=True, dropout=0.3)], ids=str)
 def test_checkpointed_blocks_give_the_same(options):
     """--grad-checkpoint: what a block keeps for the backward pass is less, its result is not another."""
     def kept(*args):
