@@ -34,7 +34,7 @@ NOT_IN_SHAPES = "heads head_channels prediction sigma_data edm_time time_scale p
 AVERAGES = ("ema", "model_ema", "ema_model", "emas", "state_dict_ema", "ema_state_dict")
 
 # ema_pytorch keeps the network itself beside it; of two averages FACM's authors take the second
-AVERAGE = re.compile(r"^(ema_model|ema|model_ema|ema_models\.1\.ema_model)\.")
+AVERAGE = re.compile(r"^(ema_model|ema|model_ema|ema_models\.1\.ema_model)\.(?!decay$|num_)")
 
 # What a student may have more than the network that it begins with
 MAY_BEGIN_ANEW = ("map_second", "r_embed", "map_augment")

@@ -1,9 +1,9 @@
 """The picture of the README: real images, a teacher and its students, the same noise in each row.
 
-    python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs --right runs/facm-mnist --out assets/gallery.png
+    python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs runs/gcm-glyphs --right runs/facm-mnist --out assets/gallery.png
 
 left, right: run folders on two data sets; the teacher is the first run's. A row is ten samples, one
-of each class.
+of each class. The left side says which rows there are.
 """
 
 import pathlib
@@ -52,12 +52,13 @@ def main():
     args = p.parse_args()
     run.check_output(args.out)
     labels, sheets = torch.arange(10), []
-    for folders in (args.left, args.right):
-        rows = rows_of(folders, labels)
+    sides = [rows_of(folders, labels) for folders in (args.left, args.right)]
+    for side in sides:                     # a row that one side lacks stays white there
         images = [Image.fromarray(image.squeeze()).convert("RGB").resize(
-            (args.size, args.size), Image.Resampling.NEAREST) for part in rows.values() for image in part]
-        data.save_grid(args.out, np.stack([np.asarray(i) for i in images]), 10,
-                       labels=list(rows) if not sheets else ())
+            (args.size, args.size), Image.Resampling.NEAREST)
+            for row in sides[0] for image in side.get(row, np.full((10, 8, 8, 3), 255, np.uint8))]
+        data.save_grid(args.out, np.stack([np.asarray(image) for image in images]), 10,
+                       labels=list(side) if side is sides[0] else ())
         sheets.append(Image.open(args.out).convert("RGB"))
     gap = args.size // 2
     sheet = Image.new("RGB", (sheets[0].width + gap + sheets[1].width, max(s.height for s in sheets)), "white")

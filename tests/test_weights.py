@@ -206,9 +206,11 @@ def held_by_post_hoc_ema(average, net):
     lambda a, w: dict(model=w, ema_model=a), lambda a, w: dict(state_dict=w, state_dict_ema=a),
     lambda a, w: dict(state_dict=w, ema_state_dict={f"module.{k}": v for k, v in a.items()}),
     lambda a, w: dict(step=1, model=w, ema=held_by_ema_pytorch(a, w)), lambda a, w: dict(model=w, emas=held_by_post_hoc_ema(a, w)),
+    lambda a, w: dict(state_dict={**{f"model.{k}": v for k, v in w.items()}, **{f"model_ema.{k}": v for k, v in a.items()},      # CompVis
+                                  "model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}),
     lambda a, w: held_by_ema_pytorch(a, w), lambda a, w: dict(model=a), lambda a, w: dict(state_dict=a, ema_decay=0.999),
     lambda a, w: dict(model=a, best=np.float64(1.5), epoch=np.int64(3), ema_rate=np.float32(0.1)),
-    lambda a, w: dict(a)], ids=range(12))
+    lambda a, w: dict(a)], ids=range(13))
 def test_an_average_goes_before_the_weights_under_every_name(tmp_path, file):
     average, raw = {"a": torch.ones(2), "b.c": torch.zeros(3)}, {"a": torch.full((2,), 5.0), "b.c": torch.ones(3)}
     torch.save(file(average, raw), tmp_path / "x.pt")
