@@ -496,8 +496,7 @@ class EDM2(nn.Module):
     """EDM2's U-Net inside its preconditioning, as the velocity of the linear flow (see DDPMpp).
 
     head_channels: channels of an attention's head; dropout: at resolutions up to dropout_res (None:
-    at all); the others as DDPMpp's, with edm_time. The head that tells an uncertainty (logvar) is
-    not built, because consistency training does not use it.
+    at all); the others as DDPMpp's, with edm_time. The head logvar, an uncertainty, is left out.
     """
 
     expandable, edm_time = False, True
@@ -510,8 +509,7 @@ class EDM2(nn.Module):
             raise ValueError(f"{len(mult)} resolutions need a size that is divisible by "
                              f"{2 ** (len(mult) - 1)}; {input_size} is not")
         self.num_classes, self.second_time, self.sigma_data = num_classes, second_time, sigma_data
-        channels = [width * m for m in mult]
-        emb_channels = max(channels)
+        channels, emb_channels = [width * m for m in mult], width * max(mult)
         self.emb_fourier = MPFourier(channels[0])
         self.emb_noise = MPConv(channels[0], emb_channels)
         self.emb_label = MPConv(num_classes, emb_channels) if num_classes else None
@@ -1065,6 +1063,8 @@ def create(name, seed=None, **options):
                 torch.manual_seed(seed)
             return NETWORKS[name](**options).to(memory_format=layout)
     except (TypeError, ArithmeticError, RuntimeError, UnboundLocalError) as e:
+        if "allocate" in str(e):           # memory has ended, see run.program
+            raise
         raise ValueError(f"network {name} with these options: {e}") from None
 
 

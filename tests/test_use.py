@@ -245,3 +245,14 @@ def test_samples_go_beside_the_checkpoint(tmp_path, monkeypatch, capsys):
         call(monkeypatch, sample, "--ckpt", ckpt, "--nfe", nfe, "--n", 4, "--device", "cpu")
         assert (tmp_path / f"nfe{nfe}.png").exists()
         assert f"{tmp_path}/nfe{nfe}.png: 4 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")], ids=["main", "card"])
+def test_a_network_that_memory_does_not_hold_is_no_wrong_option(tmp_path, monkeypatch, capsys, error):
+    def network(**options):
+        raise error
+
+    monkeypatch.setitem(models.NETWORKS, "DDPM++", network)
+    said = refused(monkeypatch, capsys, facm, "--device", "cpu", "--out", tmp_path / "run")
+    assert said.startswith("error: out of memory (") and "--micro-batch" in said
