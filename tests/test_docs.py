@@ -59,6 +59,23 @@ def rows(text):
     return [[cell.strip() for cell in row] for row, *skip in zip(cells, ruler, header) if row and not any(skip)]
 
 
+def headless(text):
+    """The first lines of tables that do not begin with a header and a ruler, such as rows behind an empty line."""
+    lines = ["", *without_code(text).splitlines(), ""]
+    return [line for above, line, below in zip(lines, lines[1:], lines[2:])
+            if line.startswith("|") and not above.startswith("|") and not re.fullmatch(r"\|(-+\|)+", below.replace(" ", ""))]
+
+
+def test_headless():
+    table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    assert headless(table + "\ntext\n\n" + table) == [] and headless(table + "\n| 3 | 4 |\n") == ["| 3 | 4 |"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_every_table_has_a_header(path):
+    assert headless(path.read_text()) == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Scripts: what their parts say of equations and lines.
 
