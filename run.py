@@ -229,16 +229,6 @@ def check_output(*paths):
             fail(f"{path} cannot be written ({type(e).__name__})")
 
 
-def write_at(path, place, content):
-    """Writes bytes into a file from that place on, through to the disk. Not by a memory map, whose
-    pages would count as memory of the process."""
-    with open(path, "r+b" if path.exists() else "wb") as file:
-        file.seek(place)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def save_checkpoint(path, checkpoint):
     """Writes a dict of plain values and tensors to a file beside `path` (a pathlib.Path), then
     renames it: a kill at any moment leaves the old checkpoint or the new one. Ends the program if
@@ -256,6 +246,16 @@ def save_checkpoint(path, checkpoint):
         fail(f"{path} could not be written ({reason}); what was there is kept", always=True)
 
 
+def read_safetensors(path):
+    """The tensors of a .safetensors file, {name: tensor}; of one that sample.py --export wrote, a
+    checkpoint: method, args and step, which its metadata tell, and the tensors as model and ema."""
+    with safe_open(path, "pt") as f:
+        weights, told = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    if "method" not in told:
+        return weights
+    return {k: json.loads(text) for k, text in told.items()} | dict(model=weights, ema=weights)
+
+
 def read_checkpoint(path):
     """What a checkpoint file holds, on the CPU; nothing in it is executed.
 
@@ -265,10 +265,7 @@ def read_checkpoint(path):
     """
     try:
         if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as f:
-                weights = {name: f.get_tensor(name) for name in f.keys()}
-                checkpoint = {k: json.loads(text) for k, text in (f.metadata() or {}).items()}
-            checkpoint |= dict(model=weights, ema=weights)
+            checkpoint = read_safetensors(path)
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

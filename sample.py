@@ -82,8 +82,8 @@ def parse_args():
     a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training data, "
       "or the scale of the SD-VAE)")
     a("--raw", action="store_true", help="the weights themselves, not their average (EMA)")
-    a("--export", metavar="FILE.safetensors", help="write the network alone, in half precision, to "
-      "a file that --ckpt takes, and end")
+    a("--export", metavar="FILE.safetensors", type=pathlib.Path, help="write the network alone, "
+      "in half precision, to a file that --ckpt takes, and end")
     a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     return p.parse_args()
 
@@ -173,8 +173,9 @@ def choose_labels(labels, n, num_classes, seed, names=()):
         given = torch.tensor([names.index(label) if label in names else int(label)
                               for label in labels.split(",")])
     except ValueError:
-        raise ValueError(f"--labels {labels}: want all, random, or a list such as 3,3,7"
-                         + (names and f" or {names[0]},{names[-1]}" or "")) from None
+        example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
+        raise ValueError(f"--labels {labels}: want all, random, or a list such as "
+                         f"{example}") from None
     if given.min() < 0 or given.max() >= num_classes:
         raise ValueError(f"--labels {labels}: the checkpoint has {num_classes} classes, from 0 on")
     return given[torch.arange(n) % len(given)]
@@ -356,6 +357,16 @@ def begin(folder, settings, shape, rank, npz):
     return np.frombuffer((folder / "done").read_bytes(), bool)
 
 
+def write_at(path, place, content):
+    """Writes bytes into a file from that place on, through to the disk. Not by a memory map, whose
+    pages would count as memory of the process."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.seek(place)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     """Draws this process's share of the samples that are not done, sample(first, end); while the
     next batch is drawn, a thread decodes and writes the last: images uint8 [b, size, size, 3].
@@ -376,13 +387,13 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     def keep(first, x):
         pixels = to_pixels(decode, x, first)
         if npz:
-            run.write_at(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
+            write_at(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
         else:
             for i, image in enumerate(pixels, first):
                 png = io.BytesIO()
                 Image.fromarray(image).save(png, "PNG")
-                run.write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
-        run.write_at(folder / "done", first, bytes([1]) * len(pixels))
+                write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
+        write_at(folder / "done", first, bytes([1]) * len(pixels))
 
     with tqdm(total=sum(j - i for i, j in todo), unit="image", disable=rank > 0) as bar, \
             ThreadPoolExecutor(1) as thread:
@@ -401,7 +412,7 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
                 with archive.open(name, "w", force_zip64=True) as member, (
                         open(folder / name, "rb")) as source:
                     shutil.copyfileobj(source, member, 2 ** 20)
-        run.write_at(folder / "npz", 0, b"")
+        write_at(folder / "npz", 0, b"")
         os.replace(folder / "npz", out)
         shutil.rmtree(folder)
 
@@ -428,10 +439,11 @@ def main():
     given = {key: getattr(args, key) for key in (
         "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
     device, rank, world = run.start_processes(args.device)
+    run.check_output(args.export)
     try:
         net, checkpoint = load(args.ckpt, device, args.raw, args.method, options, args.weights)
         if args.export:
-            return export(pathlib.Path(args.export), net, checkpoint)
+            return export(args.export, net, checkpoint)
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed,
                                checkpoint["args"].get("class_names", ()))

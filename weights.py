@@ -17,7 +17,6 @@ import pickle
 import re
 
 import numpy as np
-import safetensors.torch
 import torch
 
 import models
@@ -123,7 +122,7 @@ def read(path, velocity=False, key=None):
     """
     try:
         if str(path).endswith(".safetensors"):
-            held = safetensors.torch.load_file(path)
+            held = run.read_safetensors(path)
         elif str(path).endswith(".pkl"):
             with open(path, "rb") as f:
                 held = _flatten(_Unpickler(f).load()["ema"])

@@ -393,7 +393,7 @@ def test_other_settings_are_not_mixed_in(trained, tmp_path, monkeypatch, capsys,
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(run, "write_at", full)
+        patch.setattr(sample, "write_at", full)
         call(patch, sample, *flags)
     assert "error: the disk is full; what is written stays" in capsys.readouterr().err
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -569,5 +569,26 @@ def test_an_exported_network_draws_the_same(trained, tmp_path, monkeypatch, caps
     call(monkeypatch, sample, "--ckpt", tmp_path / "small.safetensors", "--n", 8, "--device", "cpu")
     assert (tmp_path / "small-nfe1.png").exists()
     with pytest.raises(ValueError, match="is not a checkpoint of a training script"):
-        safetensors.torch.save_file(dict(w=torch.zeros(1)), tmp_path / "other.safetensors")
+        safetensors.torch.save_file(dict(w=torch.zeros(1)), tmp_path / "other.safetensors", dict(format="pt"))
         run.read_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ckpt", "teacher"])
+def test_an_exported_network_is_read_as_its_checkpoint_is(trained, tmp_path, monkeypatch, name):
+    """weights.read, so --teacher and --init: the options of the network, and no consistency model as a velocity."""
+    call(monkeypatch, sample, "--ckpt", trained / f"{name}.pt", "--export", tmp_path / "x.safetensors", "--device", "cpu")
+    given, options = weights.read(trained / f"{name}.pt")
+    exported, same = weights.read(tmp_path / "x.safetensors")
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()} == same
+    assert all(torch.equal(w, given[k].half()) for k, w in exported.items()) and exported.keys() == given.keys()
+    if name == "teacher":
+        assert weights.load(tmp_path / "x.safetensors", velocity=True).num_classes == options["num_classes"]
+    else:
+        with pytest.raises(ValueError, match="is a consistency model, no velocity"):
+            weights.load(tmp_path / "x.safetensors", velocity=True)
+
+
+def test_an_export_that_cannot_be_written_is_one_line(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    assert "cannot be written" in refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt",
+                                          "--export", tmp_path / "file" / "x.safetensors", "--device", "cpu")
