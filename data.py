@@ -166,8 +166,7 @@ class Files(Dataset):
             if not self.names:
                 raise ValueError(f"{path}: every image in it is broken")
         width, height = self.read(self.names[0]).size
-        if resolution and (width, height) != (resolution, resolution):
-            imagefiles.say_once(f"{path}: {scaled_note(width, height, resolution)}")
+        say_if_scaled(path, width, height, resolution)
         size = (resolution, resolution) if resolution else (height, width)
         super().__init__(labels, (channels, *size), self.tree.num_classes, xflip)
         self.class_names = self.tree.classes
@@ -350,20 +349,20 @@ TORCHVISION = {                            # name: class there, what to put wher
 }
 
 
-def read_torchvision(name, folder):
-    """The training images uint8 [N, H, W, C] and labels int64 [N] of a key of TORCHVISION, which
-    are downloaded to the folder unless they are there. ValueError if they cannot be had."""
+def read_torchvision(name, folder, train=True):
+    """The training or test images uint8 [N, H, W, C] and labels int64 [N] of a key of TORCHVISION,
+    which are downloaded to the folder unless they are there. ValueError if they cannot be had."""
     kind, files, place = TORCHVISION[name]
     try:
         import torchvision  # here, because it takes a second
         with run.one_process_first():
-            train = getattr(torchvision.datasets, kind)(folder, train=True, download=True)
+            held = getattr(torchvision.datasets, kind)(folder, train=train, download=True)
     except Exception as e:
         raise ValueError(
             f"{name} could not be downloaded to {folder} ({type(e).__name__}); put {files} into "
             f"{os.path.join(folder, place)}, or give an npz by --data FILE.npz --preset {name}"
         ) from None
-    return with_channels(np.asarray(train.data)), np.asarray(train.targets)
+    return with_channels(np.asarray(held.data)), np.asarray(held.targets)
 
 
 def with_channels(images):
@@ -396,8 +395,7 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     elif name in TORCHVISION or path.suffix == ".npz" and path.is_file():
         pixels, labels = (read_torchvision(name, data_dir or "data") if name in TORCHVISION
                           else read_npz(path))
-        if resolution and pixels.shape[1:3] != (resolution, resolution):
-            imagefiles.say_once(f"{name}: {scaled_note(*pixels.shape[2:0:-1], resolution)}")
+        if say_if_scaled(name, *pixels.shape[2:0:-1], resolution):
             pixels = with_channels(np.stack([
                 imagefiles.center_crop(Image.fromarray(image.squeeze()), resolution)
                 for image in pixels]))
@@ -432,10 +430,13 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     return dataset
 
 
-def scaled_note(width, height, resolution):
-    """The line that is said when images change their size."""
-    return (f"images of {width}x{height} are cropped and scaled to {resolution}x{resolution} "
-            "(--resolution)")
+def say_if_scaled(name, width, height, resolution):
+    """Whether images of this size are cropped and scaled to the resolution; says so in a line."""
+    scaled = resolution and (width, height) != (resolution, resolution)
+    if scaled:
+        imagefiles.say_once(f"{name}: images of {width}x{height} are cropped and scaled to "
+                            f"{resolution}x{resolution} (--resolution)")
+    return scaled
 
 
 def load_for(args):
@@ -510,11 +511,11 @@ def save_preview(path, preview, net, stage, noise, args):
     are left to sample.py. All processes of --fsdp draw them; path None: this one writes nothing."""
     if noise.shape[2] not in (1, 3):
         return
-    drawn = preview(net, stage, noise, args)
+    images = preview(net, stage, noise, args)
     if path:
         try:
             path.parent.mkdir(exist_ok=True)
-            save_grid(path, to_uint8(drawn), columns=10, scale=3)
+            save_grid(path, to_uint8(images), columns=10, scale=3)
         except OSError as e:
             imagefiles.say_once(f"\n{path.parent}: no previews ({e.strerror}); the run goes on")
 

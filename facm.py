@@ -68,8 +68,8 @@ PRESETS = {
         net=dict(name="LightningDiT-XL/1", qknorm=True),
         P_mean=-0.8, P_std=1.6, w=1.75, t_low=0.125),
 }
-PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours: half an hour on a laptop
-    resolution=None, steps=4000, pretrain=3500, batch=16, pretrain_batch=32,
+PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
+    resolution=None, batch=16, pretrain_batch=32,
     net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
 

@@ -12,7 +12,9 @@ import pathlib
 import sys
 
 LARGE = 1e15
-MAY_CHANGE = {"class_names"}       # the flags that may change at a resume; `flag` fills it
+# What may change when a run is resumed: flags, which `flag` adds, and the names of the classes,
+# which data.load_for keeps beside them and which set nothing.
+MAY_CHANGE = {"class_names"}
 
 
 def fail(message, always=False):

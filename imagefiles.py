@@ -77,8 +77,8 @@ class Tree:
     """The images of a folder or a zip archive, in the order of their names.
 
     names [N], relative, with "/"; labels [N] below num_classes; classes: the names of the class
-    folders, or [] if dataset.json gives numbers, or if nothing says classes (num_classes 0); base:
-    the folder that holds the classes. What is left out is told once. Raises ValueError: no image;
+    folders, or [] if dataset.json gives numbers, or if nothing says classes (num_classes 0).
+    What is left out is told once. Raises ValueError: no image;
     images in class folders and beside them; a class folder without an image, which would shift the
     labels of others; train, val and test side by side; a dataset.json that does not fit.
     labelled False: there are no labels, and nothing is wrong with them.
@@ -94,7 +94,7 @@ class Tree:
         if not names:
             raise ValueError(f"{path}: no images in it")
         folders = sorted(n for n in folders if not is_aside(n))
-        self.base = base = find_base(names, folders, found)
+        base = find_base(names, folders, self.places)
         table = base + "dataset.json"
         self.names, other = names, sorted(set(found) - set(names) - {table})
         if left := [f"{len(files)} {kind}, such as {files[0]}"
@@ -183,7 +183,8 @@ def zip_entries(archive):
     entries = {n.replace("\\", "/"): n for n in archive.namelist()}
     folders = {n.rstrip("/") for n in entries if n.endswith("/")}
     files = {n: place for n, place in entries.items() if not n.endswith("/")}
-    for name in [*files, *folders]:
+    folders |= {n.rpartition("/")[0] for n in files} - {""}
+    for name in list(folders):
         folders |= {str(p) for p in pathlib.PurePosixPath(name).parents} - {"."}
     return files, folders
 

@@ -255,6 +255,20 @@ def edm_scalings(t, sigma_data):
     return c_in, (flow_t * sigma_data ** 2 - (1 - flow_t)) / var, sigma_data * c_in
 
 
+def check_size(size, levels):
+    """Raises ValueError for a size that cannot be halved for each resolution after the first."""
+    if size % (parts := 2 ** (levels - 1)):
+        raise ValueError(f"{levels} resolutions need a size divisible by {parts}; {size} is not")
+
+
+def unit_labels(y, emb, num_classes):
+    """Labels y [B] or None as EDM has them, [B, num_classes] like emb [B, C]: one-hot times
+    sqrt(num_classes), and zeros for the null label, which None means."""
+    y = torch.full(emb.shape[:1], num_classes, device=emb.device) if y is None else y
+    onehot = y[:, None] == torch.arange(num_classes, device=y.device)
+    return onehot.to(emb.dtype) * math.sqrt(num_classes)
+
+
 class DDPMpp(nn.Module):
     """DDPM++ or NCSN++ U-Net (Song et al. 2021), in the layout of NVlabs/edm's SongUNet.
 
@@ -284,9 +298,7 @@ class DDPMpp(nn.Module):
         super().__init__()
         if pixelnorm and not adaptive_scale:
             raise ValueError("pixelnorm normalises a scale and a shift: take adaptive_scale=True")
-        if input_size % 2 ** (len(mult) - 1):
-            raise ValueError(f"{len(mult)} resolutions need a size that is divisible by "
-                             f"{2 ** (len(mult) - 1)}; {input_size} is not")
+        check_size(input_size, len(mult))
         self.num_classes, self.second_time = num_classes, second_time
         self.sigma_data, self.time_scale, self.edm_time = sigma_data, time_scale, edm_time
         self.pixelnorm, self.augment_dim = pixelnorm, augment_dim
@@ -344,18 +356,12 @@ class DDPMpp(nn.Module):
         """The conditioning vector [B, 4 width], float32."""
         with torch.autocast(t.device.type, enabled=False):
             dtype = self.map_layer0.weight.dtype
-            noise = self.time_scale * t.to(dtype)
-            if self.edm_time:
-                noise = edm_noise(t.to(dtype))
-            emb = self.map_noise(noise)
+            t = t.to(dtype)
+            emb = self.map_noise(edm_noise(t) if self.edm_time else self.time_scale * t)
             if self.map_second is not None:
                 emb = emb + self.map_second(self.map_noise(self.time_scale * s.to(dtype)))
             if self.map_label is not None:
-                if y is None:
-                    y = torch.full(t.shape, self.num_classes, device=t.device)
-                classes = torch.arange(self.num_classes, device=y.device)
-                onehot = (y[:, None] == classes).to(dtype)                     # null label: zeros
-                emb = emb + self.map_label(onehot * math.sqrt(self.num_classes))
+                emb = emb + self.map_label(unit_labels(y, emb, self.num_classes))
             if self.map_augment is not None:
                 if augment is None:                        # DDP wants every weight used
                     augment = torch.zeros(t.shape[0], self.augment_dim, device=t.device)
@@ -505,9 +511,7 @@ class EDM2(nn.Module):
                  blocks=3, attention=(16, 8), head_channels=64, dropout=0.0, dropout_res=None,
                  second_time=False, sigma_data=0.5):
         super().__init__()
-        if input_size % 2 ** (len(mult) - 1):
-            raise ValueError(f"{len(mult)} resolutions need a size that is divisible by "
-                             f"{2 ** (len(mult) - 1)}; {input_size} is not")
+        check_size(input_size, len(mult))
         self.num_classes, self.second_time, self.sigma_data = num_classes, second_time, sigma_data
         channels, emb_channels = [width * m for m in mult], width * max(mult)
         self.emb_fourier = MPFourier(channels[0])
@@ -565,11 +569,7 @@ class EDM2(nn.Module):
             dtype = self.emb_noise.weight.dtype
             emb = self.emb_noise(self.emb_fourier(edm_noise(t.to(dtype))))
             if self.emb_label is not None:
-                if y is None:
-                    y = torch.full(t.shape, self.num_classes, device=t.device)
-                classes = torch.arange(self.num_classes, device=y.device)
-                onehot = (y[:, None] == classes).to(dtype)                     # null label: zeros
-                emb = mp_sum(emb, self.emb_label(onehot * math.sqrt(self.num_classes)), 0.5)
+                emb = mp_sum(emb, self.emb_label(unit_labels(y, emb, self.num_classes)), 0.5)
             if self.map_second is not None:
                 emb = emb + self.map_second(self.emb_fourier(edm_noise(s.to(dtype))))
             return mp_silu(emb)

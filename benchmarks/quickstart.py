@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
@@ -58,10 +57,7 @@ def real_images(name, size, part, n=20_000):
     "reference" or "test"; n: so many glyphs."""
     if name == "glyphs":
         return data.glyphs(n, size, seed=dict(classifier=1, reference=2, test=3)[part])
-    if part != "test":
-        return data.read_torchvision(name, "data")
-    test = getattr(torchvision.datasets, data.TORCHVISION[name][0])("data", train=False)
-    return data.with_channels(test.data.numpy()), test.targets.numpy()
+    return data.read_torchvision(name, "data", train=part != "test")
 
 
 def train_classifier(images, labels, seen=160_000, batch=128):
