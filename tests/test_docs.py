@@ -190,7 +190,8 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_files_and_flags_and_functions_that_are_named_exist(path):
-    text, sources = path.read_text(), "".join(script.read_text() for script in SCRIPTS)
+    examples = sorted((ROOT / "examples").glob("*.py")) if path.stem == "text-to-image" else []
+    text, sources = path.read_text(), "".join(script.read_text() for script in [*SCRIPTS, *examples])
     inline = inline_code(text)
     for code in [*inline, *fenced(text)]:
         for file in re.findall(r"(?<![\w/.-])(?:[\w-]+/)*[\w-]+\.(?:py|md)\b", code):
