@@ -66,7 +66,7 @@ PRESETS = {
         P_mean=-0.8, P_std=1.6, w=1.75, freq=3, c=1e-3),
 }
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
-    resolution=None, batch=16, pretrain_batch=32,
+    resolution=None, steps=800, batch=16, pretrain_batch=32,
     net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
 
