@@ -27,6 +27,9 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model_state_dict
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import text_to_image
+from text_to_image import Text
+
 import jvp
 from decm import WEIGHTS, decm_loss, n2n_loss, sample_t
 
@@ -39,38 +42,6 @@ MEDIUM = dict(
     num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
     pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=384,
     dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-
-# Operations of diffusers' blocks for which jvp.py has no rule, or not with these arguments
-jvp.RULES["dropout"] = lambda y, x, **_: x.tangent         # their rate is 0
-jvp.RULES["einsum"] = lambda y, equation, x: torch.einsum(equation, x.tangent)
-jvp.RULES["scaled_dot_product_attention"] = (
-    lambda y, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_: jvp._attention(y, q, k, v))
-
-
-class Text:
-    """Embeddings [B, L, D] and pooled ones [B, P] of captions: a y that indexes, moves, repeats and is
-    concatenated as a tensor is. torch.full_like(y, null) is the null caption, once for each of y."""
-
-    def __init__(self, tokens, pooled):
-        self.tokens, self.pooled = tokens, pooled
-
-    def __getitem__(self, rows):
-        return Text(self.tokens[rows], self.pooled[rows])
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def to(self, *args, **options):
-        return Text(self.tokens.to(*args, **options), self.pooled.to(*args, **options))
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.cat:
-            return cls(torch.cat([a.tokens for a in args[0]]), torch.cat([a.pooled for a in args[0]]))
-        if func is torch.full_like:
-            y, null = args
-            return null[torch.zeros(len(y), dtype=torch.int64)]
-        return NotImplemented
 
 
 class SecondTime(nn.Module):
@@ -182,28 +153,20 @@ def losses(student, teacher, x1, y, null, step, seed, *, w=4.5, eta=None, freq=3
 
 def encode(args):
     """Latents and embeddings of a folder of images with captions, one file an image."""
-    import numpy as np
     from diffusers import StableDiffusion3Pipeline
-
-    import imagefiles
+    tree, texts = text_to_image.read(args.images)
     pipe = StableDiffusion3Pipeline.from_pretrained(args.model, transformer=None, torch_dtype=torch.bfloat16)
     pipe.to(args.device)
-    out, tree = pathlib.Path(args.out), imagefiles.Tree(args.images, labelled=False)
-    out.mkdir(parents=True, exist_ok=True)
-    captions = {name: (tree.path / name).with_suffix(".txt") for name in tree.names}
-    if lacking := [name for name, path in captions.items() if not path.exists()]:
-        sys.exit(f"error: {lacking[0]} has no caption {captions[lacking[0]].name} beside it")
-    with torch.no_grad():
-        for i, (name, text) in enumerate([("", ""), *((n, p.read_text().strip()) for n, p in captions.items())]):
-            tokens, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
-            held = dict(tokens=tokens[0], pooled=pooled[0])
-            if name:
-                pixels = imagefiles.center_crop(imagefiles.read_image(tree.open(name)), args.resolution)
-                x = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].to(args.device, torch.bfloat16)
-                z = pipe.vae.encode(x / 127.5 - 1).latent_dist.mode()
-                held["x1"] = ((z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)[0]
-            safetensors.torch.save_file({k: a.contiguous().cpu() for k, a in held.items()},
-                                        out / (f"{i:07d}.safetensors" if name else "null.safetensors"))
+
+    def encode_text(text):
+        tokens, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
+        return dict(tokens=tokens[0], pooled=pooled[0])
+
+    def encode_image(x):
+        z = pipe.vae.encode(x.to(args.device, torch.bfloat16) / 127.5 - 1).latent_dist.mode()
+        return ((z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)[0]
+
+    text_to_image.encode(tree, texts, args.out, args.resolution, encode_text, encode_image)
 
 
 def train(args):
@@ -211,25 +174,20 @@ def train(args):
     from diffusers import SD3Transformer2DModel
     if args.dry_run:
         return tell_memory(args)
-    folder = pathlib.Path(args.data)
-    files = sorted(p for p in folder.glob("*.safetensors") if p.stem != "null")
-    if not files:
-        sys.exit(f"error: {folder}: no *.safetensors in it; run sd3_decm.py encode --out {folder}")
+    files, null = text_to_image.encoded(args.data, "sd3_decm.py")
     transformer = SD3Transformer2DModel.from_pretrained(args.model, subfolder="transformer",
                                                         torch_dtype=torch.bfloat16)
     student = add_lora(transformer, args.rank).to(args.device)
     transformer.enable_gradient_checkpointing()
     for p in trained(student).values():
         p.data = p.data.float()            # what is trained is float32
-    teacher, held = Teacher(student), safetensors.torch.load_file(folder / "null.safetensors")
-    null = Text(held["tokens"][None], held["pooled"][None]).to(args.device)
+    teacher, null = Teacher(student), Text(null["tokens"], null["pooled"]).to(args.device)
     optimizer = torch.optim.AdamW(trained(student).values(), lr=args.lr, weight_decay=0.0)
     for step in range(args.steps):
-        chosen = torch.randint(len(files), (args.batch,), generator=torch.Generator().manual_seed(step))
-        rows = [safetensors.torch.load_file(files[i]) for i in chosen]
-        x1, tokens, pooled = (torch.stack([row[k] for row in rows]).to(args.device) for k in ("x1", "tokens", "pooled"))
+        rows = text_to_image.draw(files, args.batch, seed=step)
+        x1, y = rows["x1"].to(args.device), Text(rows["tokens"], rows["pooled"]).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
-            loss = losses(student, teacher, x1.float(), Text(tokens, pooled), null, step, args.seed,
+            loss = losses(student, teacher, x1.float(), y, null, step, args.seed,
                           w=args.w, freq=args.freq, way=args.jvp)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained(student).values(), 1.0)

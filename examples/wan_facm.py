@@ -24,7 +24,6 @@ The weights of Wan are under Apache-2.0.
 import argparse
 import contextlib
 import functools
-import math
 import os
 import pathlib
 import sys
@@ -36,6 +35,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import text_to_image
+from text_to_image import Text
+
 import jvp
 from facm import WEIGHTS, facm_loss, sample_t
 
@@ -54,20 +56,10 @@ def rms_norm(y, x, shape, weight=None, eps=None):
     return centred * square.rsqrt() * (1 if weight is None else weight)
 
 
-def attention(y, q, k, v, **_):
-    """jvp.py's rule; where keys and values are the caption's, which has no tangent, only dq counts."""
-    if isinstance(k, jvp.Dual):
-        return jvp._attention(y, q, k, v)
-    k = k.transpose(-1, -2) / math.sqrt(k.shape[-1])
-    P_dS = (q.value @ k).softmax(-1).mul_(q.tangent @ k)
-    return (P_dS @ v).sub_(P_dS.sum(-1, keepdim=True) * y)
-
-
 jvp.RULES |= dict(
-    rms_norm=rms_norm, scaled_dot_product_attention=attention,
+    rms_norm=rms_norm,
     type_as=lambda y, x, other: x.tangent.to(y.dtype),
-    conv3d=lambda y, x, w, b=None, *sizes: F.conv3d(x.tangent, w, None, *sizes),
-    dropout=lambda y, x, *_, **__: x.tangent)              # their rate is 0
+    conv3d=lambda y, x, w, b=None, *sizes: F.conv3d(x.tangent, w, None, *sizes))
 
 
 def rotate(x, cos, sin):
@@ -93,29 +85,6 @@ class Attention:
 
 # --------------------------------------------------------------------------------------------------
 # Wan as facm.py wants a network and its labels.
-
-class Text:
-    """Embeddings [B, L, D] of captions: a y that indexes, repeats and is concatenated as a tensor is.
-    torch.full_like(y, null) is the null caption, once for each of y."""
-
-    def __init__(self, tokens):
-        self.tokens, self.shape, self.device = tokens, tokens.shape[:1], tokens.device
-
-    def __getitem__(self, rows):
-        return Text(self.tokens[rows])
-
-    def __len__(self):
-        return len(self.tokens)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.cat:
-            return cls(torch.cat([a.tokens for a in args[0]]))
-        if func is torch.full_like:
-            y, null = args
-            return null[torch.zeros(len(y), dtype=torch.int64)]
-        return NotImplemented
-
 
 class Velocity(nn.Module):
     """diffusers' transformer as net(x, t, s, y): x [B, 16, H, W], time from noise to data; s is None."""
@@ -172,39 +141,28 @@ def save(net, folder):
 
 def encode(args):
     """Latents and embeddings of a folder of images with captions, one file an image."""
-    import numpy as np
     from diffusers import WanPipeline
-
-    import imagefiles
-    out, tree = pathlib.Path(args.out), imagefiles.Tree(args.images, labelled=False)
-    captions = {name: (tree.path / name).with_suffix(".txt") for name in tree.names}
-    if lacking := [name for name, path in captions.items() if not path.exists()]:
-        sys.exit(f"error: {lacking[0]} has no caption {captions[lacking[0]].name} beside it")
+    tree, texts = text_to_image.read(args.images)
     pipe = WanPipeline.from_pretrained(args.model, transformer=None, transformer_2=None,
                                        torch_dtype=torch.bfloat16).to(args.device)
-    out.mkdir(parents=True, exist_ok=True)
     mean, std = (torch.tensor(getattr(pipe.vae.config, name)).view(1, 16, 1, 1, 1).to(args.device)
                  for name in ("latents_mean", "latents_std"))
-    with torch.no_grad():
-        for i, (name, text) in enumerate([("", ""), *((n, p.read_text().strip()) for n, p in captions.items())]):
-            held = dict(tokens=pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0])
-            if name:
-                pixels = imagefiles.center_crop(imagefiles.read_image(tree.open(name)), args.resolution)
-                x = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None, :, None]
-                z = pipe.vae.encode(x.to(args.device, torch.bfloat16) / 127.5 - 1).latent_dist.mode()
-                held["x1"] = ((z.float() - mean) / std)[0, :, 0]
-            safetensors.torch.save_file({k: a.contiguous().cpu() for k, a in held.items()},
-                                        out / (f"{i:07d}.safetensors" if name else "null.safetensors"))
+
+    def encode_text(text):
+        return dict(tokens=pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0])
+
+    def encode_image(x):
+        z = pipe.vae.encode(x[:, :, None].to(args.device, torch.bfloat16) / 127.5 - 1).latent_dist.mode()
+        return ((z.float() - mean) / std)[0, :, 0]
+
+    text_to_image.encode(tree, texts, args.out, args.resolution, encode_text, encode_image)
 
 
 def train(args):
     """Distils the model, all of its weights; saves them every 500 steps and at the end."""
     from diffusers import WanTransformer3DModel
-    folder, world = pathlib.Path(args.data), int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    files = sorted(p for p in folder.glob("*.safetensors") if p.stem != "null")
-    if not files:
-        sys.exit(f"error: {folder}: no *.safetensors in it; run wan_facm.py encode --out {folder}")
+    rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    files, null = text_to_image.encoded(args.data, "wan_facm.py")
     device = torch.device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -221,15 +179,14 @@ def train(args):
     if world > 1:
         shard(teacher.float())             # FSDP wants one type in each part
     teacher.to(device)
-    null = Text(safetensors.torch.load_file(folder / "null.safetensors")["tokens"][None].to(device))
+    null = Text(null["tokens"]).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     for step in range(args.steps):
         seed = (args.seed * 10 ** 9 + step) * world + rank
-        rows = [safetensors.torch.load_file(files[i]) for i in torch.randint(
-            len(files), (args.batch,), generator=torch.Generator().manual_seed(seed))]
-        x1, tokens = (torch.stack([row[k] for row in rows]).to(device) for k in ("x1", "tokens"))
+        rows = text_to_image.draw(files, args.batch, seed)
+        x1, y = rows["x1"].to(device), Text(rows["tokens"]).to(device)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            value = loss(student, teacher, x1.float(), Text(tokens), null, seed, w=args.w, way=args.jvp)
+            value = loss(student, teacher, x1.float(), y, null, seed, w=args.w, way=args.jvp)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         if not norm.isfinite():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="pip install -r examples/requirements.txt")
 pytest.importorskip("peft", reason="pip install -r examples/requirements.txt")
@@ -14,6 +15,7 @@ from diffusers import SD3Transformer2DModel
 
 sys.path.insert(0, str(ROOT / "examples"))
 import sd3_decm
+import text_to_image
 
 import decm
 import jvp
@@ -65,6 +67,27 @@ def test_a_text_is_a_y():
     assert y.to(torch.float64).pooled.dtype == torch.float64
     guided = decm.guided_velocity(lambda x, t, s, y: x * y.pooled.mean(), x, T, y, y_null=null, w=2.0)
     assert guided.shape == x.shape
+
+
+def test_a_folder_of_images_and_captions_is_encoded_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, grey in (("a", 10), ("b", 200)):
+        Image.new("RGB", (6, 4), (grey,) * 3).save(tmp_path / f"in/{name}.png")
+        (tmp_path / f"in/{name}.txt").write_text(f" {name}\n")
+    tree, texts = text_to_image.read(tmp_path / "in")
+    assert texts == {"a.png": "a", "b.png": "b"}
+    text_to_image.encode(tree, texts, tmp_path / "out", 4, lambda text: dict(tokens=torch.tensor([float(len(text)), ord((text or "-")[0])])),
+                         lambda x: x[0].float())
+    files, null = text_to_image.encoded(tmp_path / "out", "script.py")
+    assert len(files) == 2 and null["tokens"].tolist() == [[0, ord("-")]]
+    drawn = text_to_image.draw(files, 20, seed=0)
+    assert drawn["x1"].shape == (20, 3, 4, 4) and set(drawn["tokens"][:, 1].tolist()) == {ord("a"), ord("b")}
+    assert all((x == (10 if token[1] == ord("a") else 200)).all() for x, token in zip(drawn["x1"], drawn["tokens"]))
+    (tmp_path / "in/b.txt").unlink()
+    with pytest.raises(SystemExit, match="error: b.png has no caption b.txt beside it"):
+        text_to_image.read(tmp_path / "in")
+    with pytest.raises(SystemExit, match="no \\*.safetensors in it; run script.py encode"):
+        text_to_image.encoded(tmp_path / "in", "script.py")
 
 
 def test_the_derivative_in_one_pass_is_the_exact_one():
