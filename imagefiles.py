@@ -77,10 +77,10 @@ class Tree:
     """The images of a folder or a zip archive, in the order of their names.
 
     names [N], relative, with "/"; labels [N] below num_classes; classes: the names of the class
-    folders, or [] if dataset.json gives numbers, or if nothing says classes (num_classes 0).
-    What is left out is told once. Raises ValueError: no image;
-    images in class folders and beside them; a class folder without an image, which would shift the
-    labels of others; train, val and test side by side; a dataset.json that does not fit.
+    folders, or [] if dataset.json gives numbers, or if nothing says classes (num_classes 0). What
+    is left out is told once. Raises ValueError: no image; images in class folders and beside them;
+    a class folder without an image, which would shift the labels of others; train, val and test
+    side by side; a dataset.json that does not fit.
     labelled False: there are no labels, and nothing is wrong with them.
     """
 

@@ -5,7 +5,8 @@
 
 A row is a preset with 1 and with 8 processes: parameters, memory of a process, images a second and
 hours, both at the share of an H100's rate that --dry-run names. No data and no GPU are needed; all
-rows take a quarter of an hour on 2 busy cores. --steps 0 is the pretraining alone, which has its own hours.
+rows take a quarter of an hour on 2 busy cores. --steps 0 is the pretraining alone, which has its
+own hours.
 """
 
 import os
