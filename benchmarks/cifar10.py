@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 
-import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -118,10 +117,8 @@ def main():
     # Judge: each figure is kept as it is measured
     torch.set_num_threads(args.jobs)
     features, labels = torch.jit.load(args.features).eval(), torch.arange(args.n) % 10
-    if args.data == "cifar10":
-        real, _ = data.read_torchvision("cifar10", "data", train=True)
-    else:
-        real = np.load(args.data)["images"]
+    real, _ = (data.read_torchvision("cifar10", "data") if args.data == "cifar10"
+               else data.read_npz(args.data))
     reference = moments(features, real)
     kept = args.out / f"figures-{args.n}.json"
     figures = json.loads(kept.read_text()) if kept.exists() else {}

@@ -6,8 +6,8 @@
 A step is the targets, losses, backward pass, clip, AdamW and EMA, on random data; the teacher's two
 passes of guidance are in it. The steps of a network take turns in one process, so that what else
 the machine does falls on all of them; time is the median of their rounds, and a ratio the median of
-the rounds' ratios. Memory is measured in processes of their own: the peak while steps run, less
-what network, EMA, optimiser and teacher took before, that is, activations and gradients.
+the rounds' ratios. Memory is measured in processes of their own: the peak while two steps run, less
+what network, EMA and teacher took before: activations, gradients and AdamW's moments.
 
 "reference" is FACM's step as its released code arranges it, in our words: torch.func.jvp gives F
 and dF/dt with gradient, attention is written out, the passes of the teacher, of the shortcut and of
