@@ -48,7 +48,7 @@ class LivingBytes(TorchDispatchMode):
         self.known.add(key)
         weakref.finalize(storage, self.forget, key, size)
         self.now += size
-        if self.now > 1.05 * self.collected:               # fake tensors leave cycles
+        if self.now > 1.05 * self.collected:               # fake tensors hold each other
             gc.collect()
             self.collected = max(self.collected, self.now)
         self.peak = max(self.peak, self.now)
@@ -91,7 +91,7 @@ class DryRun(run.Run):
         super().__init__(args, method, stage_name)
         self.device, self.rank, self.world = torch.device("cpu"), 0, args.dry_run
         self.step = args.pretrain if args.steps else 0
-        torch.nn.Module.to = lambda net, *_, **__: net     # it cannot replace fake parameters
+        torch.nn.Module.to = lambda net, *_, **__: net     # it fails on fake parameters
         self.fake, self.living = FakeTensorMode(), LivingBytes()
         self.flops = FlopCounterMode(display=False)
         self.fake.__enter__()

@@ -160,7 +160,7 @@ class Dual:
 
 torch.export.register_dataclass(Dual)      # FSDP's hooks look for the tensors in what they get
 
-# These commute with differentiation: the tangent goes the way of the value.
+# Linear functions: the result's tangent is the same function of the tangent.
 LINEAR = set("""avg_pool2d cat chunk clone contiguous double expand flatten float getitem
                 interpolate mean narrow neg pad permute repeat reshape split squeeze stack sum tile
                 to transpose unbind unflatten unsqueeze view""".split())
@@ -234,8 +234,8 @@ def _attention(y, q, k, v):
     return (P_dS @ v).add_(P @ dv).sub_(P_dS.sum(-1, keepdim=True) * y).to(y.dtype)
 
 
-# By the name of f, the tangent of y = f(x, ...), given y and the arguments of f. Where f acts on
-# each element alone its Jacobian is diagonal, and the backward pass is the tangent.
+# {name of f: the tangent of y = f(x, ...), given y and the arguments of f}. A function of each
+# element alone has a diagonal Jacobian, so its backward pass gives the tangent, too.
 RULES = dict(
     add=_add, sub=lambda y, a, b: _add(y, a, b, sign=-1), mul=_mul, div=_div, truediv=_div,
     matmul=_matmul, bmm=_matmul, addcmul=_addcmul,

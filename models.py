@@ -84,7 +84,7 @@ class Conv2d(nn.Module):
     def resample(self, x, padding):
         """x [B, C, H, W] at twice or half the size, filtered channel by channel."""
         channels, taps = x.shape[1], self.resample_filter.shape[-1]
-        if taps == 2:                                                  # a box needs no convolution
+        if taps == 2:                      # means of 2 x 2 pixels, or each pixel four times
             return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
         f = self.resample_filter.to(x.dtype).tile(channels, 1, 1, 1)
         if self.up:
@@ -110,12 +110,12 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = min(32, channels // 4), eps
         if channels % self.groups:
             raise ValueError(f"{channels} channels do not divide into {self.groups} groups; "
-                             "take a width that is a multiple of 32 (below 128 channels, of 4)")
+                             "take a width that is a multiple of 32, or of 4 with a smaller mult")
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        # Inside this call the affine would make torch.compile fail on the forward-mode derivative.
+        # group_norm's own weight and bias make torch.compile fail on the forward-mode derivative.
         x = F.group_norm(x, self.groups, eps=self.eps)
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
@@ -203,7 +203,7 @@ class UNetBlock(nn.Module):
         x = (h + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None:
             B, C, H, W = x.shape
-            # In float32 or more, and with the channels last, as fused attention wants them.
+            # Fused attention wants float32 or more, and the channels last.
             qkv = self.qkv(self.norm2(x)).reshape(B, 1, C, 3, H * W).permute(3, 0, 1, 4, 2)
             wide = torch.promote_types(qkv.dtype, torch.float32)
             q, k, v = qkv.to(wide).contiguous().unbind(0)              # [B, 1, HW, C] each
@@ -241,7 +241,7 @@ class FourierFeatures(nn.Module):
 
 def edm_noise(t):
     """EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in [0.002, 80]; 1 < t <= 2 is 2 - t."""
-    flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # a difference goes below
+    flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # rounding leaves [0, 1]
     return ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4
 
 
@@ -583,7 +583,7 @@ class EDM2(nn.Module):
         emb = self.embed(t, s, y)
         c_in, c_skip, c_out = edm_scalings(t, self.sigma_data)
         ones = torch.ones((x.shape[0], 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
-        h, skips = torch.cat([c_in * x, ones], dim=1), []              # in place of biases
+        h, skips = torch.cat([c_in * x, ones], dim=1), []              # ones: in place of biases
         for name, layer in self.enc.items():
             h = layer(h) if name.endswith("_conv") else run_block(self, layer, h, emb)
             skips.append(h)
@@ -859,7 +859,7 @@ class DiT(nn.Module):
         _check_second_time(self, s)
         if self.prediction == "velocity":
             return self.output(x, self.embed(t, s, y))
-        # The same point on the variance-preserving path, sigma = noise / data being equal there.
+        # The same point on the variance-preserving path: the one with the same noise / data.
         flow_t = (1 - (1 - t).abs()).clamp(1 / 158, 0.99)
         k = self.discrete_time(((1 - flow_t) / flow_t).log())
         flow_t = flow_t[:, None, None, None]
@@ -1004,7 +1004,7 @@ def _sized(constructor, sizes):
         zip(("width", "depth", "heads"), SIZES[size.split("-")[1]]))) for size, patch in sizes}
 
 
-# The released LightningDiT: VA-VAE's latents, and these of its options.
+# The released LightningDiT: the size of VA-VAE's latents, and the options of its training.
 LightningDiT = partial(DiT, input_size=16, in_channels=32, swiglu=True, rope=True, rmsnorm=True)
 
 NETWORKS = {

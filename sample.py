@@ -209,7 +209,7 @@ def integrate(v, noise, y, nfe, y_null=0, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_
     times = [shift * u / (1 + (shift - 1) * u) for u in (i / steps for i in range(steps + 1))]
     xt = noise[0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        per_time = 1 / (t_next - t)        # divided by, so that equal steps round as v / nfe does
+        per_time = 1 / (t_next - t)        # a division, so that equal steps round as v / nfe does
         vt = velocity(xt, t)
         if heun and i + 1 < steps:
             vt = (vt + velocity(xt + vt / per_time, t_next)) / 2

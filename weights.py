@@ -35,11 +35,12 @@ AVERAGES = ("ema", "model_ema", "ema_model", "emas", "state_dict_ema", "ema_stat
 # ema_pytorch keeps the network itself beside it; of two averages FACM's authors take the second
 AVERAGE = re.compile(r"^(ema_model|ema|model_ema|ema_models\.1\.ema_model)\.(?!decay$|num_)")
 
-# What a student may have more than the network that it begins with
+# Parameters that a student may have and the network that it begins with may lack
 MAY_BEGIN_ANEW = ("map_second", "r_embed", "map_augment")
 
 
-# NumPy's numbers beside the tensors: what rebuilds them under weights_only, under both its names
+# Files have NumPy's numbers, too: weights_only needs the function that rebuilds them, which has
+# one name in NumPy 1 and another in NumPy 2
 NUMBERS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
            for core in ("core", "_core")]
 NUMBERS += [np.dtype, *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdg"}]
