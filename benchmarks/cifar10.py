@@ -1,7 +1,7 @@
 """A small network on CIFAR-10 in equal seconds on two cores: does a student reach its teacher?
 
     python benchmarks/cifar10.py --features resnet56.pt
-    python benchmarks/cifar10.py --features resnet56.pt --json cifar10.json --picture cifar10.png
+    python benchmarks/cifar10.py --features resnet56.pt --picture samples.png --curve curve.png
 
 FACM and DE-CM start from one teacher; GCM trains from scratch, for the teacher's and a student's
 seconds together. Each run uses one thread. 100 steps say how fast it is, and the number of steps
@@ -13,6 +13,7 @@ classifier of CIFAR-10: TorchScript, uint8 [N, 3, 32, 32] -> float [N, D]. It is
 """
 
 import concurrent.futures
+import importlib.util
 import json
 import os
 import pathlib
@@ -84,6 +85,23 @@ def moments(features, images):
     return h.double().mean(0), h.double().T.cov()
 
 
+def draw_curve(path, rows):
+    """Distance over images seen, a line for each run and NFE; the teacher's are points."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for name, nfe in dict.fromkeys((row["run"], row["nfe"]) for row in rows):
+        line = [(row["images"] / 1000, row["distance"]) for row in rows
+                if (row["run"], row["nfe"]) == (name, nfe)]
+        axis.plot(*zip(*line), "o-" if nfe == 1 else "s--", label=f"{name}, NFE {nfe}")
+    axis.set(xlabel="images seen in the run, thousands", ylabel="Frechet distance", ylim=(0, None))
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
 def main():
     p = Parser(description="A small network on CIFAR-10 in equal seconds on two cores.")
     p.add_argument("--features", required=True, help="TorchScript, uint8 [N, 3, 32, 32] -> [N, D]")
@@ -97,13 +115,17 @@ def main():
     p.add_argument("--out", type=pathlib.Path, default="runs/cifar10", help="folder of the runs")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     p.add_argument("--picture", type=pathlib.Path, help="draw samples into this PNG")
+    p.add_argument("--curve", type=pathlib.Path, help="draw the distances over the images seen into "
+                   "this PNG, with matplotlib")
     args = p.parse_args()
-    run.check_output(args.json)
-    run.check_output(args.picture)
+    for path in (args.json, args.picture, args.curve):
+        run.check_output(path)
     if args.n < 1000 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) <= 0:
         run.fail("--n must be at least 1000, --jobs at least 1, the seconds above 0")
     if not os.path.exists(args.features):
         run.fail(f"--features {args.features} is not there")
+    if args.curve and not importlib.util.find_spec("matplotlib"):
+        run.fail("--curve draws with matplotlib: pip install matplotlib")
     args.out.mkdir(parents=True, exist_ok=True)
 
     # Train: GCM needs no teacher and begins beside it
@@ -145,6 +167,8 @@ def main():
     print("| run | images seen | NFE | distance |\n|---|---|---|---|")
     for row in figures.values():
         print(f"| {row['run']} | {row['images']:,} | {row['nfe']} | {row['distance']:.2f} |")
+    if args.curve:
+        draw_curve(args.curve, figures.values())
     if args.picture:
         data.save_grid(args.picture, torch.cat(list(shown.values())), 10, scale=2, labels=list(shown))
     if args.json:
