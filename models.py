@@ -241,7 +241,7 @@ class FourierFeatures(nn.Module):
 
 def edm_noise(t):
     """EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in [0.002, 80]; 1 < t <= 2 is 2 - t."""
-    flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # rounding leaves [0, 1]
+    flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # rounding can go below 0
     return ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4
 
 
@@ -1004,7 +1004,7 @@ def _sized(constructor, sizes):
         zip(("width", "depth", "heads"), SIZES[size.split("-")[1]]))) for size, patch in sizes}
 
 
-# The released LightningDiT: the size of VA-VAE's latents, and the options of its training.
+# The released LightningDiT: the size of VA-VAE's latents, and the options of its blocks.
 LightningDiT = partial(DiT, input_size=16, in_channels=32, swiglu=True, rope=True, rmsnorm=True)
 
 NETWORKS = {

@@ -35,7 +35,7 @@ import sample
 from flags import Parser
 
 # The preset of MNIST, for a network of 3 M parameters
-COMMON = ["--preset", "mnist", "--xflip", "--log-every", "20",
+COMMON = ["--device", "cpu", "--preset", "mnist", "--xflip", "--log-every", "20",
           "--net", "width=16", "mult=1,2,4,8", "sigma_data=0.5"]
 PIECES = 4
 
@@ -69,10 +69,11 @@ def train(name, args):
     python(script, *flags, count, 100, "--out", probe)
     speeds = [line["images_per_s"] for line in map(json.loads, open(probe / "log.jsonl"))]
     steps = round(statistics.median_high(speeds[1:]) * seconds / batch / 50) * 50
-    pieces, finished = sorted(args.out.glob(f"{name}-piece*.pt")), False
+    step_of = lambda path: run.read_checkpoint(path)["step"]  # noqa: E731
+    pieces, finished = sorted(args.out.glob(f"{name}-piece*.pt"), key=step_of), False
     while not finished:
         finished = python(script, *flags, count, steps, "--out", folder, seconds=seconds / PIECES)
-        if not pieces or sample.load(pieces[-1])[1]["step"] < sample.load(folder / "ckpt.pt")[1]["step"]:
+        if not pieces or step_of(pieces[-1]) < step_of(folder / "ckpt.pt"):
             pieces.append(args.out / f"{name}-piece{len(pieces) + 1}.pt")
             shutil.copy(folder / "ckpt.pt", pieces[-1])
     return pieces
@@ -160,7 +161,7 @@ def main():
                     print(f"{key}: {images_seen:,} images, {figures[key]['distance']:.2f}", flush=True)
                 if path == paths[-1]:
                     shown[f"{name}\nNFE {nfe}"] = torch.as_tensor(
-                        sample.draw(net, checkpoint, nfe, labels[:20], **choice)[:10])
+                        sample.draw(net, checkpoint, nfe, labels[:10], **choice))
     floor = fid.frechet_distance(*moments(features, real[:args.n]), *reference)
 
     print(f"\nFrechet distance, {args.n} samples; {args.n} training images: {floor:.2f}\n")
