@@ -11,7 +11,6 @@ import sys
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -93,8 +92,7 @@ def encode(args):
             print(f"{out}: {len(images.labels)} images encoded")
     except (ValueError, OSError) as e:     # of this process's own images
         run.fail(e, always=True)
-    if world > 1:
-        dist.destroy_process_group()
+    run.end_processes()
 
 
 @run.program("take fewer images at once by --batch; whole shards are kept")

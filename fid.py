@@ -637,8 +637,7 @@ def main():
         figures = compare(args, sides, name, device) if rank == 0 else {}
     except ValueError as e:
         run.fail(" ".join(str(e).split()))          # a library's message may have several lines
-    if world > 1:
-        dist.destroy_process_group()
+    run.end_processes()
     if rank:
         return
     counts = [side.get("n") for side in sides] + [None]          # of statistics it may be unknown

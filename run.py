@@ -82,10 +82,9 @@ def program(advice):
 
 def set_globals(device, compile=False, precision=None):
     """Everything that this project sets for the whole process. Ctrl-C ends it in one line. On a CPU
-    glibc keeps the memory that is freed: large blocks go back to the system otherwise, and come
-    again as new pages, a tenth or more of a training step. compile: Dynamo's cuts at DDP's buckets
-    are off, because they lose gradients of a fused pass. precision: "tf32" switches TF32 on, others
-    off (None: it stays as PyTorch has it)."""
+    glibc keeps the memory that is freed: new pages cost a tenth or more of a training step.
+    compile: Dynamo's cuts at DDP's buckets are off, because they lose gradients of a fused pass.
+    precision: "tf32" switches TF32 on, others off (None: it stays as PyTorch has it)."""
     def report(kind, error, trace):
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
@@ -147,6 +146,13 @@ def barrier():
         reason = " ".join(str(e).split())
         print(f"process {dist.get_rank()}: another one is gone ({reason})", file=sys.stderr)
         sys.exit(2)
+
+
+def end_processes():
+    """All processes leave torchrun's group together. One that leaves alone may crash at its end."""
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -441,9 +447,8 @@ class Run:
     def new_optimizer(self):
         """The optimiser at the first step of a stage."""
         args = self.args
-        fused = {}                         # RAdam has no such form, nor has AdamW on an Apple GPU
-        if args.optimizer == "AdamW" and self.device.type != "mps":
-            fused = dict(fused=True)
+        # RAdam has no fused form, nor has AdamW on an Apple GPU
+        fused = dict(fused=True) if args.optimizer == "AdamW" and self.device.type != "mps" else {}
         self.optimizer = getattr(torch.optim, args.optimizer)(
             self.net.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay,
             **fused)
@@ -546,8 +551,7 @@ class Run:
     def finish(self):
         """Ends the processes, or the program if a signal cut the run short; says what comes now."""
         self.log.close()
-        if self.world > 1:
-            dist.destroy_process_group()
+        end_processes()
         if self.step < self.total:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[-1])
         if self.rank == 0:

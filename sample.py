@@ -33,7 +33,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -479,8 +478,7 @@ def main():
     if rank == 0:
         by = ", ".join(f"{one[0]} at NFE {nfe}" for nfe, one in zip(nfes, chosen))
         print(f"{out}: {args.n} samples by {by}")
-    if world > 1:
-        dist.destroy_process_group()
+    run.end_processes()
 
 
 if __name__ == "__main__":

@@ -374,6 +374,7 @@ def test_ctrl_c_leaves_what_can_be_continued(trained, tmp_path, monkeypatch, cap
         return honest(*args)
 
     monkeypatch.setattr(sample, "draw_batch", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # which a program in the background lacks
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, sample, *flags)
     assert end.value.code == 130 and "same command goes on" in capsys.readouterr().err

@@ -204,6 +204,20 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     assert one.abs().max() > 0
 
 
+def test_a_process_that_is_done_waits_for_the_others(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text("""if True:
+        import time, run
+        _, rank, _ = run.start_processes("cpu")
+        time.sleep(0 if rank else 1)
+        done = time.time()
+        run.end_processes()
+        print(done, time.time())""")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    said = [process.communicate()[0] for process in popen_two(script=tmp_path / "late.py")]
+    (late, _), (early, left) = (map(float, one.split()) for one in said)
+    assert early < late < left
+
+
 @pytest.mark.parametrize("script, flags, updates", [
     (facm, ["--pretrain", 1, "--steps", 1], 2), (decm, ["--pretrain", 1, "--steps", 1, "--freq", 1], 3),
     (gcm, ["--steps", 2], 2)], ids=["facm", "decm", "gcm"])
