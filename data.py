@@ -66,10 +66,10 @@ def glyphs(n, size=16, seed=0, first=0):
 # Data sets. One address for every sample: the number of images before the batch, and its rows.
 
 class Dataset:
-    """labels int64 [N] below num_classes; `items` of a subclass gives the samples, shape (C, H, W).
+    """labels: int64 [N], below num_classes. A subclass's `items` gives samples of shape (C, H, W).
 
-    num_classes 0: the labels mean nothing. xflip: half of the samples come mirrored. class_names:
-    those of class folders, in the order of the labels. Raises ValueError for oblong samples.
+    num_classes 0: the labels mean nothing. xflip: half of the samples are mirrored. class_names:
+    the class folders, in the order of the labels. Raises ValueError for oblong samples.
     """
 
     ahead = False                          # True: items take a while, so the next come in a thread
@@ -314,7 +314,7 @@ def read_stats(path, channels):
 
 
 def read_npz(path):
-    """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None, under either pair of names.
+    """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None; in ADM's files arr_0 and arr_1.
 
     Raises ValueError naming the file for other content; pickled objects in it are not read.
     """
@@ -350,8 +350,8 @@ TORCHVISION = {                            # name: class there, what to put wher
 
 
 def read_torchvision(name, folder, train=True):
-    """The training or test images uint8 [N, H, W, C] and labels int64 [N] of a key of TORCHVISION,
-    which are downloaded to the folder unless they are there. ValueError if they cannot be had."""
+    """The training or test images uint8 [N, H, W, C] and labels int64 [N]. name: a key of
+    TORCHVISION. What the folder lacks is downloaded; ValueError if that fails."""
     kind, files, place = TORCHVISION[name]
     try:
         import torchvision  # here, because it takes a second
@@ -441,8 +441,8 @@ def say_if_scaled(name, width, height, resolution):
 
 def load_for(args):
     """The data set that a training script's flags ask for; ValueError as from load. What a
-    checkpoint keeps of it goes into args: class_names, and samples, by which a resumed run knows
-    its data again, wherever they lie by then."""
+    checkpoint keeps of it goes into args: class_names, and samples, a fingerprint by which a
+    resumed run recognises its data, even if they have moved."""
     if args.dry_run:
         from dryrun import NoData
         return NoData(args)
@@ -461,7 +461,7 @@ def load_for(args):
 
 def fit_network_to(dataset, options):
     """A network's options, with a data set's size, channels and classes. Raises ValueError if they
-    say otherwise; more classes, or none, are allowed."""
+    contradict it; more classes, or none, are allowed."""
     sizes = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
                  num_classes=dataset.num_classes)
     for name, size in sizes.items():

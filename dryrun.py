@@ -65,7 +65,7 @@ def size(tensors):
 
 
 class NoData:
-    """What stands for a data set: zeros of the shape that the preset's data have."""
+    """Replaces a data set: zeros in the shape of the preset's data."""
 
     def __init__(self, args):
         grey = args.preset == "mnist"
@@ -85,7 +85,7 @@ class NoData:
 
 class DryRun(run.Run):
     """A run that stands before the first step of its method (of its pretraining, if --steps is 0)
-    and ends after it, with a report. What a run does to files it does not do."""
+    and ends after it, with a report. It touches no file."""
 
     def __init__(self, args, method, stage_name=None):
         super().__init__(args, method, stage_name)
@@ -98,7 +98,7 @@ class DryRun(run.Run):
         self.living.__enter__()
 
     def open_folder(self):
-        """There is none."""
+        """A dry run has none."""
 
     def teacher_path(self):
         """--teacher, whose file need not exist."""

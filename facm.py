@@ -250,8 +250,8 @@ def sampler_options(args):
 
 
 def velocity(net, args):
-    """v(x, t, y) of a network that is pretrained and not yet distilled. It knows the velocity under
-    c_CM and under c_FM; c_FM is what the distilled network knows it under, too."""
+    """v(x, t, y) of a network that is pretrained and not yet distilled. Both conditions, c_CM and
+    c_FM, give it; this one asks under c_FM, as one asks the distilled network."""
     condition = sampler_options(args)["euler"]["condition"]
     return lambda x, t, y: net(x, *conditions(t, condition)[1], y)
 

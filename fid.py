@@ -101,7 +101,7 @@ class Source(NamedTuple):
 def open_source(text, n=20_000, resolution=16, data_dir=None):
     """The Source that SAMPLES or REF names. n, resolution: of glyphs; data_dir: of cifar10.
 
-    Raises ValueError, in one line with the name, for whatever can not be read.
+    Raises ValueError, in one line with the name, for whatever cannot be read.
     """
     path = pathlib.Path(text)
     if text.split(":")[0] == "glyphs":
@@ -351,7 +351,7 @@ def resize(x, size=299):
 def load_inception(path=None, device="cpu"):
     """Inception with the public weights: from `path`, torch.hub's cache, or the network.
 
-    Raises ValueError if the file is missing and can not be had, or is another one.
+    Raises ValueError if the file is missing and cannot be had, or is another one.
     """
     cached = pathlib.Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.split("/")[-1])
     path = pathlib.Path(path or cached)
@@ -360,7 +360,7 @@ def load_inception(path=None, device="cpu"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as e:
-            raise ValueError(f"the Inception weights can not be downloaded ({e}): put "
+            raise ValueError(f"the Inception weights cannot be downloaded ({e}): put "
                              f"{INCEPTION_URL} at {cached}, or give --inception FILE") from None
     if not path.is_file():
         raise ValueError(f"--inception {path}: no such file; it is {INCEPTION_URL}")
@@ -415,7 +415,7 @@ def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, b
     "mu_s". keep: how many images' features to keep, spread evenly over the source. width: the D to
     insist on. Returns a dict with n, mu, sigma, ..., parts (sums for the Inception Score) if
     `score`, and kept [keep, D] on process 0. Raises ValueError, on every process, for an image that
-    can not be read, or features of another width.
+    cannot be read, or features of another width.
     """
     n, keep = source.count, min(keep, source.count)
     if n < max(2, world):

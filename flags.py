@@ -18,8 +18,8 @@ MAY_CHANGE = {"class_names"}
 
 
 def fail(message, always=False):
-    """Ends the program by a user's mistake: one line, from one process of each machine or, always,
-    from any, and exit code 2."""
+    """Ends the program because of a user's mistake: one line on stderr and exit code 2. One process
+    of each machine prints the line; with `always` each does."""
     if always or os.environ.get("LOCAL_RANK", "0") == "0":
         print("\n" * always + f"error: {message}", file=sys.stderr)    # below another one's bar
     sys.exit(2)
@@ -58,8 +58,8 @@ def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options
 
 
 def add_flags(parser, presets, two_stages=True):
-    """Adds the flags that all training scripts have. two_stages: those of a teacher, too, which is
-    given or trained first."""
+    """Adds the flags that all training scripts have. two_stages: also those of a
+    teacher, which is given or trained first."""
     switch = argparse.BooleanOptionalAction
 
     g = parser.add_argument_group("run")

@@ -318,7 +318,7 @@ DENSITIES = {"uniform": lambda u, a, b: (u, torch.ones_like(u)), "sine": sine, "
 
 def sample_times(u, scheme, variant, pt, ab, nu, equal, P_mean, P_std, sigma_d):
     """t, s and the density of t, from uniform u [4, B]. A share `equal` has s = t, at log-normal
-    times (G.2), whose density is 1, because that draw, too, is a weight of the paper's choice.
+    times (G.2); the density there is 1, because the paper means that draw as a weight.
     paper: w(t) / p(t|s); here: p(t|s) relative to uniform on [s, t_T], which leaves out a factor
     t_T - s of the weight, because by 3.3 uniform times have the weight w(t). It matters for VU."""
     normal, density = P_mean + P_std * torch.special.ndtri(u), torch.ones_like(u[0])

@@ -57,7 +57,7 @@ def read_image(file, channels=3):
 
 
 def center_crop(image, size):
-    """A Pillow image's centre square, uint8 [size, size] or [size, size, 3], as ADM has it: halved
+    """A Pillow image's centre square, uint8 [size, size] or [size, size, 3], as in ADM: halved
     by box filters while twice too large, then bicubic to the short side (Dhariwal & Nichol 2021).
     """
     while min(image.size) >= 2 * size:

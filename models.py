@@ -240,7 +240,7 @@ class FourierFeatures(nn.Module):
 
 
 def edm_noise(t):
-    """EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in [0.002, 80]; 1 < t <= 2 is 2 - t."""
+    """EDM's c_noise = ln(sigma) / 4, sigma = (1-t) / t in [0.002, 80]; t > 1 means 2 - t."""
     flow_t = (1 - (1 - t).abs()).clamp(0, 1)               # rounding can go below 0
     return ((1 - flow_t) / flow_t).clamp(0.002, 80).log() / 4
 
@@ -248,7 +248,7 @@ def edm_noise(t):
 def edm_scalings(t, sigma_data):
     """c_in, c_skip, c_out [B, 1, 1, 1]: c_skip x + c_out U(c_in x, t) is EDM's preconditioning of
     the denoiser (Karras et al. 2022, Table 1), written for the velocity of the linear flow x_t =
-    (1-t) x_0 + t x_1 with x_0 ~ N(0, I); then 1 < t <= 2 is the flow time 2 - t."""
+    (1-t) x_0 + t x_1 with x_0 ~ N(0, I); here t > 1 means the flow time 2 - t."""
     flow_t = (1 - (1 - t).abs())[:, None, None, None]
     var = (1 - flow_t) ** 2 + (flow_t * sigma_data) ** 2               # of x_t
     c_in = var.rsqrt()
@@ -369,7 +369,7 @@ class DDPMpp(nn.Module):
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x, t, s=None, y=None, augment=None, tangent=None):
-        """As every network here; augment [B, augment_dim] float: the augmentation's labels."""
+        """See the top of this file; augment [B, augment_dim] float: the augmentation's labels."""
         if tangent is not None:
             h = self.forward(*duals((x, t, s), tangent), y, augment)
             return h.value, h.tangent
@@ -575,7 +575,7 @@ class EDM2(nn.Module):
             return mp_silu(emb)
 
     def forward(self, x, t, s=None, y=None, tangent=None):
-        """As every network here."""
+        """See the top of this file."""
         if tangent is not None:
             h = self.forward(*duals((x, t, s), tangent), y)
             return h.value, h.tangent
@@ -780,8 +780,8 @@ class DiT(nn.Module):
     second_time               builds r_embedder, zero at its output before it is trained
     pixelnorm                 normalises the modulation's scale and shift (sCM; FACM A.3(c))
     prediction                "velocity", or "noise": the weights are a DDPM noise predictor's at
-                              1000 discrete times (facebookresearch/DiT's own); what it says of the
-                              velocity is given, exactly for sigma = (1-t) / t in [0.01, 157]
+                              1000 discrete times (facebookresearch/DiT's own); the output is the
+                              velocity, which is exact for sigma = (1-t) / t in [0.01, 157]
 
     num_classes 0 builds no label embedding. With "noise" FACM needs --condition auxiliary.
     Raises ValueError for sizes that do not divide.

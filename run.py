@@ -55,9 +55,9 @@ LESS_MEMORY = ("--micro-batch, --grad-checkpoint, --precision bf16 and --fsdp ne
 
 
 def program(advice):
-    """Decorates a main. Where memory ends, or a loss is not finite, the program ends in one line
-    with exit code 2. For memory, the line has what torch says of the sizes, and `advice`. Folders
-    that it owned are free again after it."""
+    """Decorates a main. If memory runs out, or a loss is not finite, the program ends with one line
+    and exit code 2. For memory, the line quotes torch's sizes and gives `advice`. The folders that
+    the program owned are free again."""
     def decorate(main):
         @functools.wraps(main)
         def wrapped():
@@ -189,8 +189,8 @@ LOCKS = []                                 # (file, its path); a lock ends with 
 
 
 def own(folder):
-    """Makes this program the owner of a folder, which is made if need be, until it ends, however it
-    ends. One process does it for all of a torchrun. ValueError if another program owns it."""
+    """Makes a folder, unless it is there, and makes this program its owner until the program ends,
+    even by a kill. One process of a torchrun does it. ValueError if another program owns it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; take another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def own(folder):
 
 
 def disown_all():
-    """Leaves the folders that this program owns as if it had never owned them."""
+    """Gives up the folders that this program owns."""
     while LOCKS:
         file, path = LOCKS.pop()
         path.unlink(missing_ok=True)
@@ -222,8 +222,8 @@ def disown_all():
 
 
 def check_output(*paths):
-    """Ends the program, before the work, if one of these files (pathlib.Path or None) cannot be
-    written after it, which process 0 does; their folders are made."""
+    """Makes the folders of these files (pathlib.Path or None), and ends the program, before its
+    work, if one of the files cannot be written. Process 0 does both."""
     for path in filter(None, paths) if os.environ.get("RANK", "0") == "0" else ():
         try:
             new = not path.exists()
@@ -307,9 +307,9 @@ def load_weights(net, weights, path, may_lack=()):
 
 
 def load_optimizer(optimizer, state):
-    """The optimiser's state of a checkpoint, of sharded parameters this process's part, laid out
-    in memory as the parameter is: fused optimisers pair the two by their place, whatever was
-    saved. Raises ValueError if it does not fit."""
+    """Loads the optimiser's state of a checkpoint; of sharded parameters, this process's part. The
+    tensors get the memory layout of their parameter, because fused optimisers pair elements by
+    their place in memory. Raises ValueError if it does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def part(i, a):
@@ -401,7 +401,7 @@ class Run:
         self.checkpoint, self.step = checkpoint, checkpoint["step"]
 
     def begin_anew(self):
-        """--fresh: renames what is in the folder to NAME.old-K. After all that may be refused."""
+        """--fresh: renames the old folder to NAME.old-K, after all that may refuse the run."""
         if self.rank == 0 and {p.name for p in self.folder.iterdir()} - {".owner"}:
             names = (self.folder.with_name(f"{self.folder.name}.old-{k}")
                      for k in itertools.count(1))
@@ -524,7 +524,7 @@ class Run:
 
     def after_step(self, stage, figures):
         """Counts a step, logs its figures {name: tensor []}, and saves where it is time. Returns
-        whether a signal ends the run. The finite check is the log's: before anything is saved."""
+        whether a signal ends the run. The log first checks that the figures are finite."""
         self.step += 1
         ends = self.step in (self.args.pretrain, self.total)
         saves, self.shows = (ends or self.step % n == 0

@@ -134,7 +134,7 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
     """decode, factor, tensors: decode makes images [B, 3, factor H, factor W] in [-1, 1] of a
     network's samples [B, C, H, W], latents (z - mean) / std; tensors: what it depends on.
 
-    path, stats: --vae, --latent-stats. Raises ValueError if they lack or do not fit.
+    path, stats: --vae, --latent-stats. Raises ValueError if they are missing or do not fit.
     """
     args, channels = checkpoint["args"], checkpoint["args"]["net"]["in_channels"]
     if channels in (1, 3) and (path or stats):
@@ -223,7 +223,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
     """name, K, f, options: f(noise [K, B, C, H, W], y [B]) gives samples [B, C, H, W].
 
     sampler: a name, or None for the default; given: options by hand, None where not given.
-    Raises ValueError for a sampler or an option that there is not.
+    Raises ValueError for an unknown sampler or option.
     """
     args, method, flow = checkpoint["args"], checkpoint["method"], is_teacher(checkpoint)
     try:
@@ -332,7 +332,7 @@ BEGUN = {"arr_0.npy", "done", "settings.part", ".owner"}       # may be there be
 def begin(folder, settings, shape, rank, npz):
     """Makes the folder of a stream, or finds it begun with the same settings: which samples are
     done, bool [N]. It holds settings.json, done, and for an npz the images, shape [N, H, W, 3].
-    Raises ValueError on all processes, before anything is written, if it is not of this command."""
+    Raises ValueError on all processes, before anything is written, if another command began it."""
     note, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if rank == 0 and (there := folder.exists()):
         run.own(folder)

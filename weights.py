@@ -47,8 +47,8 @@ NUMBERS += [np.dtype, *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdg"}]
 
 
 class _Plain(dict):
-    """Stands for an object in a pickle that is only a container, whose state becomes its items, or
-    for a NumPy number, which is left out."""
+    """In a pickle it replaces an object that is only a container, and its items are the object's
+    state; or it replaces a NumPy number, which is dropped."""
 
     def __init__(self, *args):
         super().__init__()
@@ -192,7 +192,7 @@ def _from_diffusers(weights):
 def options_from_shapes(weights):
     """The options of models.create that the names and shapes in public weights tell.
 
-    Raises ValueError for weights of no network that there is.
+    Raises ValueError for weights of an unknown network.
     """
     shape = {k: tuple(w.shape) for k, w in weights.items()}
     count = lambda pattern: len({m[1] for k in shape if (m := re.match(pattern, k))})  # noqa: E731
@@ -278,7 +278,7 @@ def read_start(path, options, key=None):
 def load_teacher(path, net, args, device):
     """The network of a checkpoint, as from `load`, frozen, on the device, sharded and compiled as
     the flags say; None for the path None. Its student net, made with the options args.net, gets the
-    same weights, perhaps with a second time more, and without labels of augmentation.
+    same weights; it may have a second time in addition, and no labels of augmentation.
     Raises ValueError also where they fit by name and shape but mean something else."""
     if path is None:
         return None
