@@ -564,7 +564,7 @@ def measure(args, device, rank=0, world=1):
     """One pass over each source: what is known of SAMPLES and of REF, dicts as of `collect`, and
     the features' name. Raises ValueError, on every process, for a mistake of the user."""
     if not args.ref and (args.sfid or args.pr or args.kid or not (args.score or args.save_stats)):
-        raise ValueError("--ref is needed, but for --is and --save-stats alone")
+        raise ValueError("--ref is needed, except for --is or --save-stats alone")
     if args.features and (args.sfid or args.score):
         raise ValueError("--sfid and --is are measures of Inception, --features has neither")
     if args.batch < 1 or args.save_stats and args.save_stats.suffix != ".npz":

@@ -353,7 +353,7 @@ def sample(net, noise, y, nfe, restart, mid, sigma_d, times=None, **options):
     inner = times or (mid if len(mid) == nfe - 1 else equal)
     at, xt = [T_MAX, *inner, T_MIN], sigma_d * noise[0]
     if len(inner) != nfe - 1 or any(a <= b for a, b in zip(at, at[1:])):
-        raise ValueError(f"--times: NFE {nfe} wants {nfe - 1}, falling from {T_MAX} to {T_MIN}")
+        raise ValueError(f"--times: NFE {nfe} wants {nfe - 1} falling times, {T_MAX} to {T_MIN}")
     for i in range(nfe):
         end = T_MIN if restart else at[i + 1]
         t, s = (torch.full_like(noise[0, :, 0, 0, 0], time) for time in (at[i], end))

@@ -238,7 +238,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
             name, fits = sampler or module.default_sampler(nfe, args), module.sampler_options(args)
             samplers, options = {key: module.SAMPLERS[key] for key in fits}, fits.get(name)
     except (ModuleNotFoundError, KeyError) as e:
-        raise ValueError(f"{method}.py can not sample this checkpoint: {e}") from None
+        raise ValueError(f"{method}.py cannot sample this checkpoint: {e}") from None
     if name not in samplers:
         raise ValueError(f"--sampler {name}: {role} has {', '.join(samplers)}")
     given = {key: value for key, value in given.items() if value is not None}

@@ -28,7 +28,7 @@ import sample
 def distances(args, device):
     """{NFE: a distance for every seed}, and what the distance is called.
 
-    Raises ValueError for a checkpoint, reference or network that can not be read.
+    Raises ValueError for a checkpoint, reference or network that cannot be read.
     """
     net, checkpoint = sample.load(args.ckpt, device)
     labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
