@@ -303,7 +303,7 @@ def check(args, net):
     if args.lam + args.gam <= 0 or not 0 <= args.r_max < 1:
         raise ValueError("want --lam + --gam > 0, 0 <= --r-max < 1")
     if args.objectives == ["n2n"]:
-        raise ValueError("--objectives n2n alone: it needs fm or cd beside it")
+        raise ValueError("--objectives n2n: it stands beside fm or cd, not alone")
 
 
 @run.program(run.LESS_MEMORY)
