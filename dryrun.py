@@ -85,7 +85,7 @@ class NoData:
 
 class DryRun(run.Run):
     """A run that stands before the first step of its method (of its pretraining, if --steps is 0)
-    and ends after it, with a report. It touches no file."""
+    and ends after it, with a report. It writes no file."""
 
     def __init__(self, args, method, stage_name=None):
         super().__init__(args, method, stage_name)

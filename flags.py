@@ -58,8 +58,8 @@ def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options
 
 
 def add_flags(parser, presets, two_stages=True):
-    """Adds the flags that all training scripts have. two_stages: also those of a
-    teacher, which is given or trained first."""
+    """Adds the flags that all training scripts have. two_stages: also those of a teacher,
+    which is given or trained first."""
     switch = argparse.BooleanOptionalAction
 
     g = parser.add_argument_group("run")

@@ -198,6 +198,7 @@ def train(args):
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             save(student, pathlib.Path(args.out))
     if world > 1:
+        dist.barrier()                     # a process that leaves alone may crash at its end
         dist.destroy_process_group()
 
 
