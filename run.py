@@ -177,9 +177,8 @@ def synchronise(net, last):
 
 def to_device(tensors, device):
     """Copies of CPU tensors on the device; a GPU gets them without being waited for."""
-    if device.type == "cuda":
-        tensors = [a.pin_memory() for a in tensors]
-    return [a.to(device, non_blocking=True) for a in tensors]
+    return [(a.pin_memory() if device.type == "cuda" else a).to(device, non_blocking=True)
+            for a in tensors]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,12 +262,9 @@ def read_safetensors(path):
 
 
 def read_checkpoint(path):
-    """What a checkpoint file holds, on the CPU; nothing in it is executed.
-
-    Returns a dict with method, args, step, model, ema, optimizer and torch_version; without the
-    last two for what sample.py --export wrote. Raises ValueError if the file is missing, damaged or
-    of another kind.
-    """
+    """What a checkpoint file holds, on the CPU; nothing in it is executed. Returns a dict with
+    method, args, step, model, ema, optimizer and torch_version; without the last two for what
+    sample.py --export wrote. ValueError if the file is missing, damaged or of another kind."""
     try:
         if str(path).endswith(".safetensors"):
             checkpoint = read_safetensors(path)
@@ -283,6 +279,14 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of a training script here")
     return checkpoint
+
+
+def cut_like(a, p):
+    """The tensor a, cut among the processes as the parameter p is, if it is (--fsdp)."""
+    if not hasattr(p, "placements"):
+        return a
+    from torch.distributed.tensor import distribute_tensor  # here: this takes a second
+    return distribute_tensor(a, p.device_mesh, p.placements)
 
 
 def load_weights(net, weights, path, may_lack=()):
@@ -303,22 +307,18 @@ def load_weights(net, weights, path, may_lack=()):
             shapes = [list(a[names[0]].shape) for a in (weights, own) if names[0] in a]
             raise ValueError(f"{path} does not fit this network: it {what} {names[0]}, "
                              f"{' and not '.join(map(str, shapes))} (and {len(names) - 1} more)")
-    net.load_state_dict(weights, strict=False)
+    net.load_state_dict({k: cut_like(a, own[k]) for k, a in weights.items()}, strict=False)
 
 
 def load_optimizer(optimizer, state):
-    """Loads the optimiser's state of a checkpoint; of sharded parameters, this process's part. The
-    tensors get the memory layout of their parameter, because fused optimisers pair elements by
-    their place in memory. Raises ValueError if it does not fit."""
+    """Loads a checkpoint's state, in the memory layout of the parameters: fused optimisers pair
+    elements by their place in memory. Raises ValueError if it does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def part(i, a):
         if i >= len(params) or a.shape != params[i].shape:
             return a
-        if hasattr(params[i], "placements"):
-            from torch.distributed.tensor import distribute_tensor  # here: this takes a second
-            return distribute_tensor(a, params[i].device_mesh, params[i].placements)
-        return torch.empty_like(params[i], dtype=a.dtype).copy_(a)
+        return torch.empty_like(params[i], dtype=a.dtype).copy_(cut_like(a, params[i]))
 
     entries = {i: {name: part(i, a) for name, a in entry.items()}
                for i, entry in state["state"].items()}

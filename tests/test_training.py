@@ -288,6 +288,16 @@ def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monke
     assert run.read_checkpoint(two / "teacher.pt")["step"] == 1
 
 
+def test_sharded_a_run_goes_from_its_teacher_to_the_method(tmp_path, monkeypatch):
+    """--fsdp through both stages without a stop: the teacher's weights come into a sharded network."""
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--pretrain", 1, "--steps", 1]
+    call(monkeypatch, facm, *common, "--out", tmp_path / "one")
+    run_two(*common, "--fsdp", "--out", tmp_path / "two")
+    a, b = (run.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    assert max((a["model"][k] - b["model"][k]).abs().max() for k in a["model"]) < 2e-4
+    assert [row["L_cm"] for row in rows(tmp_path / "two")][-1] > 0
+
+
 def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
     """The state of a channels-last weight, saved contiguous (FSDP's, or torch 2.11's), and the next step."""
     def steps(state=None):
