@@ -34,3 +34,8 @@ def signals_are_as_before():
     yield
     for number, handler in before:
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_do_not_depend_on_the_tests_before():
+    torch.manual_seed(0)

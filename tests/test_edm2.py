@@ -119,12 +119,12 @@ def test_the_fused_derivative_is_the_exact_one(dtype, bound):
 
 @pytest.mark.parametrize("rule", ["x.tangent, 0),\n    relu", "x.tangent, x.tangent),\n    relu"], ids=["clipped", "mutant"])
 def test_clipped_activations_have_no_tangent(monkeypatch, rule):
-    """Large gains bring half of the activations to 256, where they no longer move."""
+    """Large gains bring activations to 256, where they no longer move."""
     source, shares = pathlib.Path(jvp.__file__).read_text(), []
     monkeypatch.setattr(models, "duals", mutant(source, "x.tangent, 0),\n    relu", rule).duals)
     net = fill(models.create(**SMALL)).double()
     for block in (m for m in net.modules() if isinstance(m, models.EDM2Block)):
-        block.emb_gain.data.fill_(400.0)
+        block.emb_gain.data.fill_(50.0)
         block.register_forward_hook(lambda block, x, h: shares.append((h.abs() == 256).double().mean()) if torch.is_tensor(h) else None)
     x, v = (normal_like(n, (2, 3, 16, 16)).double() for n in "xv")
     t, y = torch.tensor([0.2, 0.6]).double(), torch.tensor([3, 5])
