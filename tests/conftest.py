@@ -38,4 +38,4 @@ def signals_are_as_before():
 
 @pytest.fixture(autouse=True)
 def random_numbers_do_not_depend_on_the_tests_before():
-    torch.manual_seed(0)
+    torch.manual_seed(123)                 # 0 is what the tests' own generators begin with
