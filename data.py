@@ -407,8 +407,8 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, x
     elif path.exists():
         raise ValueError(f"{path}: want a folder, an .npz or a .zip")
     else:
-        raise ValueError(f"unknown data set {name!r}; there is: glyphs, {', '.join(TORCHVISION)}, "
-                         "imagenet_latents, or the path of a folder, .npz or .zip")
+        raise ValueError(f"{name}: no such file or folder; data sets are glyphs, "
+                         f"{', '.join(TORCHVISION)}, imagenet_latents")
     if channels not in (None, dataset.shape[0]):
         raise ValueError(f"{name} has {dataset.shape[0]} channels, whatever --channels says: that "
                          "is for image files")

@@ -158,7 +158,7 @@ def parse(parser, method, presets):
     if args.preset not in presets and pathlib.Path(args.data).exists():
         fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
     if args.preset not in presets:
-        fail(f"unknown data set {args.data!r}; there is: {', '.join(presets)}, or a path")
+        fail(f"--data {args.data}: no such file or folder, nor one of {', '.join(presets)}")
     row = presets[args.preset]
     row = dict(pretrain_batch=row["batch"], optimizer="AdamW", precision="float32") | row
     given = parse_net_options(args.net)

@@ -492,7 +492,9 @@ def refused(monkeypatch, capsys, module, *argv):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "cifar"], "unknown data set 'cifar'"),
+    (["--data", "cifar"], "--data cifar: no such file or folder, nor one of glyphs, "),
+    (["--data", "imagenet64.zip"], "--data imagenet64.zip: no such file or folder"),
+    (["--data", "imagenet64.zip", "--preset", "glyphs"], "imagenet64.zip: no such file or folder; data sets are glyphs, "),
     (["--resolution", "15"], "divisible"),
     (["--resolution", "4"], "legible"),
     (["--micro-batch", "0"], "--micro-batch 0"),
