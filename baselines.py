@@ -18,36 +18,44 @@ are to have in common with FACM: flow, teacher, guidance, times, network and pre
 
 Launch:
     python baselines.py                                                          # laptop: MeanFlow
-    python baselines.py --objective scm --net pixelnorm=True                     # laptop: sCM
+    python baselines.py --objective scm                                          # laptop: sCM
     torchrun --nproc_per_node=8 baselines.py --data imagenet_latents             # 8 GPUs
 
-Results and details: docs/baselines.md. A departure stands at its line: "paper: ...; here: ...".
+Without --teacher, the teacher is that of flow.py in runs/flow-DATA, which is trained first if it is
+not there. Results and details: docs/baselines.md. A departure from the paper stands at its line:
+"paper: ...; here: ...".
 """
 
+import copy
 import functools
 import math
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import facm
-import flags
+import flow
 import models
-import run
-import weights
-from dryrun import DryRun
-from facm import conditions, flow_velocity, interpolate, pretrain_loss, sample_t
+from common import flags, processes
+from common.ema import gamma_of
+from common.run import launch
+from common.seeds import generator, seed_of
+from facm import conditions, flow_velocity, interpolate, mean, sample_t, wide
 from jvp import JVP, select
 
 METHOD = "baselines"
-PRESETS = {name: row | dict(tangent_warmup=100 if name in ("glyphs", "mnist") else 10_000)
-           for name, row in facm.PRESETS.items()}                      # A.3(c)
+
+# FACM's presets, with the steps of sCM's tangent warm-up (A.3(c))
+PRESETS = {name: preset | dict(tangent_warmup=10_000) for name, preset in facm.PRESETS.items()}
+PRESETS["glyphs"]["tangent_warmup"] = PRESETS["mnist"]["tangent_warmup"] = 100         # ours
 
 
 def parse_args():
-    parser = flags.Parser(description="sCM and MeanFlow. Defaults: FACM's preset's row.")
-    flags.add_flags(parser, PRESETS)
+    parser = flags.Parser(description="sCM and MeanFlow. The defaults of most flags are those of "
+                          "FACM's preset.")
+    flags.add_flags(parser, PRESETS, teacher=True)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
     flag("--objective", choices=["scm", "meanflow"], default="meanflow", help="the method")
     flag("--P-mean", float, help="mean of ln(sigma) (FACM's Eq. 20, Table 5)")
@@ -60,26 +68,33 @@ def parse_args():
     flag("--equal", float, 0, 1, help="meanflow: share of r = t (A.3(c): 0.75 from scratch, else "
          "0)")
     flag("--tangent-warmup", int, 0, help="scm: steps in which dF/dt comes in (A.3(c))")
+    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
+         "is trained from scratch and learns its own guidance")
     args = flags.parse(parser, METHOD, PRESETS)
     if args.equal is None:
-        args.equal = 0.0 if args.teacher or args.pretrain else 0.75
+        args.equal = 0.75 if args.teacher == "none" else 0.0
     return args
 
 
 # --------------------------------------------------------------------------------------------------
-# THE METHODS. Pure functions: x1, x0, xt, v, F, ... [B, C, H, W]; t, r [B]; y int64 [B] or None.
+# THE METHODS. Pure functions of any shape: x1, x0, xt, v, F, ... [B, ...]; t, r [B] float; y [B]
+# int64 or None. They need torch, jvp.py and the functions of facm.py that are imported above.
 
-def scm_loss(net, jvp, x1, x0, t, y, *, warm, phi, teacher=None, y_null=None, w=1.0, t_low=0.125):
+def scm_loss(net, jvp, x1, x0, t, y, *, phi, warm=1.0, teacher=None, w=1.0, t_low=0.125,
+             y_null=None):
     """sCM's loss, mean over the batch. warm: the share q of dF/dt, which rises to 1; phi: see
     log_weight; the others as in facm_loss. The pixel normalisation is the network's."""
-    xt, (c_cm, c_fm) = interpolate(x1, x0, t), conditions(t, "expanded")
-    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, y_null=y_null, w=w, t_low=t_low)
-    F_cm, dF_dt = jvp(net, xt, *c_cm, y, v, 1, 0)
-    g = F_cm.detach() - v - warm * (1 - t)[:, None, None, None] * dF_dt          # FACM's Eq. 11
+    xt = interpolate(x1, x0, t)
+    c_cm, c_fm = conditions(t, "expanded")
+    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
+    F_cm, dF_dt = jvp(net, at=(xt, *c_cm, y), along=(v, 1, 0))
+    g = F_cm.detach() - v - warm * wide(1 - t, v) * dF_dt                        # FACM's Eq. 11
     # paper: A.3(c) gives no weight of t; here: cos(pi t/2), because the authors' code has it so.
-    g = torch.cos(math.pi / 2 * t)[:, None, None, None] * g
-    g = g / (g.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.1)          # normalisation
-    e, a = (F_cm - (F_cm.detach() - g)).square().mean(dim=(1, 2, 3)), log_weight(t, phi)
+    g = wide(torch.cos(math.pi / 2 * t), v) * g
+    rms = mean(g.square()).sqrt()
+    g = g / (wide(rms, g) + 0.1)                                                 # normalisation
+    e = mean((F_cm - (F_cm.detach() - g)).square())
+    a = log_weight(t, phi)
     return (e * torch.exp(-a) + a).mean()
 
 
@@ -90,18 +105,19 @@ def log_weight(t, phi):
     return (waves * phi).sum(dim=1)        # by @ it would be bfloat16 under autocast
 
 
-def meanflow_loss(net, jvp, x1, x0, t, r, y, *, c=1e-3, p=1.0, teacher=None, y_null=None, w=1.0,
-                  t_low=0.125):
+def meanflow_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
+                  y_null=None):
     """MeanFlow's loss, mean over the batch: F(x_t, t, r) is the average velocity from t to r >= t,
     therefore v + (r-t) dF/dt, which at r = t is flow matching. Options as in facm_loss."""
-    xt, (_, c_fm) = interpolate(x1, x0, t), conditions(t, "auxiliary")
-    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, y_null=y_null, w=w, t_low=t_low)
-    F_r, dF_dt = jvp(net, xt, t, r, y, v, 1, 0)
-    e = (F_r - v - (r - t)[:, None, None, None] * dF_dt).square().mean(dim=(1, 2, 3))
+    xt = interpolate(x1, x0, t)
+    _, c_fm = conditions(t, "auxiliary")
+    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
+    F_r, dF_dt = jvp(net, at=(xt, t, r, y), along=(v, 1, 0))
+    e = mean((F_r - v - wide(r - t, v) * dF_dt).square())
     return (e / (e + c).pow(p).detach()).mean()
 
 
-def sample_t_r(normal, same, P_mean, P_std):
+def sample_t_r(normal, same, P_mean=-0.8, P_std=1.6):
     """MeanFlow's times t <= r from draws [2, B]; r = t where same [B] bool (A.3(c)). paper: their
     log-normal density has no parameters given; here: FACM's Eq. 20 for both times."""
     t, r = sample_t(normal, P_mean, P_std).sort(dim=0)[0]
@@ -109,140 +125,170 @@ def sample_t_r(normal, same, P_mean, P_std):
 
 
 # --------------------------------------------------------------------------------------------------
-# SAMPLERS. noise [K, B, C, H, W], standard normal; y [B] labels; -> images [B, C, H, W].
+# SAMPLERS. noise [K, B, ...], standard normal; y [B] labels or None; -> samples [B, ...].
 
 @torch.no_grad()
-def sample_jumps(net, noise, y, nfe):
-    """MeanFlow's: nfe jumps from t to r along the average velocity F(x_t, t, r); K = 1."""
+def sample_jumps(net, noise, y, *, nfe):
+    """MeanFlow's: nfe jumps from t to r along the average velocity F(x_t, t, r). K = 1."""
     xt = noise[0]
     for i in range(nfe):
-        t, r = (torch.full_like(noise[0, :, 0, 0, 0], j / nfe) for j in (i, i + 1))
+        t, r = xt.new_full(xt.shape[:1], i / nfe), xt.new_full(xt.shape[:1], (i + 1) / nfe)
         xt = xt + net(xt, t, r, y) / nfe
     return xt
 
 
 SAMPLERS = facm.SAMPLERS | {"jumps": sample_jumps}
-DETERMINISTIC = ("euler", "jumps")         # these take noise of K = 1, the others K = nfe
-velocity = facm.velocity
+DETERMINISTIC = ("euler", "jumps")         # these need noise of K = 1, the others of K = nfe
 
 
 def default_sampler(nfe, args):
-    """The sampler that suits a method; args: the training's, a dict."""
+    """The sampler that suits a method; args: the training's flags, a dict."""
     return "jumps" if args["objective"] == "meanflow" else "cm"
 
 
 def sampler_options(args):
-    """{sampler: its options} for a run with these args (a dict)."""
-    jumps = dict(jumps={}) if args["objective"] == "meanflow" else {}
-    return facm.sampler_options(args) | jumps
+    """{sampler: its options} for a run with these flags (a dict)."""
+    options = facm.sampler_options(args)
+    if args["objective"] == "meanflow":
+        options["jumps"] = {}
+    return options
 
 
-def preview(net, stage, noise, args):
-    """Two rows of NFE 1 over two of NFE 2; while pretraining as facm.py."""
-    name, options = default_sampler(1, vars(args)), sampler_options(vars(args))
-    if stage == "pretrain":
-        args.condition = options["cm"]["condition"]
-        return facm.preview(net, stage, noise, args)
+def preview(net, noise, args):
+    """Two rows of NFE 1 over two of NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
-    return torch.cat([SAMPLERS[name](net, noise, y, nfe, **options[name]) for nfe in (1, 2)])
+    name = default_sampler(1, vars(args))
+    options = sampler_options(vars(args))[name]
+    return torch.cat([SAMPLERS[name](net, noise, y, nfe=nfe, **options) for nfe in (1, 2)])
 
 
 # --------------------------------------------------------------------------------------------------
+# TRAINING.
 
 def check(args, net):
-    """Raises ValueError for flags that do not go together."""
-    if args.w != 1 and not net.num_classes:
-        raise ValueError(f"--w {args.w}: guidance needs a network with classes; take --w 1")
-    if args.objective == "scm" and args.w != 1 and not (args.pretrain or args.teacher):
-        raise ValueError("--objective scm from scratch knows no velocity to guide; take --w 1")
+    """Raises ValueError for flags that do not go together. net: the network's options."""
+    if args.w != 1 and not net["num_classes"]:
+        raise ValueError(f"--w {args.w}: guidance needs a network with classes; use --w 1")
+    if args.objective == "scm" and args.w != 1 and args.teacher == "none":
+        raise ValueError("--objective scm from scratch knows no velocity to guide; use --w 1")
 
 
-@run.program(run.LESS_MEMORY)
-def main():
-    args = parse_args()
-    job = (DryRun if args.dry_run else run.Run)(args, METHOD, stage_name=args.objective)
-    condition = "auxiliary" if args.objective == "meanflow" else "expanded"
+def train(args, run):
+    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    device, rank, world = run.device, run.rank, run.world
 
-    # Data, network, teacher; the state in which the run stands
-    with run.errors_in_one_line():
-        dataset = data.load_for(args)
-        args.net = data.fit_network_to(dataset, args.net) | dict(
-            second_time=args.objective == "meanflow")
-        net = models.create(**args.net, seed=run.seed_of(args.seed, "init")).to(job.device)
-        check(args, net)
-        job.open_folder()
-        teacher = weights.load_teacher(job.teacher_path(), net, args, job.device)
-        phi = torch.zeros(8, device=job.device, requires_grad=True)    # sCM's a(t)
-        job.resume(net, models.shard, extra=[phi])
+    # Data and teacher (None with --teacher none)
+    dataset = data.load_for(args)
+    check(args, data.fit_network_to(dataset, args.net))
+    teacher, args.net = flow.find_or_train(args, dataset, run)
+    check(args, args.net)
+
+    # Network: it has the teacher's shape and begins with its weights. A second time begins at zero
+    args.net = args.net | dict(second_time=args.objective == "meanflow")
+    net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
+    net.grad_checkpoint = args.grad_checkpoint
+    phi = torch.zeros(8, device=device, requires_grad=True)            # sCM's a(t)
+    if teacher is not None:
+        net.load_state_dict(teacher.state_dict(), strict=False)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    gamma = gamma_of(args.ema_sigma)
+
+    # Optimiser, and where the run stands
+    if args.fsdp:
+        for network in (net, ema, teacher):
+            if network is not None:
+                models.shard(network)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=args.betas,
+                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+    optimizer.add_param_group(dict(params=[phi]))
+    run.resume(net, ema, optimizer, extra=[phi])
+
+    # The network as the loss calls it: compiled, and DDP around it
+    model = net
+    if args.compile:
+        model = torch.compile(net)
+    if world > 1 and not args.fsdp:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    if args.compile and teacher is not None:
+        teacher.compile()
     jvp = select(args.jvp, args.compile)
-    preview_noise = data.preview_noise(args.seed, dataset.shape).to(job.device)
+    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
+    shape = (args.batch, *dataset.shape)
+    preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
-    while job.step < job.total:
-        # Stage: flow matching, then the method from its averaged weights, which are its teacher
-        if job.step == args.pretrain > 0:
-            teacher = weights.load_teacher(job.end_pretraining(), net, args, job.device)
-        stage, P = job.stage(), (args.P_mean, args.P_std)
-        pretrains = stage.name == "pretrain"
-        P = pretrains and args.pretrain_P or P
+    for step in range(run.step, args.steps):
+        # Learning rate: a linear rise, then a linear fall to lr_final
+        rise = min(1, (step + 1) / max(args.warmup, 1))
+        fall = 1 - (1 - args.lr_final) * step / args.steps
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(rise, fall)
 
-        # Seed: random numbers of the global batch; neither processes nor pieces change them
-        random = run.generator(job.device, args.seed, "step", job.step)
-        x0_all = torch.randn(
-            (stage.batch, *dataset.shape), generator=random, device=job.device)
-        normal = torch.randn(stage.batch, generator=random, device=job.device)
-        drop, mix = torch.rand((2, stage.batch), generator=random, device=job.device)
-        normal = torch.stack(
-            [normal, torch.randn(stage.batch, generator=random, device=job.device)])
-        same = torch.arange(stage.batch, device=job.device) < args.equal * stage.batch
+        # Noise and times of the whole batch, so that neither processes nor micro-batches change
+        # them: they follow from the seed and the step
+        random = generator(device, args.seed, "step", step)
+        x0_all = torch.randn(shape, generator=random, device=device)
+        normal_t = torch.randn(args.batch, generator=random, device=device)
+        drop_all, _ = torch.rand((2, args.batch), generator=random, device=device)
+        normal_r = torch.randn(args.batch, generator=random, device=device)
+        if args.objective == "scm":
+            t_all = sample_t(normal_t, args.P_mean, args.P_std)
+        else:
+            same = torch.arange(args.batch, device=device) < args.equal * args.batch
+            t_all, r_all = sample_t_r(
+                torch.stack([normal_t, normal_r]), same, args.P_mean, args.P_std)
 
-        terms, pieces = torch.zeros(2, device=job.device), job.pieces(stage.batch)
-        for part, (rows, share) in enumerate(pieces):
-            # Batch
-            with job.data_errors_end_the_run():
-                x1, y = run.to_device(
-                    dataset.batch(args.seed, stage.first, stage.batch, rows), job.device)
-            x0, t = x0_all[rows], sample_t(normal[0, rows], *P)
+        # The gradient, accumulated over the micro-batches; with the last one it is averaged over
+        # the processes. EDM2's networks first normalise their weights
+        if hasattr(net, "force_weight_norm"):
+            net.force_weight_norm()
+        total = torch.zeros((), device=device)
+        for i, samples in enumerate(micro_batches):
+            x1, y = run.batch(dataset, step, samples)
+            x0, t = x0_all[samples], t_all[samples]
             if teacher is None:
-                y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
-
-            # Loss
-            run.synchronise(job.trained, last=part + 1 == len(pieces))
-            models.seed_dropout(
-                net, run.seed_of(args.seed, "dropout", job.step, job.rank, part), rows=len(y))
-            common = dict(teacher=teacher, y_null=net.num_classes, w=args.w, t_low=args.t_low)
-            L_fm = L_cm = torch.zeros((), device=job.device)
-            with job.autocast():
-                if pretrains:
-                    L_fm = pretrain_loss(job.trained, x1, x0, t, y, condition=condition,
-                                         mixed=mix[rows] < 0.5)
-                elif args.objective == "scm":
-                    L_cm = scm_loss(job.trained, jvp, x1, x0, t, y, phi=phi, **common,
-                                    warm=min(1, (stage.k + 1) / max(args.tangent_warmup, 1)))
+                y = torch.where(drop_all[samples] < args.label_drop, net.num_classes, y)
+            models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
+            last = i == len(micro_batches) - 1
+            if args.fsdp:
+                net.set_requires_gradient_sync(last)
+            elif world > 1:
+                model.require_backward_grad_sync = last                # what DDP's no_sync() sets
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                guidance = dict(w=args.w, t_low=args.t_low, y_null=net.num_classes)
+                if args.objective == "scm":
+                    warm = min(1, (step + 1) / max(args.tangent_warmup, 1))
+                    loss = scm_loss(model, jvp, x1, x0, t, y, phi=phi, warm=warm, teacher=teacher,
+                                    **guidance)
                 else:
-                    t, r = sample_t_r(normal[:, rows], same[rows], *P)
-                    L_cm = meanflow_loss(job.trained, jvp, x1, x0, t, r, y, c=args.c, **common)
+                    loss = meanflow_loss(model, jvp, x1, x0, t, r_all[samples], y, c=args.c,
+                                         teacher=teacher, **guidance)
+            loss = loss * (len(y) / (args.batch // world))
+            loss.backward()
+            total += loss.detach()
+        if world > 1 and phi.grad is not None:             # phi is no part of the network
+            dist.all_reduce(phi.grad.div_(world))
 
-            # Backward: summed over the pieces
-            ((L_fm + L_cm) * share).backward()
-            terms += torch.stack([L_fm, L_cm]).detach() * share
-        if dist.is_initialized() and phi.grad is not None:             # not among the network's
-            dist.all_reduce(phi.grad.div_(job.world))
+        # Clip, step, average of the weights (EDM2's power function). A step whose gradient is not
+        # finite is skipped
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        if args.fsdp:
+            grad_norm = grad_norm.full_tensor()
+        if grad_norm.isfinite():
+            optimizer.step()
+            beta = (1 - 1 / (step + 1)) ** (gamma + 1)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+        optimizer.zero_grad()
 
-        # Clip, optimiser, EMA
-        grad_norm = job.clip_gradient()
-        job.set_lr(stage.lr)
-        job.optimizer.step()
-        job.optimizer.zero_grad()
-        run.ema_update(job.ema, net, stage.k + 1, job.gamma, args.ema_beta)
+        # Log, save, preview (of latents sample.py makes pictures)
+        run.log(step, L_cm=total, grad_norm=grad_norm)
+        run.save()
+        if run.preview_is_due() and dataset.shape[0] in (1, 3):
+            data.save_preview(run.preview_path(), preview(ema, preview_noise, args))
 
-        # Log, save, preview
-        signalled = job.after_step(
-            stage, dict(L_fm=terms[0], L_cm=terms[1], grad_norm=grad_norm))
-        if job.shows:
-            data.save_preview(job.preview_path(), preview, job.ema, stage.name, preview_noise, args)
-        if signalled:
-            break
-    job.finish()
+
+def main():
+    launch(train, METHOD, parse_args())
 
 
 if __name__ == "__main__":

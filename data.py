@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import flags
-import imagefiles
-import run
+from common import flags, folders, imagefiles, processes, seeds
+from common.messages import fail, say_once
 
 # --------------------------------------------------------------------------------------------------
 # Glyphs: a distribution that ships as code.
@@ -102,7 +101,7 @@ class Dataset:
         def gather(first):
             index, flip = self.index(seed, first, batch, rows), torch.zeros(batch, dtype=torch.bool)
             if self.xflip:
-                flip = torch.rand(batch, generator=run.generator("cpu", seed, "flip", first)) < 0.5
+                flip = torch.rand(batch, generator=seeds.generator("cpu", seed, "flip", first)) < 0.5
             return self.items(index, flip[rows]), self.labels[index]
 
         if not self.ahead:
@@ -159,7 +158,7 @@ class Files(Dataset):
         self.names, labels = self.tree.names, self.tree.labels
         if skip_broken:
             broken = list(self.decoders.map(self.is_broken, self.names))
-            imagefiles.say_once("\n  ".join([f"{path}: {sum(broken)} broken images left out", *(
+            say_once("\n  ".join([f"{path}: {sum(broken)} broken images left out", *(
                 name for name, bad in zip(self.names, broken) if bad)]))
             self.names, labels = ([a for a, bad in zip(column, broken) if not bad]
                                   for column in (self.names, labels))
@@ -355,7 +354,7 @@ def read_torchvision(name, folder, train=True):
     kind, files, place = TORCHVISION[name]
     try:
         import torchvision  # here, because it takes a second
-        with run.one_process_first():
+        with processes.one_process_first():
             held = getattr(torchvision.datasets, kind)(folder, train=train, download=True)
     except Exception as e:
         raise ValueError(
@@ -434,7 +433,7 @@ def say_if_scaled(name, width, height, resolution):
     """Whether images of this size are cropped and scaled to the resolution; says so in a line."""
     scaled = resolution and (width, height) != (resolution, resolution)
     if scaled:
-        imagefiles.say_once(f"{name}: images of {width}x{height} are cropped and scaled to "
+        say_once(f"{name}: images of {width}x{height} are cropped and scaled to "
                             f"{resolution}x{resolution} (--resolution)")
     return scaled
 
@@ -444,13 +443,13 @@ def load_for(args):
     checkpoint keeps of it goes into args: class_names, and samples, a fingerprint by which a
     resumed run recognises its data, even if they have moved."""
     if args.dry_run:
-        from dryrun import NoData
+        from common.dryrun import NoData
         return NoData(args)
     dataset = load(args.data, args.resolution, args.data_dir, args.num_classes, args.uncond,
                    args.xflip, args.skip_broken, args.channels)
     n, classes = len(dataset.labels), dataset.class_names
     if isinstance(dataset, Files):
-        imagefiles.say_once(f"{args.data}: {n} images, " + (
+        say_once(f"{args.data}: {n} images, " + (
             f"{len(classes)} classes: {classes[0]} ... {classes[-1]}" if classes
             else f"{dataset.num_classes} classes"))
     held = hashlib.sha256(dataset.labels.numpy().tobytes())
@@ -503,7 +502,7 @@ def save_grid(path, images, columns, scale=1, labels=()):
 
 def preview_noise(seed, shape):
     """The noise of all previews of a run, [2, 20, *shape]: for two steps of 20 samples."""
-    return torch.randn((2, 20, *shape), generator=run.generator("cpu", seed, "preview"))
+    return torch.randn((2, 20, *shape), generator=seeds.generator("cpu", seed, "preview"))
 
 
 def save_preview(path, preview, net, stage, noise, args):
@@ -517,7 +516,7 @@ def save_preview(path, preview, net, stage, noise, args):
             path.parent.mkdir(exist_ok=True)
             save_grid(path, to_uint8(images), columns=10, scale=3)
         except OSError as e:
-            imagefiles.say_once(f"\n{path.parent}: no previews ({e.strerror}); the run goes on")
+            say_once(f"\n{path.parent}: no previews ({e.strerror}); the run goes on")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,8 +548,8 @@ def save_stats(folder):
 def inspect(args):
     """Prints counts, shapes, classes and statistics of a data set, and writes a grid of 100."""
     if args.grid.suffix != ".png":
-        run.fail(f"--grid {args.grid}: want NAME.png")
-    run.check_output(args.grid)
+        fail(f"--grid {args.grid}: want NAME.png")
+    folders.check_output(args.grid)
     try:
         if args.save_stats:
             save_stats(args.data_dir if args.data == "imagenet_latents" else args.data)
@@ -559,7 +558,7 @@ def inspect(args):
         index = torch.linspace(0, len(dataset.labels) - 1, 100).long().unique()
         x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
     except ValueError as e:
-        run.fail(e)
+        fail(e)
     counts = torch.bincount(dataset.labels, minlength=dataset.num_classes)
     print(f"{args.data}: {len(dataset.labels)} samples of shape {list(dataset.shape)}, "
           f"{dataset.num_classes} classes with {counts.min()} to {counts.max()} samples each")
@@ -578,11 +577,11 @@ def inspect(args):
     try:
         save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
     except OSError as e:
-        run.fail(f"{args.grid}: {e}")
+        fail(f"{args.grid}: {e}")
     print(f"{args.grid}: {len(x)} of them")
 
 
-@run.program("take fewer images")
+@processes.program("take fewer images")
 def main():
     parser = flags.Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=flags.Parser)

@@ -14,9 +14,8 @@ import torch
 from tqdm import tqdm
 
 import data
-import flags
-import run
-import weights
+from common import flags, folders, processes, seeds, weights
+from common.messages import fail
 
 
 def parse_args():
@@ -37,7 +36,7 @@ def parse_args():
 def encode(args):
     """Writes the latents of images, and of the mirrored images, in LightningDiT's layout: a sample
     of the autoencoder's posterior each, with noise from (seed, image). Whole shards are kept."""
-    device, rank, world = run.start_processes(args.device)
+    device, rank, world = processes.start(args.device)
     out = pathlib.Path(args.out)
     try:
         vae = weights.load(args.vae).to(device).requires_grad_(False)
@@ -51,8 +50,8 @@ def encode(args):
         if images.shape[1] % vae.factor:
             raise ValueError(f"--resolution {images.shape[1]} is no multiple of {vae.factor}")
         if rank == 0:
-            run.own(out)
-        run.barrier()
+            folders.own(out)
+        processes.barrier()
         setting = dict(images=str(args.images), vae=str(args.vae), resolution=images.shape[1],
                        n=len(images.labels), shard=args.shard, processes=world, seed=args.seed)
         note = out / "encode.json"
@@ -60,11 +59,11 @@ def encode(args):
             raise ValueError(f"{out} holds shards of another origin; use another --out")
         if note.exists() and json.loads(note.read_text()) != setting:
             raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
-        run.barrier()                             # all have read it before it is written
+        processes.barrier()                             # all have read it before it is written
         if rank == 0:
             note.write_text(json.dumps(setting))
     except (ValueError, OSError) as e:
-        run.fail(e)
+        fail(e)
     try:
         first, end = (len(images.labels) * k // world for k in (rank, rank + 1))
         for number, start in enumerate(range(first, end, args.shard)):
@@ -79,23 +78,23 @@ def encode(args):
                     mirror = name == "latents_flip"
                     x = images.items(part, torch.full((len(part),), mirror)).to(device)
                     mean, std = vae.encode(x)
-                    draws = (run.generator("cpu", args.seed, i, mirror) for i in part.tolist())
+                    draws = (seeds.generator("cpu", args.seed, i, mirror) for i in part.tolist())
                     noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
                     z[name].append((mean + std * noise.to(device)).cpu())
             tensors = {name: torch.cat(parts).contiguous() for name, parts in z.items()}
             shard = safetensors.torch.save(tensors | {"labels": images.labels[rows]})
             pathlib.Path(f"{path}.part").write_bytes(shard)
             os.replace(f"{path}.part", path)
-        run.barrier()
+        processes.barrier()
         if rank == 0:
             data.save_stats(out)
             print(f"{out}: {len(images.labels)} images encoded")
     except (ValueError, OSError) as e:     # of this process's own images
-        run.fail(e, always=True)
-    run.end_processes()
+        fail(e, always=True)
+    processes.end()
 
 
-@run.program("take fewer images at once by --batch; whole shards are kept")
+@processes.program("take fewer images at once by --batch; whole shards are kept")
 def main():
     args = parse_args()
     try:

@@ -1,30 +1,33 @@
-"""FID, sFID, Inception Score, precision and recall, KID: all from one pass over the images.
+"""FID, sFID, Inception Score, precision and recall, and KID, from one pass over the images.
 
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz --is --sfid --pr
     python fid.py folder --ref cifar10-32x32.npz --json fid.json
-    python fid.py samples.npz --ref glyphs:2 --features net.pt     # no FID, and not called so
+    python fid.py samples.npz --ref glyphs:2 --features net.pt     # a Frechet distance, but no FID
     python fid.py images.zip --save-stats statistics.npz
     torchrun --nproc_per_node=8 fid.py samples.npz --ref statistics.npz
 
 SAMPLES and REF are each a folder (searched to its depth) or a zip of images, an npz of images
-(arr_0 or images, uint8 [N, H, W, 3]), glyphs, glyphs:SEED or cifar10 (its 50,000 training images),
-or a file of statistics: npz with mu and sigma (ours, pytorch-fid's, EDM's, or ADM's with mu_s and
-sigma_s for sFID, and images for --pr and --kid), or torch-fidelity's .pt. All figures are the same
-whatever --batch and the number of processes, up to the rounding of float32 features; sums are
-float64, covariances have N - 1.
+(arr_0 or images, uint8 [N, H, W, 3], or [N, H, W] or [N, H, W, 1] if grey), glyphs, glyphs:SEED,
+the training images of cifar10, mnist or fashion, or a file of statistics: an npz with mu and sigma
+(ours, pytorch-fid's, EDM's, or ADM's, which has mu_s and sigma_s for sFID, and images for --pr and
+--kid), torch-fidelity's .pt, or EDM2's .pkl. Grey images are judged as RGB images with three equal
+channels. All figures are the same whatever --batch and the number of processes, up to the rounding
+of float32 features. Sums are float64, and covariances have N - 1.
 
-Features: the Inception network of 2015-12-05, no other; torchvision's own gives another number.
-Images are resized to 299 as TensorFlow 1 did (source = i * size / 299, without half pixels) and
-scaled by (x - 128) / 128, as in the original graph, ADM's evaluator and torch-fidelity. pytorch-fid
-resizes with half pixels and scales by x / 127.5 - 1, so its figures differ a little.
---features takes a TorchScript file instead. Such a file is a program, and is executed: take it
-from those alone whom you trust. Everything else that is read here is data.
+The features are those of the Inception network of 2015-12-05; torchvision's own weights give
+another number. Images are resized to 299 as TensorFlow 1 did (source = i * size / 299, without half
+pixels) and scaled by (x - 128) / 128, as in the original graph, ADM's evaluator and torch-fidelity.
+pytorch-fid resizes with half pixels and scales by x / 127.5 - 1, so its figures differ a little.
+--features uses the network of a TorchScript file instead. Such a file is a program, and is
+executed: use one only if you trust its author. Everything else that is read here is data.
 """
 
 import hashlib
 import json
+import math
 import os
 import pathlib
+import pickle
 import shlex
 import sys
 import warnings
@@ -43,9 +46,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
-import flags
-import imagefiles
-import run
+from common import flags, folders, imagefiles, processes
+from common.messages import fail
 
 INCEPTION = "inception-2015-12-05"
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -55,8 +57,11 @@ FEATURES = 2048                            # Inception's
 FEW = 2048                                 # with fewer images an FID says little
 KEPT_REFERENCE = 10_000                    # ADM: precision and recall against 10,000 images
 SCORE_PART = 5000                          # ADM: the Inception Score is a mean over parts of 5,000
+NEIGHBOURS = 3                             # of precision and recall
 SIGMA = {"mu": "sigma", "mu_s": "sigma_s"}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "n", "features")
+ROUNDING = 1e-3                            # what float32 sums may spoil of the largest variance
+LARGE = 1e15                               # more images than there are
 DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,     # on reading
           zipfile.BadZipFile, zlib.error)
 
@@ -64,25 +69,28 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,
 def parse_args():
     p = flags.Parser(description="FID and its relatives, from one pass over the images.")
     a = p.add_argument
-    a("samples", help="folder, zip, npz, statistics (.npz, .pt), glyphs, glyphs:SEED or cifar10")
-    a("--ref", help="the reference, of the same kinds; not needed for --is and --save-stats")
-    a("--is", action="store_true", dest="score", help="Inception Score, parts of 5,000 images")
-    a("--sfid", action="store_true", help="FID of the 7 x 17 x 17 spatial features")
-    a("--pr", "--precision-recall", action="store_true", help="both, k = 3, of all samples against "
-      "10,000 images (or all) spread evenly over REF; torchrun takes only the long name")
+    a("samples", help="folder, zip, npz, statistics (.npz, .pt, .pkl), glyphs, glyphs:SEED, "
+      "cifar10, mnist or fashion")
+    a("--ref", help="the reference, of the same kinds; --is and --save-stats do not need it")
+    a("--is", action="store_true", dest="score", help="Inception Score, in parts of 5,000 images")
+    a("--sfid", action="store_true", help="FID of the 7 x 17 x 17 spatial features; --save-stats "
+      "also saves their statistics")
+    a("--pr", "--precision-recall", action="store_true", help="precision and recall, k = 3, of all "
+      "samples against 10,000 images (or all) spread evenly over REF; torchrun needs the long name")
     a("--kid", action="store_true", help="kernel distance, over 100 pairs of 1,000 images")
     a("--features", type=pathlib.Path, help="TorchScript file, uint8 [N,3,H,W] -> [N,D], in place "
       "of Inception; the file is executed")
     a("--inception", type=pathlib.Path, help="pt_inception-2015-12-05-6726825d.pth, or "
       "torch-fidelity's copy (default: torch.hub's cache, or else a download)")
-    a("--n", "--images", type=int, default=20_000, help="number of glyphs; torchrun takes only the "
+    a("--n", "--images", type=int, help="number of glyphs (default: 20000); torchrun needs the "
       "long name, because it reads --n and --pr as the beginning of its own flags")
-    a("--resolution", type=int, default=16, help="height and width of the glyphs")
-    a("--data-dir", help="where cifar10 lies, or is downloaded to (default: data)")
-    a("--batch", type=int, default=64, help="images at once in each process")
+    a("--resolution", type=int, help="height and width of the glyphs (default: 16)")
+    a("--data-dir", help="folder of cifar10, mnist or fashion, to which it is downloaded if it is "
+      "not there (default: data)")
+    a("--batch", type=int, help="images at once in each process (default: 64)")
     a("--save-stats", type=pathlib.Path, help="NAME.npz for the statistics of SAMPLES")
-    a("--json", type=pathlib.Path, help="write the figures to this file, too")
-    a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    a("--json", type=pathlib.Path, help="file to which the figures are also written")
+    a("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     return p.parse_args()
 
 
@@ -98,18 +106,16 @@ class Source(NamedTuple):
     statistics: dict = {}                  # mu, sigma, mu_s, sigma_s, n, features: what it has
 
 
-def open_source(text, n=20_000, resolution=16, data_dir=None):
-    """The Source that SAMPLES or REF names. n, resolution: of glyphs; data_dir: of cifar10.
+def open_source(text, n=20_000, resolution=16, data_dir=None, part="fid"):
+    """The Source that SAMPLES or REF names.
 
-    Raises ValueError, in one line with the name, for whatever cannot be read.
+    n, resolution: of glyphs. data_dir: of cifar10, mnist and fashion. part: which statistics of an
+    EDM2 .pkl are read, fid (Inception's) or fd_dinov2. Raises ValueError, in one line with the
+    name, for whatever cannot be read.
     """
     path = pathlib.Path(text)
-    if text.split(":")[0] == "glyphs":
-        seed = text.removeprefix("glyphs").removeprefix(":") or "0"
-        if n < 1 or resolution < 12 or not seed.isdecimal():
-            raise ValueError(f"{text}: want glyphs or glyphs:SEED, --n >= 1, --resolution >= 12")
-        seed = int(seed)
-        return Source(text, n, lambda i, j: data.glyphs(j - i, resolution, seed, first=i)[0])
+    if is_glyphs(text):
+        return _open_glyphs(text, n, resolution)
     if text in data.TORCHVISION:
         images = data.load(text, data_dir=data_dir).images
         return Source(text, len(images), lambda i, j: images[i:j].numpy())
@@ -122,17 +128,34 @@ def open_source(text, n=20_000, resolution=16, data_dir=None):
         return _open_npz(text, imagefiles.open_zip(path))
     if path.suffix in (".pt", ".pth"):
         return Source(text, statistics=_check_statistics(text, _read_torch(path)))
-    raise ValueError(f"{text}: want a folder, .npz, .zip or .pt, or a data set such as cifar10")
+    if path.suffix == ".pkl":
+        return Source(text, statistics=_check_statistics(text, _read_pickle(path, part)))
+    raise ValueError(f"{text}: expected a folder, a .npz, .zip, .pt or .pkl file, or a data set "
+                     "such as cifar10")
+
+
+def is_glyphs(text):
+    """Whether SAMPLES or REF is glyphs or glyphs:SEED."""
+    return text.split(":")[0] == "glyphs"
+
+
+def _open_glyphs(text, n, resolution):
+    seed = text.removeprefix("glyphs").removeprefix(":") or "0"
+    if not seed.isdecimal() or n < 1 or resolution < 12:
+        raise ValueError(f"{text}: expected glyphs or glyphs:SEED, where SEED is a whole number, "
+                         "with --n of at least 1 and --resolution of at least 12")
+    seed = int(seed)
+    return Source(text, n, lambda i, j: data.glyphs(j - i, resolution, seed, first=i)[0])
 
 
 def _open_images(name, tree):
-    """Image files, decoded in threads; all must have the size of the first."""
+    """Image files, decoded in threads. All must have the size of the first."""
     files = tree.names
 
     def decode(file):
         try:
             return np.asarray(imagefiles.read_image(tree.open(file)))
-        except Exception as e:             # decoders raise about anything on a damaged file
+        except Exception as e:             # decoders raise almost anything on a damaged file
             raise ValueError(f"{tree.path / file}: no readable image ({e})") from None
 
     size = decode(files[0]).shape
@@ -149,34 +172,40 @@ def _open_images(name, tree):
 
 
 def _open_npz(name, archive):
-    """Images are read from the file as they are needed; np.load would take all at once."""
+    """Images are read from the file as they are needed; np.load would read all at once."""
     keys = [key.removesuffix(".npy") for key in archive.namelist()]
-    statistics, images = {}, next((key for key in ("arr_0", "images") if key in keys), None)
+    images = next((key for key in ("arr_0", "images") if key in keys), None)
+    statistics = {}
+    if "mu" in keys and "sigma" in keys:
+        statistics = _check_statistics(name, _read_statistics(name, keys))
+    elif images is None:
+        raise ValueError(f"{name}: has {', '.join(keys)}; expected arr_0 or images, or mu and "
+                         "sigma")
+    if images is None:
+        return Source(name, statistics=statistics)
     try:
-        if "mu" in keys and "sigma" in keys:
-            with np.load(name, allow_pickle=False) as f:
-                held = {key: f[key] for key in STATISTICS if key in keys}
-            statistics = _check_statistics(name, held)
-        elif images is None:
-            raise ValueError(f"has {', '.join(keys)}; want arr_0 or images, or mu and sigma")
-        if images is None:
-            return Source(name, statistics=statistics)
         member = archive.open(images + ".npy")
         version = np.lib.format.read_magic(member)
-        header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-        shape, fortran, dtype = header(member)
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, fortran, dtype = read_header(member)
     except DAMAGE as e:
-        raise ValueError(f"{name}: {str(e).removeprefix(name + ': ')}") from None
-    shape = (*shape, 1) if len(shape) == 3 else shape      # grey
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
-        raise ValueError(f"{name}: {images} is {dtype} {list(shape)}, want uint8 [N, H, W, 3], or "
-                         "[N, H, W] of grey images")
-    start, row = member.tell(), int(np.prod(shape[1:]))
+        raise ValueError(f"{name}: {images} cannot be read ({e})") from None
+    if fortran:
+        raise ValueError(f"{name}: {images} lies in Fortran's order; save "
+                         "numpy.ascontiguousarray(images)")
+    kind = f"{dtype} {list(shape)}"
+    if len(shape) == 3:                    # grey
+        shape = (*shape, 1)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+        raise ValueError(f"{name}: {images} is {kind}; expected uint8 [N, H, W, 3], or [N, H, W] "
+                         "of grey images")
+    start = member.tell()
+    size = int(np.prod(shape[1:]))         # bytes of an image
 
     def read(i, j):
         batch = np.empty((j - i, *shape[1:]), np.uint8)
         try:
-            member.seek(start + i * row)
+            member.seek(start + i * size)
             complete = member.readinto(batch.reshape(-1)) == batch.size
         except DAMAGE:
             complete = False
@@ -184,6 +213,15 @@ def _open_npz(name, archive):
             raise ValueError(f"{name}: {images} is damaged at the images {i} to {j - 1}")
         return batch
     return Source(name, shape[0], read, statistics)
+
+
+def _read_statistics(name, keys):
+    """The statistics in an npz, which holds these keys. No pickled object in it is read."""
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            return {key: file[key] for key in STATISTICS if key in keys}
+    except DAMAGE as e:
+        raise ValueError(f"{name}: its statistics cannot be read ({e})") from None
 
 
 def _read_torch(path):
@@ -200,121 +238,120 @@ def _read_torch(path):
     return content if isinstance(content, dict) else {}
 
 
-def _check_statistics(name, given):
-    """The statistics as float64 tensors mu [D], sigma [D, D]; ValueError if they are none."""
-    if not {"mu", "sigma"} <= given.keys():
-        raise ValueError(f"{name}: no mu and sigma in it")
-    kinds = dict.fromkeys(STATISTICS, lambda a: torch.as_tensor(a, dtype=torch.float64))
-    kinds |= dict(n=int, features=str)
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays in plain containers. It refuses every other name, so no file can
+    execute anything."""
+
+    ALLOWED = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
+    for module in ("numpy.core", "numpy._core"):           # its name before and since NumPy 2
+        ALLOWED[module + ".multiarray._reconstruct"] = np.empty(0).__reduce__()[0]
+        ALLOWED[module + ".multiarray.scalar"] = np.float64(0).__reduce__()[0]
+        ALLOWED[module + ".numeric._frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no NumPy array")
+        return self.ALLOWED[f"{module}.{name}"]
+
+
+def _read_pickle(path, part):
+    """EDM2's statistics: a pickled dict with num_images, fid and fd_dinov2, whose parts are dicts
+    with mu and sigma."""
     try:
-        given = {key: kinds[key](given[key]) for key in STATISTICS if key in given}
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}: mu, sigma or n is no number") from None
+        with open(path, "rb") as file:
+            content = ArrayUnpickler(file).load()
+    except Exception as e:                 # unpickling raises almost anything on a damaged file
+        raise ValueError(f"{path}: no readable statistics ({e}); save mu and sigma to an npz by "
+                         "numpy.savez") from None
+    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+        raise ValueError(f"{path}: has no statistics {part}; Inception needs fid, and --features "
+                         "needs fd_dinov2, as in EDM2's files")
+    held = dict(content[part])
+    if "num_images" in content:
+        held["n"] = content["num_images"]
+    return held
+
+
+def _check_statistics(name, given):
+    """The statistics: mu [D] and sigma [D, D] as float64 tensors, n as int, features as str.
+
+    Raises ValueError, in one line with the name of the file, for what no images can have.
+    """
+    if "mu" not in given or "sigma" not in given:
+        raise ValueError(f"{name}: no mu and sigma in it")
+    found = {}
     for mu, sigma in SIGMA.items():
         if mu in given and sigma in given:
-            a, b = given[mu], given[sigma]
-            if a.dim() != 1 or b.shape != (len(a), len(a)):
-                raise ValueError(f"{name}: {mu} {list(a.shape)}, {sigma} {list(b.shape)}; want [D] "
-                                 f"and [D, D]")
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise ValueError(f"{name}: {mu} or {sigma} is not finite")
-    return given
+            found[mu] = _as_float64(name, mu, given[mu])
+            found[sigma] = _as_float64(name, sigma, given[sigma])
+            _check_moments(name, mu, found[mu], sigma, found[sigma])
+        elif mu in given or sigma in given:
+            raise ValueError(f"{name}: {mu} and {sigma} belong together, but one is missing")
+    if "n" in given:
+        n = _as_float64(name, "n", given["n"])
+        if n.numel() != 1 or not 2 <= n.item() < LARGE:
+            raise ValueError(f"{name}: n is not a number of images")
+        found["n"] = int(n)
+    if "features" in given:
+        found["features"] = str(given["features"])
+    return found
+
+
+def _as_float64(name, key, value):
+    """A number, array or tensor as a tensor of its own, float64; ValueError for other values."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):          # bfloat16, lists of unequal lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name}: {key} holds something else than real numbers")
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def _check_moments(name, mu, mean, sigma, covariance):
+    """Raises ValueError if these cannot be a mean and a covariance. mu, sigma: their names."""
+    d = mean.numel()
+    if d == 0 or mean.shape != (d,) or covariance.shape != (d, d):
+        raise ValueError(f"{name}: {mu} is {list(mean.shape)} and {sigma} is "
+                         f"{list(covariance.shape)}; expected [D] and [D, D]")
+    if not mean.isfinite().all() or not covariance.isfinite().all():
+        raise ValueError(f"{name}: {mu} or {sigma} is not finite")
+    slack = ROUNDING * covariance.diagonal().abs().max()
+    if (covariance - covariance.T).abs().max() > slack:
+        raise ValueError(f"{name}: {sigma} is not symmetric, so it is no covariance")
+    tiny = 1e-300                          # so that a covariance of zeros passes
+    _, failed = torch.linalg.cholesky_ex(covariance + (slack + tiny) * torch.eye(d))
+    if failed:
+        raise ValueError(f"{name}: {sigma} has negative eigenvalues, so it is no covariance")
 
 
 # --------------------------------------------------------------------------------------------------
 # The network of 2015-12-05, under the names of the public weights.
 
-# Branches of every block: (width, kernel), a third number is the stride; a kernel "fork" is a
-# 1 x 3 and a 3 x 1 convolution side by side. The last branch begins by pooling.
-BLOCK_A = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-               branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
-BLOCK_E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, "fork")],
-               branch3x3dbl=[(448, 1), (384, 3), (384, "fork")], branch_pool=[(192, 1)])
-
-
-def _block_c(c):
-    return dict(branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
-                branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
-                branch_pool=[(192, 1)])
-
-
-BLOCKS = {                                                                       # [N, C, H, W]
-    "Mixed_5b": (192, "average", BLOCK_A | dict(branch_pool=[(32, 1)])),         # 256, 35, 35
-    "Mixed_5c": (256, "average", BLOCK_A | dict(branch_pool=[(64, 1)])),         # 288
-    "Mixed_5d": (288, "average", BLOCK_A | dict(branch_pool=[(64, 1)])),
-    "Mixed_6a": (288, "stride", dict(branch3x3=[(384, 3, 2)], branch3x3dbl=[     # 768, 17, 17
-        (64, 1), (96, 3), (96, 3, 2)], branch_pool=[])),
-    "Mixed_6b": (768, "average", _block_c(128)),
-    "Mixed_6c": (768, "average", _block_c(160)),
-    "Mixed_6d": (768, "average", _block_c(160)),
-    "Mixed_6e": (768, "average", _block_c(192)),
-    "Mixed_7a": (768, "stride", dict(branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[
-        (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], branch_pool=[])),  # 1280, 8, 8
-    "Mixed_7b": (1280, "average", BLOCK_E),                                      # 2048
-    "Mixed_7c": (2048, "max", BLOCK_E)}              # max: a slip of 2015; the weights rely on it
-
-POOLS = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
-         "max": lambda x: F.max_pool2d(x, 3, 1, 1), "stride": lambda x: F.max_pool2d(x, 3, 2)}
-
-
-class Conv(nn.Module):
-    """Convolution, normalisation by running statistics, ReLU. Strided ones have no padding."""
-
-    def __init__(self, channels, width, kernel, stride=1, padded=True):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = [k // 2 if padded and stride == 1 else 0 for k in kernel]
-        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-class Mixed(nn.Module):
-    """Branches side by side: [N, channels, H, W] -> their outputs, joined along the channels."""
-
-    def __init__(self, channels, pool, branches):
-        super().__init__()
-        self.pool, self.paths = POOLS[pool], []
-        for branch, convs in branches.items():
-            width, path = channels, []     # path: the names in their order; a fork has two
-            for i, (out, kernel, *stride) in enumerate(convs, 1):
-                name = f"{branch}_{i}" if len(convs) > 1 else branch
-                kernels = {"a": (1, 3), "b": (3, 1)} if kernel == "fork" else {"": kernel}
-                for suffix, k in kernels.items():
-                    self.add_module(name + suffix, Conv(width, out, k, *stride))
-                path.append([name + suffix for suffix in kernels])
-                width = out
-            self.paths.append(path)
-
-    def forward(self, x):
-        outputs = []
-        for path in self.paths:
-            heads = [self.pool(x) if path is self.paths[-1] else x]
-            for names in path:             # a fork is always the last
-                heads = [getattr(self, name)(heads[0]) for name in names]
-            outputs += heads
-        return torch.cat(outputs, 1)
+AVERAGING = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e",
+             "Mixed_7b")                   # blocks whose last branch begins with an average pool
 
 
 class Inception(nn.Module):
     """uint8 [N, 3, H, W] -> pool3 features [N, 2048], spatial features [N, 2023], logits [N, 1008].
 
-    The spatial features are the first 7 channels of the 1x1 branch of ADM's mixed_6 (Mixed_6d), in
-    ADM's order [17, 17, 7]. The logits are without their bias, as the Inception Score takes them.
+    The layers are torchvision's, with the pools of 2015. The spatial features are the first 7
+    channels of the 1x1 branch of ADM's mixed_6 (Mixed_6d), in ADM's order [17, 17, 7]. The logits
+    are without their bias, which the Inception Score leaves out.
     """
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padded=False)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padded=False)
-        for name, block in BLOCKS.items():
-            self.add_module(name, Mixed(*block))
-        self.fc = nn.Linear(2048, 1008)
+        import torchvision  # here, because it takes a second
+        public = torchvision.models.inception_v3(
+            weights=None, aux_logits=False, num_classes=1008, init_weights=False,
+            transform_input=False)
+        for name, layer in public.named_children():
+            if name not in ("avgpool", "dropout"):
+                self.add_module(name, layer)
+        for name in AVERAGING:
+            exchange_pool(getattr(self, name), average_pool)
+        exchange_pool(self.Mixed_7c, max_pool)     # a slip of 2015, on which the weights rely
 
     def forward(self, images):
         return self.features((resize(images.float()) - 128) / 128)
@@ -322,15 +359,38 @@ class Inception(nn.Module):
     def features(self, x):
         """The three outputs for images that are resized and scaled already, float [N,3,299,299]."""
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))     # 64, 147, 147
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))     # 192, 71, 71
-        x = F.max_pool2d(x, 3, 2)
-        for name in BLOCKS:
-            x = getattr(self, name)(x)
+        for name, layer in self.named_children():
+            if name != "fc":
+                x = layer(x)
             if name == "Mixed_6d":
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         pool = x.mean((2, 3))
         return pool, spatial, F.linear(pool, self.fc.weight)
+
+
+def average_pool(x):
+    """Means over 3 x 3 pixels, without the padding, which torchvision's Inception averages in."""
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def max_pool(x):
+    """Maxima over 3 x 3 pixels."""
+    return F.max_pool2d(x, 3, 1, 1)
+
+
+def exchange_pool(block, pool):
+    """Lets the last branch of one of torchvision's blocks begin with pool(x) in place of the
+    block's own pool, which is still computed, but is not used."""
+    pooled = []
+
+    def before_block(block, inputs):
+        pooled.append(pool(inputs[0]))
+
+    def before_branch(branch, inputs):     # what it returns replaces the inputs
+        return pooled.pop()
+
+    block.register_forward_pre_hook(before_block)
+    block.branch_pool.register_forward_pre_hook(before_branch)
 
 
 def resize(x, size=299):
@@ -342,8 +402,11 @@ def resize(x, size=299):
         source = torch.arange(size, device=x.device) * (x.shape[dim] / size)
         low = source.long()
         high = (low + 1).clamp_max(x.shape[dim] - 1)
-        weight = (source - low).view((-1, 1) if dim == 2 else (-1,))
-        a, b = x.index_select(dim, low), x.index_select(dim, high)
+        weight = source - low
+        if dim == 2:
+            weight = weight[:, None]
+        a = x.index_select(dim, low)
+        b = x.index_select(dim, high)
         x = a + (b - a) * weight
     return x
 
@@ -351,7 +414,7 @@ def resize(x, size=299):
 def load_inception(path=None, device="cpu"):
     """Inception with the public weights: from `path`, torch.hub's cache, or the network.
 
-    Raises ValueError if the file is missing and cannot be had, or is another one.
+    Raises ValueError if the file is missing and cannot be downloaded, or is another one.
     """
     cached = pathlib.Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.split("/")[-1])
     path = pathlib.Path(path or cached)
@@ -378,13 +441,17 @@ def load_inception(path=None, device="cpu"):
 def fuse(net):
     """The same network with every normalisation folded into its convolution; changes net."""
     for module in net.eval().requires_grad_(False).modules():
-        if isinstance(module, Conv):
-            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        if hasattr(module, "bn"):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
     return net.to(memory_format=torch.channels_last)
 
 
 def load_features(path, device="cpu"):
-    """A TorchScript file's network as `extract` of `collect` wants it; it is executed code."""
+    """The network of a TorchScript file, which is executed, as the `extract` of `collect`.
+
+    Raises ValueError, also when it is called, for a file or a network of another kind.
+    """
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             net = torch.jit.load(path, map_location=device).eval()
@@ -403,68 +470,140 @@ def load_features(path, device="cpu"):
     return extract
 
 
+def load_extractor(args, device):
+    """The network of the flags: extract(uint8 [b, 3, H, W]) for `collect`, and its name.
+
+    Raises ValueError if it cannot be loaded.
+    """
+    if args.features:
+        extract = load_features(args.features, device)
+        digest = hashlib.sha256(args.features.read_bytes()).hexdigest()
+        return extract, f"{args.features.name} sha256:{digest[:8]}"
+    with processes.one_process_first():
+        return load_inception(args.inception, device), INCEPTION
+
+
 # --------------------------------------------------------------------------------------------------
 # The pass over the images.
 
 @torch.no_grad()
 def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, batch=64,
             device="cpu", rank=0, world=1):
-    """What the measures need of a Source's images; every process takes a contiguous part of them.
+    """What the measures need of a Source's images. Each process has a contiguous part of them.
 
     extract(uint8 [b, 3, H, W]) -> features [b, D], spatial features, logits. moments: of "mu" and
-    "mu_s". keep: how many images' features to keep, spread evenly over the source. width: the D to
-    insist on. Returns a dict with n, mu, sigma, ..., parts (sums for the Inception Score) if
-    `score`, and kept [keep, D] on process 0. Raises ValueError, on every process, for an image that
-    cannot be read, or features of another width.
+    "mu_s". keep: how many images' features to keep, spread evenly over the source. width: the D
+    that the features must have. Returns a dict with n, mu, sigma, ..., parts (sums for the
+    Inception Score) if `score`, and kept [keep, D] on process 0. Raises ValueError, on every
+    process, for an image that cannot be read, or for features of another width or not finite.
     """
-    n, keep = source.count, min(keep, source.count)
+    n = source.count
     if n < max(2, world):
-        raise ValueError(f"{source.name}: {n} images are too few for {world} processes, or at all")
-    first, end = (n * k // world for k in (rank, rank + 1))
-    chosen = torch.arange(keep) * n // max(keep, 1)
+        raise ValueError(f"{source.name}: {n} images are too few; a covariance needs 2 or more, "
+                         f"and each of {world} processes needs one")
+    first = n * rank // world
+    end = n * (rank + 1) // world
+    keep = min(keep, n)
+    chosen = torch.arange(keep) * n // max(keep, 1)        # the images whose features are kept
+    hidden = True if rank else None                        # None: the bar is for terminals alone
     sums, kept, problem = {}, [], None
     try:
-        for i in tqdm(range(first, end, batch), source.name, unit="batch",
-                      disable=True if rank else None):                   # None: on terminals alone
-            images = torch.from_numpy(source.read(i, min(i + batch, end))).to(device)
-            images = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        for i in tqdm(range(first, end, batch), source.name, unit="batch", disable=hidden):
+            images = to_rgb(source.read(i, min(i + batch, end)), device)
             features, spatial, logits = extract(images)
-            if width not in (None, features.shape[1]):
-                raise ValueError(f"{source.name}: {features.shape[1]} features an image, but "
-                                 f"{width} in the statistics to compare with")
-            kept.append(features[chosen[(chosen >= i) & (chosen < i + len(images))] - i].cpu())
-            for mu, x in (("mu", features), ("mu_s", spatial)):
-                if mu in moments:
-                    x, d = x.double(), x.shape[1]
-                    if mu not in sums:
-                        sums[mu], sums[SIGMA[mu]] = x.new_zeros(d), x.new_zeros(d, d)
-                    sums[mu] += x.sum(0)
-                    sums[SIGMA[mu]].addmm_(x.T, x)
+            check_features(source.name, features, width)
+            here = (chosen >= i) & (chosen < i + len(images))
+            kept.append(features[chosen[here] - i].cpu())
+            if "mu" in moments:
+                add_moments(sums, "mu", features)
+            if "mu_s" in moments:
+                add_moments(sums, "mu_s", spatial)
             if score:
-                log_p = logits.double().log_softmax(1)
-                rows = torch.cat([log_p.exp(), (log_p.exp() * log_p).sum(1, keepdim=True)], 1)
-                part = torch.arange(i, i + len(rows), device=device) // SCORE_PART
-                parts = rows.new_zeros(-(-n // SCORE_PART), rows.shape[1])
-                sums["parts"] = sums.get("parts", 0) + parts.index_add_(0, part, rows)
+                add_scores(sums, logits, i, n)
     except ValueError as e:
         problem = str(e)
-    if world > 1:                          # a mistake in one part ends all processes, in one line
-        problems = [None] * world
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
-    if problem:
-        raise ValueError(problem)
+    raise_together(problem, world)
     kept = torch.cat(kept)
     if world > 1:
         for total in sums.values():
             dist.all_reduce(total)
-        gathered = [None] * world if rank == 0 else None
-        dist.gather_object(kept.numpy(), gathered)
-        kept = torch.cat([torch.from_numpy(a) for a in gathered]) if rank == 0 else None
+        kept = gather_rows(kept, rank, world)
     for mu in moments:
         sums[mu] /= n
-        sums[SIGMA[mu]] = (sums[SIGMA[mu]] - n * torch.outer(sums[mu], sums[mu])) / (n - 1)
-    return {key: value.cpu() for key, value in sums.items()} | dict(n=n, kept=kept)
+        squares = sums[SIGMA[mu]] - n * torch.outer(sums[mu], sums[mu])
+        sums[SIGMA[mu]] = squares / (n - 1)
+    found = {key: value.cpu() for key, value in sums.items()}
+    return found | dict(n=n, kept=kept)
+
+
+def to_rgb(images, device):
+    """NumPy uint8 [b, H, W, 1 or 3] -> uint8 [b, 3, H, W] on the device.
+
+    Grey images get three equal channels. They lie in memory as RGB images do, so that a network
+    gives the same features for both, to the last bit.
+    """
+    images = torch.from_numpy(images).to(device)
+    images = images.expand(-1, -1, -1, 3).contiguous()
+    return images.permute(0, 3, 1, 2)
+
+
+def to_float64(x):
+    """The tensor in float64: on its device, or on the CPU if that has none (Apple's mps)."""
+    if x.device.type == "mps":
+        x = x.cpu()
+    return x.double()
+
+
+def check_features(name, features, width):
+    """Raises ValueError if features [b, D] are not finite, or have another width than `width`."""
+    if width not in (None, features.shape[1]):
+        raise ValueError(f"{name}: {features.shape[1]} features an image, but {width} in the "
+                         "statistics to compare with")
+    if not features.isfinite().all():
+        raise ValueError(f"{name}: the features of an image are not finite")
+
+
+def add_moments(sums, mu, x):
+    """Adds the sum over rows x [b, D] to sums[mu], and that of their outer products beside it."""
+    x = to_float64(x)
+    sigma, d = SIGMA[mu], x.shape[1]
+    if mu not in sums:
+        sums[mu] = x.new_zeros(d)
+        sums[sigma] = x.new_zeros(d, d)
+    sums[mu] += x.sum(0)
+    sums[sigma].addmm_(x.T, x)
+
+
+def add_scores(sums, logits, i, n):
+    """Adds the logits [b, classes] of the images from i on, of n, to the sums for the Inception
+    Score, sums["parts"] [P, classes + 1]: of p and, last, of p log p."""
+    log_p = to_float64(logits).log_softmax(1)
+    p = log_p.exp()
+    rows = torch.cat([p, (p * log_p).sum(1, keepdim=True)], 1)
+    part = torch.arange(i, i + len(rows), device=rows.device) // SCORE_PART
+    count = -(-n // SCORE_PART)            # rounded up
+    parts = rows.new_zeros(count, rows.shape[1]).index_add_(0, part, rows)
+    sums["parts"] = sums.get("parts", 0) + parts
+
+
+def raise_together(problem, world):
+    """Raises the first process's problem, a text or None, as ValueError on all processes."""
+    problems = [problem]
+    if world > 1:
+        problems = [None] * world
+        dist.all_gather_object(problems, problem)
+    for text in problems:
+        if text:
+            raise ValueError(text)
+
+
+def gather_rows(rows, rank, world):
+    """The rows of all processes, in their order, on process 0, and None on the others."""
+    gathered = [None] * world if rank == 0 else None
+    dist.gather_object(rows.numpy(), gathered)
+    if rank:
+        return None
+    return torch.cat([torch.from_numpy(part) for part in gathered])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,24 +614,28 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     mu [D] and sigma [D, D], arrays or tensors, computed in float64. The trace of the root is the
     sum of the roots of the eigenvalues of R^T sigma2 R, which is symmetric, where R R^T = sigma1.
-    Raises ValueError if the shapes differ or a number is not finite. Says on stderr if a covariance
-    lacks rank; rounding makes eigenvalues a little negative there, and they are taken for 0.
+    The result is at least 0. Raises ValueError if the shapes differ or a number is not finite.
+    Prints a note on stderr if a covariance lacks rank; rounding makes eigenvalues a little negative
+    there, and they count as 0.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64, device="cpu")
-                                for a in (mu1, sigma1, mu2, sigma2))
+    statistics = [mu1, sigma1, mu2, sigma2]
+    statistics = [torch.as_tensor(a, dtype=torch.float64, device="cpu") for a in statistics]
+    mu1, sigma1, mu2, sigma2 = statistics
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
         raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features do not compare")
-    if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
+    if not all(a.isfinite().all() for a in statistics):
         raise ValueError("the features' mean or covariance is not finite")
     values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt()        # sigma1 = root root^T
+    root = vectors * values.clamp_min(0).sqrt()            # sigma1 = root root^T
     cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
-    rank = int((cross > cross.max() * len(cross) * torch.finfo(cross.dtype).eps).sum())
+    threshold = cross.max() * len(cross) * torch.finfo(cross.dtype).eps
+    rank = int((cross > threshold).sum())
     if rank < len(cross):
-        print(f"note: the covariances share rank {rank} of {len(cross)}, by few images or constant "
-              "features; eigenvalues below 0 by rounding count as 0", file=sys.stderr)
+        print(f"note: the covariances share rank {rank} of {len(cross)}, because images are few or "
+              "features constant; eigenvalues below 0 by rounding count as 0", file=sys.stderr)
     distance = ((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace()
-    return float(distance - 2 * cross.clamp_min(0).sqrt().sum())
+    distance = distance - 2 * cross.clamp_min(0).sqrt().sum()
+    return max(0.0, float(distance))       # rounding makes 0 a little negative
 
 
 def inception_score(parts):
@@ -506,33 +649,53 @@ def inception_score(parts):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def precision_recall(samples, reference, k=3, rows=2000):
+def distances(a, b):
+    """Euclidean distances [N, M] between the rows of a [N, D] and b [M, D], float64.
+
+    They come from a matrix product, which on a CPU is 15 times faster than differences, but leaves
+    exact copies about 1e-8 of their lengths apart. So distances below 1e-6 of the lengths are 0.
+    """
+    found = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
+    lengths = a.norm(dim=1)[:, None] + b.norm(dim=1)
+    return found.masked_fill(found < 1e-6 * lengths, 0)
+
+
+def precision_recall(samples, reference, k=NEIGHBOURS, rows=2000):
     """Shares of samples in the reference's k-neighbourhoods, and the reverse (Kynkaanniemi 2019).
 
     Features [N, D], [M, D], on any device. Distances are float64 (ADM's are float16, so its figures
-    differ in the third decimal). `rows` bounds the memory, not the result.
+    differ in the third decimal). `rows` bounds the memory, not the result. Raises ValueError for k
+    features or fewer.
     """
     def radii(x):                          # the image itself is the nearest, so k + 1
-        return torch.cat([torch.cdist(a, x).kthvalue(k + 1).values for a in x.split(rows)])
+        return torch.cat([distances(a, x).kthvalue(k + 1).values for a in x.split(rows)])
 
     def covered(x, centres, radius):
-        return torch.cat([(torch.cdist(a, centres) <= radius).any(1) for a in x.split(rows)])
+        return torch.cat([(distances(a, centres) <= radius).any(1) for a in x.split(rows)])
 
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall need more than {k} images on each side")
-    a, b = samples.double(), reference.double()
-    return (covered(a, b, radii(b)).double().mean().item(),
-            covered(b, a, radii(a)).double().mean().item())
+    centre = to_float64(reference).mean(0)                 # around it, rounding is least
+    a = to_float64(samples) - centre
+    b = to_float64(reference) - centre
+    precision = covered(a, b, radii(b)).double().mean().item()
+    recall = covered(b, a, radii(a)).double().mean().item()
+    return precision, recall
 
 
 def kernel_distance(samples, reference, subsets=100, size=1000):
     """KID: mean and standard deviation of the unbiased MMD^2 over subsets (Binkowski et al. 2018).
 
-    Features [N, D], [M, D]; kernel (x.y / D + 1)^3. The subsets are those of torch-fidelity
-    (for a reference of up to 10,000 images, which is as many as `measure` keeps).
+    Features [N, D], [M, D]; kernel (x.y / D + 1)^3. The mean may be negative, as it is unbiased.
+    The subsets are those of torch-fidelity (for a reference of up to 10,000 images, which is as
+    many as `measure` keeps).
     """
     random = np.random.RandomState(2020)
     size = min(size, len(samples), len(reference))
+
+    def subset(features):
+        rows = random.choice(len(features), size, replace=False)
+        return to_float64(features[torch.from_numpy(rows)])
 
     def kernel(a, b):
         return torch.addmm(a.new_ones(()), a, b.T, alpha=1 / a.shape[1]).pow_(3)
@@ -541,80 +704,179 @@ def kernel_distance(samples, reference, subsets=100, size=1000):
         matrix = kernel(a, a)
         return (matrix.sum() - matrix.trace()) / (size * (size - 1))
 
-    distances = []
+    found = []
     for _ in range(subsets):
-        x, y = (a[torch.from_numpy(random.choice(len(a), size, replace=False))].double()
-                for a in (samples, reference))
-        distances.append(within(x) + within(y) - 2 * kernel(x, y).mean())
-    distances = torch.stack(distances)
-    return distances.mean().item(), distances.std(correction=0).item()
+        x = subset(samples)
+        y = subset(reference)
+        found.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+    found = torch.stack(found)
+    return found.mean().item(), found.std(correction=0).item()
 
 
-def load_extractor(args, device):
-    """The network of the flags: extract(uint8 [b, 3, H, W]) for `collect`, and its name."""
+# --------------------------------------------------------------------------------------------------
+# The program.
+
+def check_flags(args):
+    """Raises ValueError for flags that contradict one another, before anything is read."""
+    if not args.ref and not args.score and not args.save_stats:
+        raise ValueError("--ref is needed, except for --is or --save-stats alone")
+    if not args.ref and (args.pr or args.kid):
+        raise ValueError("--ref is needed for --pr and --kid")
+    if not args.ref and args.sfid and not args.save_stats:
+        raise ValueError("--ref is needed for --sfid, except with --save-stats")
+    if args.features and (args.sfid or args.score):
+        raise ValueError("--sfid and --is are measures of Inception; --features has neither")
+    if args.features and args.inception:
+        raise ValueError("--features replaces Inception; leave out --inception")
+    if args.batch is not None and args.batch < 1:
+        raise ValueError("--batch must be at least 1")
+    if args.save_stats and args.save_stats.suffix != ".npz":
+        raise ValueError(f"--save-stats {args.save_stats}: the name must end in .npz")
+    if args.save_stats and args.save_stats == args.json:
+        raise ValueError("--save-stats and --json name the same file; give two")
+    for flag, output in (("--save-stats", args.save_stats), ("--json", args.json)):
+        for given in (args.samples, args.ref, args.features, args.inception):
+            if output and given and same_file(output, given):
+                raise ValueError(f"{flag} {output} would overwrite {given}, which is read; take "
+                                 "another name")
+
+
+def same_file(a, b):
+    """Whether two paths lead to one file that exists."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+def check_use(args, sources, needs_network):
+    """Raises ValueError for a flag that changes nothing, because of what the sources are."""
+    names = [source.name for source in sources]
+    if not any(is_glyphs(name) for name in names):
+        for flag, value in (("--n", args.n), ("--resolution", args.resolution)):
+            if value is not None:
+                raise ValueError(f"{flag} is for glyphs, but neither SAMPLES nor REF is glyphs; "
+                                 "leave it out")
+    if args.data_dir and not any(name in data.TORCHVISION for name in names):
+        raise ValueError(f"--data-dir is for {', '.join(data.TORCHVISION)}, but neither SAMPLES "
+                         "nor REF is one of them; leave it out")
+    if needs_network:
+        return
+    for flag, value in (("--features", args.features), ("--inception", args.inception),
+                        ("--batch", args.batch)):
+        if value is not None:
+            raise ValueError(f"{flag} is for images, but only statistics are read; leave it out")
+
+
+class Plan(NamedTuple):
+    """What one pass over the images of a source has to find; nothing if there is no need."""
+
+    moments: list                          # "mu", "mu_s": of which features mean and covariance
+    score: bool                            # sums for the Inception Score?
+    keep: int                              # of how many images the features are kept
+
+
+def plan_pass(args, source, is_reference):
+    """The Plan for SAMPLES or REF. Raises ValueError if it needs images that are not there."""
+    needed = []
+    if args.ref or args.save_stats:
+        needed.append("mu")
+    if args.sfid:
+        needed.append("mu_s")
+    moments = [mu for mu in needed if mu not in source.statistics]
+    score = args.score and not is_reference
+    keep = 0
+    if args.pr or args.kid:
+        keep = KEPT_REFERENCE if is_reference else max(source.count, 1)
+    plan = Plan(moments, score, keep)
+    if any(plan) and not source.count:
+        raise ValueError(f"{source.name}: statistics alone, but the flags ask for "
+                         f"{', '.join(moments) or 'features'} of images")
+    if args.pr and source.count <= NEIGHBOURS:
+        raise ValueError(f"{source.name}: --pr needs more than {NEIGHBOURS} images on each side")
+    return plan
+
+
+def choose_network(args, sources, needs_network, device):
+    """The extractor of features, or None if no images are read, and the name of the network.
+
+    Raises ValueError if statistics are those of another network, before anything is downloaded.
+    """
+    extract, name = None, INCEPTION
     if args.features:
-        extract = load_features(args.features, device)
-        digest = hashlib.sha256(args.features.read_bytes()).hexdigest()
-        return extract, f"{args.features.name} sha256:{digest[:8]}"
-    with run.one_process_first():
-        return load_inception(args.inception, device), INCEPTION
+        extract, name = load_extractor(args, device)
+    elif not needs_network:
+        name = name_of_statistics(sources)
+    for source in sources:
+        held = source.statistics
+        if held.get("features", name) != name:
+            raise ValueError(f"{source.name}: statistics of {held['features']}, not of {name}; both "
+                             "sides need the same network, and --features FILE exchanges it")
+        if needs_network and name == INCEPTION and "mu" in held and len(held["mu"]) != FEATURES:
+            raise ValueError(f"{source.name}: statistics of {len(held['mu'])} features, but "
+                             f"Inception has {FEATURES}; --features FILE exchanges the network")
+    if needs_network and not extract:
+        extract, name = load_extractor(args, device)
+    return extract, name
+
+
+def name_of_statistics(sources):
+    """The network of statistics: the name in one of the files, or a guess by their width."""
+    for source in sources:
+        if "features" in source.statistics:
+            return source.statistics["features"]
+    width = len(sources[0].statistics["mu"])
+    if width == FEATURES:
+        return INCEPTION
+    return f"an unknown network with {width} features"
 
 
 def measure(args, device, rank=0, world=1):
     """One pass over each source: what is known of SAMPLES and of REF, dicts as of `collect`, and
     the features' name. Raises ValueError, on every process, for a mistake of the user."""
-    if not args.ref and (args.sfid or args.pr or args.kid or not (args.score or args.save_stats)):
-        raise ValueError("--ref is needed, except for --is or --save-stats alone")
-    if args.features and (args.sfid or args.score):
-        raise ValueError("--sfid and --is are measures of Inception, --features has neither")
-    if args.batch < 1 or args.save_stats and args.save_stats.suffix != ".npz":
-        raise ValueError("--batch wants at least 1, --save-stats NAME.npz")
-    sources = [open_source(text, args.n, args.resolution, args.data_dir)
-               for text in (args.samples, args.ref) if text]
-    wants = []                             # of each source: moments, Inception Score, features kept
-    for k, source in enumerate(sources):
-        keep, score = (KEPT_REFERENCE, False) if k else (source.count, args.score)
-        moments = [mu for mu in ["mu"] + ["mu_s"] * args.sfid if mu not in source.statistics]
-        wants.append((moments, score, keep if args.pr or args.kid else 0))
-        if not source.count and (moments or score or args.pr or args.kid):
-            raise ValueError(f"{source.name}: statistics alone, but the flags ask for "
-                             f"{', '.join(moments) or 'features'} of images")
-
-    width = next((len(s.statistics["mu"]) for s in sources if "mu" in s.statistics), None)
-    named = {s.name: s.statistics["features"] for s in sources if "features" in s.statistics}
-    unnamed = INCEPTION if width in (None, FEATURES) else f"of width {width}, of an unknown network"
-    extract, needed = None, any(map(any, wants))
-    name = INCEPTION if needed else next(iter(named.values()), unnamed)
-    if args.features:
-        extract, name = load_extractor(args, device)
-    for source in sources:
-        if named.get(source.name, name) != name:
-            raise ValueError(f"{source.name}: statistics of {named[source.name]}, not of {name}; "
-                             "--features FILE gives another network")
-    if needed and not extract:             # after the checks, because it may be downloaded
-        extract, _ = load_extractor(args, device)
+    part = "fd_dinov2" if args.features else "fid"         # of EDM2's statistics
+    sizes = {}
+    if args.n is not None:
+        sizes["n"] = args.n
+    if args.resolution is not None:
+        sizes["resolution"] = args.resolution
+    sources = [open_source(args.samples, data_dir=args.data_dir, part=part, **sizes)]
+    plans = [plan_pass(args, sources[0], is_reference=False)]
+    if args.ref:
+        sources.append(open_source(args.ref, data_dir=args.data_dir, part=part, **sizes))
+        plans.append(plan_pass(args, sources[1], is_reference=True))
+    needs_network = any(any(plan) for plan in plans)
+    check_use(args, sources, needs_network)
+    extract, name = choose_network(args, sources, needs_network, device)
+    widths = [len(source.statistics["mu"]) for source in sources if "mu" in source.statistics]
+    width = widths[0] if widths else None
 
     sides = []
-    for source, want in zip(sources, wants):
-        side = dict(source.statistics)     # they go before those of the file's images, as in ADM
-        if any(want):
-            side |= collect(source, extract, *want, width, args.batch, device, rank, world)
+    for source, plan in zip(sources, plans):
+        side = dict(source.statistics)
+        if any(plan):
+            side |= collect(source, extract, plan.moments, plan.score, plan.keep, width,
+                            args.batch or 64, device, rank, world)
+        if "mu" in plan.moments:           # else the statistics of the file go before, as in ADM
+            side["features"] = name
         if rank == 0 and side.get("n", FEW) < FEW:
             print(f"warning: {source.name}: figures from {side['n']} images, fewer than {FEW:,}, "
-                  f"say little", file=sys.stderr)
+                  "say little", file=sys.stderr)
         sides.append(side)
     return sides, name
 
 
 def compare(args, sides, name, device):
-    """The figures that the flags ask for, from what `measure` returns: a dict of floats."""
-    figures, file = {}, name.split(" sha256:")[0]
-    fid, kid = ("FID", "KID") if name == INCEPTION else (f"Frechet distance ({file})",
-                                                         f"kernel distance ({file})")
+    """The figures that the flags ask for, from what `measure` returns: a dict of floats.
+
+    Raises ValueError if one of them is not finite.
+    """
+    figures, fid, kid = {}, "FID", "KID"
+    if name != INCEPTION:
+        file = name.split(" sha256:")[0]
+        fid, kid = f"Frechet distance ({file})", f"kernel distance ({file})"
     if args.ref:
-        figures[fid] = frechet_distance(*(side[key] for side in sides for key in ("mu", "sigma")))
-    if args.sfid:
-        figures["sFID"] = frechet_distance(*(s[key] for s in sides for key in ("mu_s", "sigma_s")))
+        a, b = sides
+        figures[fid] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+        if args.sfid:
+            figures["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
     if args.score:
         figures["IS"], figures["IS std"] = inception_score(sides[0]["parts"])
     if args.pr or args.kid:
@@ -623,29 +885,39 @@ def compare(args, sides, name, device):
         figures["precision"], figures["recall"] = precision_recall(*kept)
     if args.kid:
         figures[kid], figures[kid + " std"] = kernel_distance(*kept)
+    for key, figure in figures.items():
+        if not math.isfinite(figure):
+            raise ValueError(f"{key} is {figure}, because the network's outputs are not finite")
+        figures[key] = figure + 0.0        # -0.0 becomes 0.0
     return figures
 
 
-@run.program("take fewer images at once by --batch")
+def format_figure(figure):
+    """Six decimals, and no sign before a zero: a KID may be -1e-9."""
+    return f"{round(figure, 6) + 0.0:12.6f}"
+
+
+@processes.program("use fewer images at once by --batch")
 def main():
     args = parse_args()
-    run.check_output(args.save_stats, args.json)
-    device, rank, world = run.start_processes(args.device)
-    torch.backends.cudnn.allow_tf32 = False          # it rounds features to 10 bits
     try:
+        check_flags(args)
+        folders.check_output(args.save_stats, args.json)
+        device, rank, world = processes.start(args.device)
+        torch.backends.cudnn.allow_tf32 = False            # it rounds features to 10 bits
         sides, name = measure(args, device, rank, world)
         figures = compare(args, sides, name, device) if rank == 0 else {}
     except ValueError as e:
-        run.fail(" ".join(str(e).split()))          # a library's message may have several lines
-    run.end_processes()
+        fail(" ".join(str(e).split()))     # a library's message may have several lines
+    processes.end()
     if rank:
         return
-    counts = [side.get("n") for side in sides] + [None]          # of statistics it may be unknown
+    counts = [side.get("n") for side in sides] + [None]    # of statistics it may be unknown
     for role, source, count in zip(("samples", "reference"), (args.samples, args.ref), counts):
         print(f"{role:12}{source or 'none'}" + (f" ({count:,} images)" if count else ""))
     print(f"{'features':12}{name}")
     for key, figure in figures.items():
-        print(f"{key:40}{figure:12.6f}")
+        print(f"{key:40}{format_figure(figure)}")
     try:
         if args.json:
             args.json.write_text(json.dumps(dict(
@@ -654,9 +926,9 @@ def main():
                 indent=2) + "\n")
         if args.save_stats:
             known = {key: np.asarray(sides[0][key]) for key in STATISTICS if key in sides[0]}
-            np.savez(args.save_stats, **known | dict(features=name))
+            np.savez(args.save_stats, **known)
     except OSError as e:
-        run.fail(e)
+        fail(e)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ far apart the points of a pair lie (h), how the network sees time (c), what each
 which times are drawn (p), and to which end s it jumps: t_0 (CU), or any s below t (VU).
 
     g(x_t, t, s) = x_t + (s-t) f(x_t, t, s)                    `sample`: jump from t to s Eq. 3
-    f_tar        = u + (s-r) (f(x_t,t,s) - f(x_r,r,s)) / (t-r) `gcm_loss`, --jvp fd       Eq. 39
+    f_tar        = u + (s-r) (f(x_t,t,s) - f(x_r,r,s)) / (t-r) `gcm_loss`, difference     Eq. 39
                  = u + (s-t) df/dt                             --jvp exact, fused         Eq. 6
                    with x_r = x_t + (r-t) u, u = z - x, r = max(t - h, s)
     L            = w(t) / p(t|s) |f(x_t, t, s) - f_tar|        no gradient in f_tar       Eq. 39
@@ -21,81 +21,179 @@ Launch:
     python gcm.py --data cifar10 --row L                                       # 1 GPU
     torchrun --nproc_per_node=8 gcm.py --data cifar10 --batch 1024 --augment   # 8 GPUs
 
-Results and details: docs/gcm.md. A departure stands at its line: "paper: ...; here: ...".
+Results and details: docs/gcm.md. A departure from the paper stands at its line: "paper: ...; here:
+...".
 """
 
+import copy
 import functools
 import math
 import os
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import data
-import flags
 import models
-import run
-import weights
-from augment import augment
-from dryrun import DryRun
-from jvp import JVP, fd, in_one_pass, select, with_tangent
+from common import checkpoints, flags, processes, weights
+from common.augment import augment
+from common.ema import gamma_of
+from common.run import launch
+from common.seeds import generator, seed_of
+from jvp import JVP, in_one_pass, select, with_tangent
 
 METHOD = "gcm"
 
-# A row for each data set; a flag given by hand beats it, and --row too. Table 1 and G without the
-# MMD (--row F or L has it). No paper has the clipping of the gradient at norm 1.
+# The paper's values: Table 1 and G, without the MMD, which --row F or L adds. No paper has the
+# clipping of the gradient at norm 1.
 PAPER = dict(
-    variant="CU", ht="exp", epsilon=0.005, mu=3.5, ct="exp", scheme="gcm", gamma=1.0, lam=6.0,
-    pt="sine", pt_ab=(1.0, 0.01), nu_s=4.0, equal=0.0, P_mean=-0.4, P_std=1.0, group=1, jvp="fd",
-    kernel_sigma=0.1, w=1.0, kappa=0.0, guide=(0.0, 1.0), sigma_data=0.5, lr=1e-4, lr_final=1.0,
-    warmup=0, betas=(0.9, 0.999), optimizer="RAdam", ema_beta=0.9999, ema_sigma=0.1, q=2.0,
-    t_mid=(0.6,))
+    variant="CU",
+    ht="exp",
+    epsilon=0.005,
+    mu=3.5,
+    ct="exp",
+    scheme="gcm",
+    gamma=1.0,
+    lam=6.0,
+    pt="sine",
+    pt_ab=(1.0, 0.01),
+    nu_s=4.0,
+    equal=0.0,
+    P_mean=-0.4,
+    P_std=1.0,
+    group=1,
+    kernel_sigma=0.1,
+    jvp="fd",
+    w=1.0,
+    kappa=0.0,
+    guide=(0.0, 1.0),
+    sigma_data=0.5,
+    q=2.0,
+    t_mid=(0.6,),
+    optimizer="RAdam",
+    lr=1e-4,
+    lr_final=1.0,
+    warmup=0,
+    betas=(0.9, 0.999),
+    ema_beta=0.9999,
+    ema_sigma=0.1,
+)
+
+# The presets, one for each data set and use. A flag on the command line overrides its value, and
+# --row does as well.
 PRESETS = {
-    "glyphs": PAPER | dict(                # ours: high rates that fall, G.2's weights and times
-        resolution=16, steps=4000, batch=8, lr=2e-3, lr_final=0.0, warmup=200, betas=(0.9, 0.99),
-        ema_beta=0.0, sigma_data=0.6, epsilon=0.02, curriculum=650, lam=3.0, pt="uniform",
-        variant="VU", equal=0.5, w=2.0, kappa=0.5,
-        net=dict(name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(),
-                 adaptive_scale=True)),
+    "glyphs": PAPER | dict(                # ours: high rates that fall; weights and times of G.2
+        resolution=16,
+        steps=4000,
+        batch=8,
+        lr=2e-3,
+        lr_final=0.0,
+        warmup=200,
+        betas=(0.9, 0.99),
+        ema_beta=0.0,
+        sigma_data=0.6,
+        epsilon=0.02,
+        curriculum=650,
+        lam=3.0,
+        pt="uniform",
+        variant="VU",
+        equal=0.5,
+        w=2.0,
+        kappa=0.5,
+        net=dict(
+            name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), adaptive_scale=True),
+    ),
     "cifar10": PAPER | dict(
-        resolution=32, steps=400_000, batch=512, xflip=True, uncond=True, precision="tf32",
-        micro_batch=64, net=dict(name="DDPM++", dropout=0.2)),
+        resolution=32,
+        steps=400_000,
+        batch=512,
+        xflip=True,
+        uncond=True,
+        precision="tf32",
+        micro_batch=64,                    # ours: 24 GB
+        net=dict(name="DDPM++", dropout=0.2),
+    ),
     "cifar10_finetune": PAPER | dict(      # for --init: ECT's released settings, G.2's weights
-        resolution=32, steps=200_000, batch=128, uncond=True, precision="tf32", lam=3.0,
-        pt="uniform", ht="ect", curriculum=25_000,
-        micro_batch=64, net=dict(name="DDPM++", dropout=0.2)),     # ours: 24 GB
+        resolution=32,
+        steps=200_000,
+        batch=128,
+        uncond=True,
+        precision="tf32",
+        micro_batch=64,                    # ours: 24 GB
+        lam=3.0,
+        pt="uniform",
+        ht="ect",
+        curriculum=25_000,
+        net=dict(name="DDPM++", dropout=0.2),
+    ),
     "imagenet64_finetune": PAPER | dict(   # the same; XL: --lr 7e-4 --net dropout=0.5
-        resolution=64, steps=100_000, batch=128, micro_batch=32, optimizer="AdamW", lr=1e-3,
-        lr_decay=2000, betas=(0.9, 0.99), lam=3.0, pt="uniform", ht="ect", curriculum=25_000,
-        q=4.0, t_mid=(0.798,), net=dict(name="EDM2-S", dropout=0.4, dropout_res=16)),
+        resolution=64,
+        steps=100_000,
+        batch=128,
+        micro_batch=32,                    # ours: 24 GB
+        optimizer="AdamW",
+        lr=1e-3,
+        lr_decay=2000,
+        betas=(0.9, 0.99),
+        lam=3.0,
+        pt="uniform",
+        ht="ect",
+        curriculum=25_000,
+        q=4.0,
+        t_mid=(0.798,),
+        net=dict(name="EDM2-S", dropout=0.4, dropout_res=16),
+    ),
     # G.2; XL/2: --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 --steps 200000
     "imagenet_latents": PAPER | dict(
-        precision="bf16", variant="VU", micro_batch=64,    # ours: XL/2 fits 80 GB
-        steps=400_000, batch=256, optimizer="AdamW", betas=(0.9, 0.95), sigma_data=1.0,
-        epsilon=0.02, nu_s=1.0, gamma=0.2, equal=0.75, w=3.0, net=dict(name="DiT-B/4")),
+        steps=400_000,
+        batch=256,
+        precision="bf16",
+        micro_batch=64,                    # ours: XL/2 fits 80 GB
+        optimizer="AdamW",
+        betas=(0.9, 0.95),
+        variant="VU",
+        sigma_data=1.0,
+        epsilon=0.02,
+        nu_s=1.0,
+        gamma=0.2,
+        equal=0.75,
+        w=3.0,
+        net=dict(name="DiT-B/4"),
+    ),
 }
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
-
-def configurations():
-    """What --row takes: {letter in Tables 2, 3 and 10: flags}."""
-    rows, row = {}, dict(scheme="gcm", ht="const", ct="t", gamma=0.0, lam=0.0, pt="uniform",
-                         group=1, equal=0.0, w=1.0, curriculum=0)
-    for cu, vu, adds in (("A", "G", {}), ("B", "H", dict(ht="exp")), ("C", "I", dict(ct="exp")),
-                         ("D", "J", dict(gamma=1.0, lam=6.0)), ("E", "K", dict(pt="sine"))):
-        row = row | adds
-        rows[cu], rows[vu] = row | dict(variant="CU"), row | dict(variant="VU")
-    rows["F"] = rows["E"] | dict(group=4, kernel_sigma=0.05)
-    rows["L"] = rows["K"] | dict(group=2, kernel_sigma=0.1)
-    return rows | dict(M=rows["J"])        # D with s-sampling (Table 10) is J
+# What --row sets: the configurations of Tables 2, 3 and 10. A to F are CU, G to L are VU, and each
+# line adds a choice to the line before. M is D with s-sampling (Table 10), which is J.
+BASIC = dict(scheme="gcm", equal=0.0, w=1.0, curriculum=0)
+UNIFORM, SINE = dict(gamma=0.0, lam=0.0, pt="uniform"), dict(gamma=1.0, lam=6.0, pt="sine")
+WEIGHTED = dict(gamma=1.0, lam=6.0, pt="uniform")
+ROWS = {
+    "A": BASIC | UNIFORM | dict(variant="CU", ht="const", ct="t", group=1),
+    "B": BASIC | UNIFORM | dict(variant="CU", ht="exp", ct="t", group=1),
+    "C": BASIC | UNIFORM | dict(variant="CU", ht="exp", ct="exp", group=1),
+    "D": BASIC | WEIGHTED | dict(variant="CU", ht="exp", ct="exp", group=1),
+    "E": BASIC | SINE | dict(variant="CU", ht="exp", ct="exp", group=1),
+    "F": BASIC | SINE | dict(variant="CU", ht="exp", ct="exp", group=4, kernel_sigma=0.05),
+    "G": BASIC | UNIFORM | dict(variant="VU", ht="const", ct="t", group=1),
+    "H": BASIC | UNIFORM | dict(variant="VU", ht="exp", ct="t", group=1),
+    "I": BASIC | UNIFORM | dict(variant="VU", ht="exp", ct="exp", group=1),
+    "J": BASIC | WEIGHTED | dict(variant="VU", ht="exp", ct="exp", group=1),
+    "K": BASIC | SINE | dict(variant="VU", ht="exp", ct="exp", group=1),
+    "L": BASIC | SINE | dict(variant="VU", ht="exp", ct="exp", group=2, kernel_sigma=0.1),
+    "M": BASIC | WEIGHTED | dict(variant="VU", ht="exp", ct="exp", group=1),
+}
 
 
 def parse_args():
-    parser = flags.Parser(description="A Guide to Training Consistency Models; defaults by preset.")
-    flags.add_flags(parser, PRESETS, two_stages=False)
+    parser = flags.Parser(description="A Guide to Training Consistency Models. The defaults of "
+                          "most flags are those of the preset.")
+    flags.add_flags(parser, PRESETS)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
-    flag("--init", help="velocity network to begin with, ours or EDM's (G.2); else: from scratch")
-    flag("--row", choices=list(configurations()), help="configuration of Tables 2, 3 and 10")
+    flag("--init", metavar="FILE", help="velocity network to begin with, of flow.py or EDM's "
+         "(G.2); else: from scratch")
+    flag("--row", choices=list(ROWS), help="configuration of Tables 2, 3 and 10")
     flag("--variant", choices=["CU", "VU"], help="upper limit s: t_0, or drawn (3.4)")
     flag("--jvp", choices=list(JVP), help="df/dt: in one pass with f, by torch.func.jvp, or a "
          "finite difference over h(t) (Table 7j)")
@@ -103,7 +201,7 @@ def parse_args():
     flag("--epsilon", float, 1e-9, help="eps of h(t) 'exp'; the others: integral of eps (1-t)^2")
     flag("--curriculum", int, 0, help="steps after which eps, first 1/q, falls (G.1, Table 7d)")
     flag("--q", float, 1, help="what eps is divided by at the end of each --curriculum (G.1)")
-    flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t), but of --init (Eq. 9)")
+    flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t); not with --init (Eq. 9)")
     flag("--mu", float, 1e-9, help="exponent of h(t) and c(t) (Eqs. 36, 37)")
     flag("--scheme", choices=list(WEIGHTS), help="whose weights and times (Tables 7e, 11)")
     flag("--gamma", float, help="gamma in w(t) = t^gamma e^(-lambda t) (Eq. 14)")
@@ -120,96 +218,132 @@ def parse_args():
     flag("--w", float, help="guidance scale omega / (1 - kappa) of MeanFlow; 1 is none (G.2)")
     flag("--kappa", float, 0, 1, help="kappa of MeanFlow's guidance (G.2)")
     flag("--guide", float, 0, 1, nargs=2, help="guidance at the times from ... to ... (G.2)")
+    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, with guidance")
     flag("--sigma-data", float, 1e-9, help="sigma_d, the data's standard deviation (3.1)")
     flag("--augment", action="store_true", help="EDM's augmentation (Tables 8, 9)")
     flag("--t-mid", float, nargs="+", help="times between the steps (G.1)")
-    given = parser.parse_known_args()[0]
-    row = configurations().get(given.row, {})
-    row |= dict(curriculum=0) if given.epsilon is not None else {}     # one goes before the other
-    row |= dict(ema_beta=0.0) if given.ema_sigma is not None else {}
-    return flags.parse(parser, METHOD, {name: preset | row for name, preset in PRESETS.items()})
+    flag("--optimizer", choices=["AdamW", "RAdam"], help="optimiser (G.1, G.2)")
+    flag("--lr-decay", int, 1, help="steps after which the learning rate falls as the inverse "
+         "square root of the step (ECT)")
+    flag("--ema-beta", float, 0, 1, help="constant rate of the EMA, in place of --ema-sigma; 0 "
+         "means --ema-sigma")
+    args = parser.parse_args()
+    preset = flags.choose_preset(args, PRESETS)
+    if args.row:
+        preset = preset | ROWS[args.row]
+    if args.epsilon is not None:           # a step that is given replaces the preset's curriculum
+        preset = preset | dict(curriculum=0)
+    if args.ema_sigma is not None:         # a width that is given replaces the preset's rate
+        preset = preset | dict(ema_beta=0.0)
+    return flags.fill_in(args, METHOD, preset)
 
 
 # --------------------------------------------------------------------------------------------------
-# THE METHOD. Pure functions: x, z, xt, u, F, ... [B, C, H, W]; t, r, s, h, w [B]; y [B] or None.
+# THE METHOD. Pure functions of any shape: x, z, xt, u, F, ... [B, ...]; t, r, s, h, w [B] float;
+# y [B] int64 or None. They need torch and jvp.py alone.
 
 T_MIN, T_MAX = 0.006, 0.994                # t_0 and t_T (G.1)
 
 
-def wide(t):
-    """[B] -> [B, 1, 1, 1]."""
-    return t[:, None, None, None]
-
-
-def gcm_loss(f, jvp, x, z, t, s, density, y, *, ht="exp", k=0.005, mu=3.5, scheme="gcm", gamma=1.0,
-             lam=6.0, M=1, sigma=0.1, y_null=None, w=1.0, kappa=0.0, guide=(0.0, 1.0)):
+def gcm_loss(f, jvp, x, z, t, s, density, y, *, difference=True, ht="exp", k=0.005, mu=3.5,
+             scheme="gcm", gamma=1.0, lam=6.0, M=1, sigma=0.1, w=1.0, kappa=0.0, guide=(0.0, 1.0),
+             y_null=None):
     """Mean over the batch of Eq. 39, which has the gradient of Eq. 5, the paper's loss.
 
-    f          see precondition; its network is DDP's wrapper, if there is one
-    jvp        one of jvp.JVP; fd: the paper's difference of the pair x_t, x_r (Table 7j)
+    f          see precondition; under DDP its network is DDP's wrapper
+    jvp        one of jvp.JVP; with `difference` it is not used and may be None
     x, z       data, and noise of the data's standard deviation
-    t, s, density   as sample_times gives them
+    t, s, density   as sample_times returns them
+    y          labels or None
+    difference the derivative is the paper's difference of the pair x_t, x_r (Table 7j); else jvp's
     ht, k, mu  step h(t) of STEPS; scheme, gamma, lam: w(t) of WEIGHTS; M, sigma: see mmd_loss
-    y_null, w, kappa, guide   the null label; see guided_velocity
+    w, kappa, guide, y_null   see guided_velocity
     """
-    xt = wide(1 - t) * x + wide(t) * z                                             # 2.1
-    u = guided_velocity(f, xt, z - x, t, y, y_null=y_null, w=w, kappa=kappa, guide=guide)
-    # paper: h goes to 0 with 1 - t (C.3); here: to 1e-5, because float32 rounds less off
-    precise = (t.cpu() if t.device.type == "mps" else t).double()          # Apple's GPUs have none
-    h = STEPS[ht](precise, k, mu).clamp(min=1e-5).to(t)                            # Eqs. 26-36
+    xt = wide(1 - t, x) * x + wide(t, x) * z                                       # 2.1
+    u = guided_velocity(f, xt, z - x, t, y, w=w, kappa=kappa, guide=guide, y_null=y_null)
+    h = step_size(t, ht, k, mu)                                                    # Eqs. 26-36
     r = torch.maximum(t - h, s)
-    if jvp is fd:
+    if difference:
         F = f(xt, t, s, y)
-        slope = wide(torch.where(r > s, (s - r) / (t - r), 0))             # t = s: 0, not 0/0
-        target = u + slope * difference(f, F.detach(), xt, t, r, s, y, u)          # Eq. 39
+        slope = torch.where(r > s, (s - r) / (t - r), 0)                           # not 0/0
+        near_far = pair_difference(f, F.detach(), xt, t, r, s, y, u)
+        target = u + wide(slope, x) * near_far                                     # Eq. 39
     else:
-        F, df_dt = jvp(f, xt, t, s, y, u, 1, 0)
-        target = u + wide(s - t) * df_dt                                           # Eq. 6
+        F, df_dt = jvp(f, at=(xt, t, s, y), along=(u, 1, 0))
+        target = u + wide(s - t, x) * df_dt                                        # Eq. 6
     weight = WEIGHTS[scheme](t, s, h, gamma, lam) / density                        # Eq. 14, 3.3
     if M == 1:
-        return (weight * rms(F - target, dim=(1, 2, 3))).mean()                    # Eq. 39
-    base = xt + wide(s - r) * F.detach()
+        error = F - target
+        return (weight * rms(error, dim=tuple(range(1, error.dim())))).mean()      # Eq. 39
+    base = xt + wide(s - r, x) * F.detach()
     return mmd_loss(F, target, base, t, r, s, h, weight, M, sigma).mean()
 
 
+def wide(t, x):
+    """t [B] with as many dimensions as x, so that it multiplies the samples of x."""
+    return t.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def step_size(t, ht, k, mu):
+    """h(t) [B]. paper: h goes to 0 with 1 - t (C.3); here: to 1e-5, because float32 rounds less."""
+    precise = t.cpu() if t.device.type == "mps" else t     # Apple's GPUs have no float64
+    return STEPS[ht](precise.double(), k, mu).clamp(min=1e-5).to(t)
+
+
 @torch.no_grad()
-def guided_velocity(f, xt, u, t, y, *, y_null, w, kappa, guide):
+def guided_velocity(f, xt, u, t, y, *, w, kappa, guide, y_null):
     """MeanFlow's mixture (Geng et al. 2025, Eq. 19) of u and f(x_t, t, t) with label y and without,
-    omega being w (1 - kappa), at times in the interval `guide`; else u."""
-    if w == 1 or y is None:
+    omega being w (1 - kappa), at times in the interval `guide`; else u. w = 1 is no guidance.
+    ValueError if w is not 1 and y or y_null is None."""
+    if w == 1:
         return u
+    if y is None or y_null is None:
+        raise ValueError("guidance (w other than 1) needs the labels y and the null label y_null")
     omega, null = w * (1 - kappa), torch.full_like(y, y_null)
     f_cond, f_null = in_one_pass(f, (xt, t, t, y), (xt, t, t, null))
+    mixture = omega * u + kappa * f_cond + (1 - omega - kappa) * f_null
     guided = (guide[0] <= t) & (t <= guide[1]) & (y != y_null)
-    return torch.where(wide(guided), omega * u + kappa * f_cond + (1 - omega - kappa) * f_null, u)
+    return torch.where(wide(guided, u), mixture, u)
 
 
 @torch.no_grad()
-def difference(f, F, xt, t, r, s, y, u):
-    """f(x_t, t, s), which is F, minus f(x_r, r, s); under autocast both anew in float32."""
-    xr = xt + wide(r - t) * u
+def pair_difference(f, F, xt, t, r, s, y, u):
+    """f(x_t, t, s), which is F, minus f(x_r, r, s). Under autocast both are computed again in
+    float32, because bfloat16 would round their difference off."""
+    xr = xt + wide(r - t, xt) * u
     if not torch.is_autocast_enabled(xt.device.type):
         return F - f(xr, r, s, y)
-    with torch.autocast(xt.device.type, enabled=False):    # bfloat16 would round the difference off
+    with torch.autocast(xt.device.type, enabled=False):
         near, far = in_one_pass(f, (xt, t, s, y), (xr, r, s, y))
         return near - far
 
 
-def precondition(net, *, ct, mu, sigma_d, second_time, velocity=False, augment=None):
-    """f(x_t, t, s, y): c_out net(c_in x_t, c(t), c(s), y), c(s) if second_time (3.1).
-    velocity: net is a velocity network as models.py has them (time from noise to data, noise of
-    deviation 1): its answer at k x_t, where the ratio of noise to data is the same, becomes f.
-    augment: the labels [B, D] of the augmentation. paper: z ~ N(0, I) (2.1); here: its deviation is
-    sigma_d, because c_in and c_out have unit variance (3.1) only then."""
+def precondition(net, *, ct="exp", mu=3.5, sigma_d=0.5, second_time=False, velocity=False,
+                 augment=None):
+    """f(x_t, t, s, y) = c_out net(c_in x_t, c(t), c(s), y) (3.1), which also takes tangent=.
+
+    net        any callable net(x, t, s, y); s is c(s) if second_time, else None
+    velocity   net is a velocity network as models.py has them, with time from noise to data and
+               noise of deviation 1: its answer at k x_t, where the ratio of noise to data is the
+               same, becomes f
+    augment    the labels [B, D] of the augmentation, which are net's fifth argument, or None
+
+    paper: z ~ N(0, I) (2.1); here: its deviation is sigma_d, because c_in and c_out have unit
+    variance (3.1) only then.
+    """
     def f(xt, t, s, y):
-        more = () if augment is None else (augment.repeat(xt.shape[0] // len(augment), 1),)
+        more = ()
+        if augment is not None:
+            more = (augment.repeat(xt.shape[0] // len(augment), 1),)
         if velocity:
             k, end = (1 - t + sigma_d * t) ** -1, (1 - s) / (1 - s + sigma_d * s)
-            F = net(wide(k) * xt, (1 - t) * k, end if second_time else None, y, *more)
-            return -wide(k) * ((1 - sigma_d) * xt + sigma_d * F)
-        var = wide((1 - t) ** 2 + t ** 2)
-        at = TIME_SCALINGS[ct](t, mu), TIME_SCALINGS[ct](s, mu) if second_time else None
-        return sigma_d * math.sqrt(2) * net(var.rsqrt() / sigma_d * xt, *at, y, *more)
+            F = net(wide(k, xt) * xt, (1 - t) * k, end if second_time else None, y, *more)
+            return -wide(k, xt) * ((1 - sigma_d) * xt + sigma_d * F)
+        c_in = wide((1 - t) ** 2 + t ** 2, xt).rsqrt() / sigma_d
+        c_out = sigma_d * math.sqrt(2)
+        c_t = TIME_SCALINGS[ct](t, mu)
+        c_s = TIME_SCALINGS[ct](s, mu) if second_time else None
+        return c_out * net(c_in * xt, c_t, c_s, y, *more)
     return with_tangent(f)
 
 
@@ -225,9 +359,9 @@ def mmd_loss(F, target, base, t, r, s, h, weight, M, sigma):
     paper: twice this; here: half, because M = 1 is then the norm, but for e^(-h / sigma).
     paper: t - r for h; here: h, which is t - r but where s cuts it short, there it may be 0.
     paper: IMM's sharing of times has Eq. 5's form (G.1); here: this one, too (--share-time)."""
-    a, b = ((base - wide(h) * part).flatten(1).unflatten(0, (-1, M))
-            for part in (F, target))                                               # Eq. 40
-    t, r, s, h, weight = (part.unflatten(0, (-1, M)) for part in (t, r, s, h, weight))
+    a, b = ((base - wide(h, base) * end).flatten(1).unflatten(0, (-1, M))
+            for end in (F, target))                                                # Eq. 40
+    t, r, s, h, weight = (times.unflatten(0, (-1, M)) for times in (t, r, s, h, weight))
 
     def kernel(x1, x2, t1, t2):
         apart = rms(x1[:, :, None] - x2[:, None], dim=(-1,))             # [B/M, M, M]
@@ -286,10 +420,14 @@ WEIGHTS = {                                # w(t); of GCM and, for Tables 7e and
 
 def equal_integral(ht, epsilon, mu):
     """The constant k for which h(t) has the integral of epsilon (1-t)^2 over [0, 1] (C.3)."""
-    t, low, high = (torch.arange(20_000).double() + 0.5) / 20_000, 0.0, 1.0
-    for _ in range(60):
-        k = (low + high) / 2               # every h grows with k
-        low, high = (k, high) if STEPS[ht](t, k, mu).mean() < epsilon / 3 else (low, k)
+    t = (torch.arange(20_000).double() + 0.5) / 20_000
+    low, high = 0.0, 1.0
+    for _ in range(60):                    # bisection, as every h grows with k
+        k = (low + high) / 2
+        if STEPS[ht](t, k, mu).mean() < epsilon / 3:
+            low = k
+        else:
+            high = k
     return k
 
 
@@ -308,20 +446,27 @@ def cosh(u, a, b):
     return (phase - b) / (a - b), (a - b) / span * torch.cosh(phase)               # Eqs. 42, 16
 
 
+def uniform(u, a, b):
+    """Quantiles at u of the uniform distribution on [0, 1], and its density there."""
+    return u, torch.ones_like(u)
+
+
 def uniform_power(u, v, nu):
     """Draws of p_up on [0, 1] from uniform u, v (E.2)."""
     return u * (1 - (1 - v) ** (1 / nu))                                           # Eq. 17
 
 
-DENSITIES = {"uniform": lambda u, a, b: (u, torch.ones_like(u)), "sine": sine, "cosh": cosh}
+DENSITIES = {"uniform": uniform, "sine": sine, "cosh": cosh}
 
 
-def sample_times(u, scheme, variant, pt, ab, nu, equal, P_mean, P_std, sigma_d):
+def sample_times(u, *, scheme="gcm", variant="CU", pt="sine", ab=(1.0, 0.01), nu=4.0, equal=0.0,
+                 P_mean=-0.4, P_std=1.0, sigma_d=0.5):
     """t, s and the density of t, from uniform u [4, B]. A share `equal` has s = t, at log-normal
     times (G.2); the density there is 1, because the paper means that draw as a weight.
     paper: w(t) / p(t|s); here: p(t|s) relative to uniform on [s, t_T], which leaves out a factor
     t_T - s of the weight, because by 3.3 uniform times have the weight w(t). It matters for VU."""
-    normal, density = P_mean + P_std * torch.special.ndtri(u), torch.ones_like(u[0])
+    normal = P_mean + P_std * torch.special.ndtri(u)
+    density = torch.ones_like(u[0])
     s, same = torch.full_like(u[0], T_MIN), u[3] < equal
     if scheme == "gcm":
         if variant == "VU":
@@ -341,23 +486,32 @@ def sample_times(u, scheme, variant, pt, ab, nu, equal, P_mean, P_std, sigma_d):
 
 
 # --------------------------------------------------------------------------------------------------
-# SAMPLERS. noise [K, B, C, H, W], standard normal; y [B] labels; -> images [B, C, H, W].
+# SAMPLERS. noise [K, B, ...], standard normal; y [B] labels or None; -> samples [B, ...].
 
 @torch.no_grad()
-def sample(net, noise, y, nfe, restart, mid, sigma_d, times=None, **options):
-    """nfe jumps, from t_T and nfe - 1 `times` (else ValueError; default: `mid`, or equal steps).
-    restart: each to t_0, from where fresh noise leads back (CU; K = nfe); else: pushforward, from
-    each time to the next and at last t_0 (VU; K = 1). options: those of `precondition`."""
+def sample(net, noise, y, *, nfe, restart, mid=(0.6,), sigma_d=0.5, times=None, **options):
+    """nfe jumps, from t_T by way of nfe - 1 falling times to t_0.
+
+    restart    each jump ends at t_0, from where fresh noise leads back (CU; K = nfe); else each
+               jump ends at the next time (pushforward, VU; K = 1)
+    times      the times in between (default: `mid`, if they are as many, or equal steps);
+               ValueError if they do not fit
+    options    those of `precondition`
+    """
     f = precondition(net, sigma_d=sigma_d, **options)
-    equal = [T_MAX + (T_MIN - T_MAX) * i / nfe for i in range(1, nfe)]
-    inner = times or (mid if len(mid) == nfe - 1 else equal)
-    at, xt = [T_MAX, *inner, T_MIN], sigma_d * noise[0]
+    inner = times
+    if inner is None and len(mid) == nfe - 1:
+        inner = mid
+    if inner is None:
+        inner = [T_MAX + (T_MIN - T_MAX) * i / nfe for i in range(1, nfe)]
+    at = [T_MAX, *inner, T_MIN]
     if len(inner) != nfe - 1 or any(a <= b for a, b in zip(at, at[1:])):
-        raise ValueError(f"--times: NFE {nfe} wants {nfe - 1} falling times, {T_MAX} to {T_MIN}")
+        raise ValueError(f"--times: NFE {nfe} needs {nfe - 1} falling times, {T_MAX} to {T_MIN}")
+    xt = sigma_d * noise[0]
     for i in range(nfe):
         end = T_MIN if restart else at[i + 1]
-        t, s = (torch.full_like(noise[0, :, 0, 0, 0], time) for time in (at[i], end))
-        xt = xt + wide(s - t) * f(xt, t, s, y)                                     # Eq. 3
+        t, s = xt.new_full(xt.shape[:1], at[i]), xt.new_full(xt.shape[:1], end)
+        xt = xt + wide(s - t, xt) * f(xt, t, s, y)                                 # Eq. 3
         if restart and i + 1 < nfe:
             xt = (1 - at[i + 1]) * xt + at[i + 1] * sigma_d * noise[i + 1]
     return xt
@@ -369,131 +523,176 @@ DETERMINISTIC = ("pushforward",)           # one noise is enough
 
 
 def default_sampler(nfe, args):
-    """The name in SAMPLERS for a run with these args (a dict; G.1)."""
-    ends = args["variant"] == "CU" or args["scheme"] in ("facm", "ect")    # jumps to t_0 alone
-    return "restart" if ends else "pushforward"
+    """The sampler for a run with these flags (a dict; G.1)."""
+    only_jumps_to_the_end = args["variant"] == "CU" or args["scheme"] in ("facm", "ect")
+    return "restart" if only_jumps_to_the_end else "pushforward"
 
 
 def scalings(args):
-    """The options of `precondition` for a run with these args (a dict)."""
+    """The options of `precondition` for a run with these flags (a dict)."""
     return dict(ct=args["ct"], mu=args["mu"], sigma_d=args["sigma_data"],
                 second_time=args["variant"] == "VU", velocity=args["init"] is not None)
 
 
 def sampler_options(args):
-    """{name in SAMPLERS: its keyword arguments} for a run with these args (a dict)."""
+    """{sampler: its options} for a run with these flags (a dict)."""
     return {name: dict(scalings(args), mid=tuple(args["t_mid"])) for name in SAMPLERS}
 
 
-def preview(net, stage, noise, args):
+def preview(net, noise, args):
     """Two rows of NFE 1 over two of NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     name = default_sampler(2, vars(args))
     options = sampler_options(vars(args))[name]
-    return torch.cat([SAMPLERS[name](net, noise, y, nfe, **options) for nfe in (1, 2)])
+    return torch.cat([SAMPLERS[name](net, noise, y, nfe=nfe, **options) for nfe in (1, 2)])
 
 
 # --------------------------------------------------------------------------------------------------
+# TRAINING.
 
 def check(args, net):
-    """Raises ValueError for flags that do not go together."""
-    others = args.w != 1 or args.equal or args.scheme in ("imm", "meanflow", "facm")
-    for wrong, message in (
-            (args.variant == "CU" and others, "--variant CU wants --w 1 --equal 0, gcm or ect"),
-            (args.w != 1 and not net.num_classes,
-             f"--w {args.w}: guidance needs classes; take --w 1"),
-            (args.pt != "uniform" and len(set(args.pt_ab)) == 1, "--pt-ab: a and b must differ"),
-            (any(a <= b for a, b in zip([T_MAX, *args.t_mid], [*args.t_mid, T_MIN])),
-             f"--t-mid: falling times between {T_MAX} and {T_MIN}")):
-        if wrong:
-            raise ValueError(message)
+    """Raises ValueError for flags that do not go together. net: the network's options."""
+    if args.variant == "CU":
+        other_ends = args.equal or args.scheme in ("imm", "meanflow", "facm")
+        if args.w != 1 or other_ends:
+            raise ValueError("--variant CU needs --w 1, --equal 0, and --scheme gcm or ect")
+    if args.w != 1 and not net["num_classes"]:
+        raise ValueError(f"--w {args.w}: guidance needs a network with classes; use --w 1")
+    if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
+        raise ValueError("--pt-ab: a and b must differ")
+    times = [T_MAX, *args.t_mid, T_MIN]
+    if any(a <= b for a, b in zip(times, times[1:])):
+        raise ValueError(f"--t-mid: give falling times between {T_MAX} and {T_MIN}")
 
 
-@run.program(run.LESS_MEMORY)
-def main():
-    args = parse_args()
-    constant = args.epsilon if args.ht == "exp" else equal_integral(args.ht, args.epsilon, args.mu)
-    job = (DryRun if args.dry_run else run.Run)(args, METHOD)
+def train(args, run):
+    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    device, rank, world = run.device, run.rank, run.world
 
-    # Data and network; the state in which the run stands
-    with run.errors_in_one_line():
-        dataset = data.load_for(args)
-        args.net = data.fit_network_to(dataset, args.net)
-        begins = args.init and (os.path.exists(args.init) or not args.dry_run)
-        if begins:
-            start, args.net = weights.read_start(args.init, args.net, args.weights)
-            args.net = data.fit_network_to(dataset, args.net)
-        args.net |= dict(second_time=args.variant == "VU")
-        args.net |= dict(augment_dim=9) if args.augment else {}
-        net = models.create(**args.net, seed=run.seed_of(args.seed, "init")).to(job.device)
-        check(args, net)
-        pieces = job.pieces(args.batch, args.group)
-        job.open_folder()
-        if begins:
-            run.load_weights(net, start, args.init, weights.MAY_BEGIN_ANEW)
-        job.resume(net, models.shard)
+    # Data, network and its average; with --init the network begins with the weights of that file
+    dataset = data.load_for(args)
+    begins = args.init is not None
+    if begins and args.dry_run:
+        begins = os.path.exists(args.init)
+    if begins:
+        start, args.net = weights.read_start(args.init, args)
+    args.net = data.fit_network_to(dataset, args.net) | dict(second_time=args.variant == "VU")
+    if args.augment:
+        args.net = args.net | dict(augment_dim=9)
+    check(args, args.net)
+    net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
+    net.grad_checkpoint = args.grad_checkpoint
+    if begins:
+        checkpoints.load_weights(net, start, args.init, weights.MAY_BEGIN_ANEW)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    gamma = gamma_of(args.ema_sigma)
+
+    # Optimiser, and where the run stands
+    if args.fsdp:
+        models.shard(net)
+        models.shard(ema)
+    settings = dict(lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    if args.optimizer == "RAdam":
+        optimizer = torch.optim.RAdam(net.parameters(), **settings)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), fused=device.type != "mps", **settings)
+    run.resume(net, ema, optimizer)
+
+    # The network as the loss calls it: compiled, and DDP around it
+    model = net
+    if args.compile:
+        model = torch.compile(net)
+    if world > 1 and not args.fsdp:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
     jvp = select(args.jvp, args.compile)
-    preview_noise = data.preview_noise(args.seed, dataset.shape).to(job.device)
+    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch, args.group)
+    constant = args.epsilon
+    if args.ht != "exp":
+        constant = equal_integral(args.ht, args.epsilon, args.mu)
+    shape = (args.batch, *dataset.shape)
+    preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
-    while job.step < job.total:
-        stage = job.stage()
+    for step in range(run.step, args.steps):
+        # Learning rate: ECT's decay, a linear rise, a linear fall to lr_final
+        lr = args.lr
+        if args.lr_decay:
+            lr *= max(1, step / args.lr_decay) ** -0.5
+        rise = min(1, (step + 1) / max(args.warmup, 1))
+        fall = 1 - (1 - args.lr_final) * step / args.steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(rise, fall)
 
-        # Seed: random numbers of the global batch; neither processes nor pieces change them
-        random = run.generator(job.device, args.seed, "step", job.step)
-        z_all = torch.randn((args.batch, *dataset.shape), generator=random, device=job.device)
-        *u, drop = torch.rand((5, args.batch), generator=random, device=job.device)
-        if args.share_time:
-            u = [a[torch.arange(args.batch) // args.group * args.group] for a in u]
-        t_all, s_all, density = sample_times(
-            torch.stack(u), args.scheme, args.variant, args.pt, args.pt_ab, args.nu_s, args.equal,
-            args.P_mean, args.P_std, args.sigma_data)
-        # paper: k falls for ever; here: to 2^-10, because float32 rounds less off
-        k = (max(args.q ** -(1 + job.step // args.curriculum), 2 ** -10) if args.curriculum
-             else constant)
+        # The step's constant. paper: k falls for ever (G.1); here: to 2^-10, because float32 rounds
+        # less off
+        k = constant
+        if args.curriculum:
+            k = max(args.q ** -(1 + step // args.curriculum), 2 ** -10)
 
-        terms = torch.zeros(1, device=job.device)
-        for part, (rows, share) in enumerate(pieces):
-            # Batch
-            with job.data_errors_end_the_run():
-                x, y = run.to_device(
-                    dataset.batch(args.seed, stage.first, args.batch, rows), job.device)
-            z, t, s, labels = args.sigma_data * z_all[rows], t_all[rows], s_all[rows], None
+        # Noise and times of the whole batch, so that neither processes nor micro-batches change
+        # them: they follow from the seed and the step
+        random = generator(device, args.seed, "step", step)
+        z_all = args.sigma_data * torch.randn(shape, generator=random, device=device)
+        draws = torch.rand((5, args.batch), generator=random, device=device)
+        u, drop_all = draws[:4], draws[4]
+        if args.share_time:                # the first of a group draws the time of the group
+            first = torch.arange(args.batch, device=device) // args.group * args.group
+            u = u[:, first]
+        t_all, s_all, density_all = sample_times(
+            u, scheme=args.scheme, variant=args.variant, pt=args.pt, ab=args.pt_ab, nu=args.nu_s,
+            equal=args.equal, P_mean=args.P_mean, P_std=args.P_std, sigma_d=args.sigma_data)
+
+        # The gradient, accumulated over the micro-batches; with the last one it is averaged over
+        # the processes. EDM2's networks first normalise their weights
+        if hasattr(net, "force_weight_norm"):
+            net.force_weight_norm()
+        total = torch.zeros((), device=device)
+        for i, samples in enumerate(micro_batches):
+            x, y = run.batch(dataset, step, samples)
+            z, t, s, density = z_all[samples], t_all[samples], s_all[samples], density_all[samples]
             if args.w != 1:
-                y = torch.where(drop[rows] < args.label_drop, net.num_classes, y)
+                y = torch.where(drop_all[samples] < args.label_drop, net.num_classes, y)
+            labels = None                  # of the augmentation
             if args.augment:
-                x, labels = augment(x, run.generator("cpu", args.seed, "augment", job.step),
-                                    batch=args.batch, rows=rows)
-
-            # Loss
-            run.synchronise(job.trained, last=part + 1 == len(pieces))
-            models.seed_dropout(
-                net, run.seed_of(args.seed, "dropout", job.step, job.rank, part), rows=len(y))
-            f = precondition(job.trained, **scalings(vars(args)), augment=labels)
-            with job.autocast():
+                x, labels = augment(x, generator("cpu", args.seed, "augment", step),
+                                    batch=args.batch, rows=samples)
+            models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
+            last = i == len(micro_batches) - 1
+            if args.fsdp:
+                net.set_requires_gradient_sync(last)
+            elif world > 1:
+                model.require_backward_grad_sync = last                # what DDP's no_sync() sets
+            f = precondition(model, **scalings(vars(args)), augment=labels)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss = gcm_loss(
-                    f, jvp, x, z, t, s, density[rows], y, ht=args.ht, k=k, mu=args.mu,
-                    scheme=args.scheme, gamma=args.gamma, lam=args.lam, M=args.group,
-                    sigma=args.kernel_sigma, y_null=net.num_classes, w=args.w, kappa=args.kappa,
-                    guide=args.guide)
+                    f, jvp, x, z, t, s, density, y, difference=args.jvp == "fd", ht=args.ht, k=k,
+                    mu=args.mu, scheme=args.scheme, gamma=args.gamma, lam=args.lam, M=args.group,
+                    sigma=args.kernel_sigma, w=args.w, kappa=args.kappa, guide=args.guide,
+                    y_null=net.num_classes)
+            loss = loss * (len(y) / (args.batch // world))
+            loss.backward()
+            total += loss.detach()
 
-            # Backward: summed over the pieces
-            (loss * share).backward()
-            terms += loss.detach() * share
+        # Clip, step, average of the weights: EDM2's power function, or a constant rate. A step
+        # whose gradient is not finite is skipped
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        if args.fsdp:
+            grad_norm = grad_norm.full_tensor()
+        if grad_norm.isfinite():
+            optimizer.step()
+            beta = args.ema_beta or (1 - 1 / (step + 1)) ** (gamma + 1)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+        optimizer.zero_grad()
 
-        # Clip, optimiser, EMA
-        grad_norm = job.clip_gradient()
-        job.set_lr(stage.lr)
-        job.optimizer.step()
-        job.optimizer.zero_grad()
-        run.ema_update(job.ema, net, stage.k + 1, job.gamma, args.ema_beta)
+        # Log, save, preview (of latents sample.py makes pictures)
+        run.log(step, loss=total, grad_norm=grad_norm)
+        run.save()
+        if run.preview_is_due() and dataset.shape[0] in (1, 3):
+            data.save_preview(run.preview_path(), preview(ema, preview_noise, args))
 
-        # Log, save, preview
-        signalled = job.after_step(stage, dict(loss=terms[0], grad_norm=grad_norm))
-        if job.shows:
-            data.save_preview(job.preview_path(), preview, job.ema, stage.name, preview_noise, args)
-        if signalled:
-            break
-    job.finish()
+
+def main():
+    launch(train, METHOD, parse_args())
 
 
 if __name__ == "__main__":

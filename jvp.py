@@ -1,22 +1,24 @@
-"""The derivative of a network in a direction, beside its value: three ways with one signature.
+"""The value of a network and its derivative in a direction, in three ways with one signature.
 
-    F, dF, *outputs = jvp(net, x, t, s, y, dx, dt, ds, *others)
+    F, dF = jvp(net, at=(x, t, s, y), along=(dx, dt, ds))
+    F, dF, F_other = jvp(net, at=(x, t, s, y), along=(dx, dt, ds), also=(x', t', s', y'))
 
-    net           any callable net(x, t, s, y) -> [B, C, H, W]; `fused` also wants tangent=
-    x, t, s, y    [B, C, H, W], [B], [B] or None, [B] or None
-    dx, dt, ds    the direction: dx [B, C, H, W]; dt and ds are numbers
-    F, dF         net's output, with gradient, and its derivative in the direction, without
-    others        more inputs (x, t, s, y) of net; their outputs follow, with gradient
+    net      any callable net(x, t, s, y); `fused` also gives it tangent=, see with_tangent
+    at       the point: x [B, ...] of any shape, t [B], s [B] or None, y [B] int64 or None
+    along    the direction: dx like x; dt and ds are numbers or tensors [B]; without s, ds is unused
+    also     one further input of net, whose output F_other follows
+    F        the output of net at the point, with gradient, as is F_other
+    dF       the derivative of F in the direction, like F, without gradient
 
-    fused   F and dF come from one pass of net, which carries a tangent beside each value
-    exact   dF comes from torch.func.jvp, in a pass of its own
-    fd      dF is a central difference, in two passes of its own
+    fused    F and dF come from one pass of net, which carries a tangent beside each value.
+    exact    dF comes from torch.func.jvp, in a pass of its own.
+    fd       dF is a central difference, in one pass of its own over both ends.
 
-F goes through net's own forward pass, so DDP and FSDP see it. dF never has a graph: DDP wants
-nothing averaged for it, and its passes may go through DDP, too. FSDP wants `fused` or `fd`.
-A network of your own takes `tangent=` after net = with_tangent(net).
+F goes through net's own forward pass, so DDP and FSDP see it. dF never has a graph, so DDP has
+nothing to average for it. torch.func.jvp does not work with FSDP; `fused` and `fd` do.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,58 +27,126 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 def in_one_pass(net, *inputs):
-    """The outputs of net for several inputs (x, t, s, y), from one pass, which costs less."""
-    joined = [None if part[0] is None else torch.cat(part) for part in zip(*inputs)]
+    """The outputs of net for several inputs (x, t, s, y), from one pass over all of them, which
+    costs less than a pass for each. All inputs need the same batch size, and either all of them
+    have an s (or a y) or none has. Returns a tuple with one output [B, ...] for each input."""
+    joined = []
+    for parts in zip(*inputs):
+        joined.append(None if parts[0] is None else torch.cat(parts))
     return net(*joined).chunk(len(inputs))
 
 
-def fused(net, x, t, s, y, dx, dt, ds, *others):
-    """Value and derivative from one pass (FACM's later version calls it Chain-JVP)."""
-    tangent = dx, torch.full_like(t, dt), None if s is None else torch.full_like(s, ds)
-    return *net(x, t, s, y, tangent=tangent), *(net(*inputs) for inputs in others)
+def _outputs(net, at, also):
+    """The output of net at the point alone, or at the point and at the further input."""
+    if also is None:
+        return in_one_pass(net, at)
+    return in_one_pass(net, at, also)
+
+
+def _filled(t, number):
+    """A number, or a tensor [B], as a tensor like t [B]."""
+    if torch.is_tensor(number):
+        return number.to(t).expand_as(t)
+    return torch.full_like(t, number)
+
+
+def _direction(at, along):
+    """The direction (dx, dt, ds) as tensors like x, t and s; ds is None if s is."""
+    x, t, s, y = at
+    dx, dt, ds = along
+    if s is None:
+        return dx, _filled(t, dt), None
+    return dx, _filled(t, dt), _filled(s, ds)
+
+
+def fused(net, at, along, also=None):
+    """F, dF and perhaps F_other (see the top of this file) from one pass of net with tangents.
+    FACM's later version calls such a derivative Chain-JVP.
+
+    net is called as net(x, t, s, y, tangent=(dx, dt, ds)) and has to return (F, dF); the networks
+    of models.py do, and with_tangent makes such a network of any other."""
+    value, derivative = net(*at, tangent=_direction(at, along))
+    if also is None:
+        return value, derivative
+    return value, derivative, net(*also)
+
+
+@contextlib.contextmanager
+def _plain_attention():
+    """Attention in PyTorch's plain form, because its fused kernels have no forward mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()       # of nn.TransformerEncoderLayer
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @torch.no_grad()
-def forward_mode(net, x, t, s, y, dx, dt, ds):
-    """The derivative alone, by PyTorch's forward mode, which no fused attention has."""
-    point, tangent = (x, t), (dx, torch.full_like(t, dt))
-    if s is not None:
-        point, tangent = (*point, s), (*tangent, torch.full_like(s, ds))
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(lambda x, t, s=None: net(x, t, s, y), point, tangent)[1]
+def forward_mode(net, at, along):
+    """dF alone, by torch.func.jvp; at and along as at the top of this file."""
+    x, t, s, y = at
+    dx, dt, ds = _direction(at, along)
+    if s is None:
+        point, direction = (x, t), (dx, dt)
+    else:
+        point, direction = (x, t, s), (dx, dt, ds)
+
+    def output(x, t, s=None):
+        return net(x, t, s, y)
+
+    with _plain_attention():
+        return torch.func.jvp(output, point, direction)[1]
 
 
-def exact(net, x, t, s, y, dx, dt, ds, *others, derivative=forward_mode):
-    """The derivative by torch.func.jvp."""
-    value, *outputs = in_one_pass(net, (x, t, s, y), *others)
-    return value, derivative(net, x, t, s, y, dx, dt, ds), *outputs
+def exact(net, at, along, also=None, derivative=forward_mode):
+    """F, dF and perhaps F_other (see the top of this file), with dF by torch.func.jvp.
+
+    derivative(net, at, along) computes dF; `select` passes a compiled forward_mode here."""
+    value, *others = _outputs(net, at, also)
+    return value, derivative(net, at, along), *others
 
 
-def fd(net, x, t, s, y, dx, dt, ds, *others, h=5e-3):
-    """The derivative by a central difference, with an error of order h^2."""
-    value, *outputs = in_one_pass(net, (x, t, s, y), *others)
-    ends = [(x + e * dx, t + e * dt, None if s is None else s + e * ds, y) for e in (h, -h)]
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):    # bfloat16 is too coarse
-        ahead, behind = in_one_pass(net, *ends)
-        return value, (ahead - behind) / (2 * h), *outputs
+def fd(net, at, along, also=None, h=5e-3):
+    """F, dF and perhaps F_other (see the top of this file), with dF by the central difference of
+    step h > 0, whose error is of order h^2. Its pass leaves autocast, because bfloat16 is too
+    coarse for a difference."""
+    x, t, s, y = at
+    dx, dt, ds = along
+
+    def moved(step):
+        moved_s = None if s is None else s + step * ds
+        return x + step * dx, t + step * dt, moved_s, y
+
+    value, *others = _outputs(net, at, also)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        ahead, behind = in_one_pass(net, moved(h), moved(-h))
+        return value, (ahead - behind) / (2 * h), *others
 
 
 JVP = {"fused": fused, "exact": exact, "fd": fd}
 
 
 def select(name, compile=False):
-    """JVP[name]; with compile the derivative of `exact` is compiled, as the network is already."""
+    """JVP[name]. With compile=True the derivative of `exact` is compiled; the network that it is
+    called with is compiled already. Raises KeyError for another name."""
     if name == "exact" and compile:
         return functools.partial(exact, derivative=torch.compile(forward_mode))
     return JVP[name]
 
 
 def with_tangent(net):
-    """net(x, t, s, y), any callable, as one that takes tangent=(dx, dt, ds), too: then it returns
-    (F, dF). A None in it is no motion. NotImplementedError names an operation without a rule."""
+    """A callable like net(x, t, s, y) that can also be called with tangent=(dx, dt, ds), and then
+    returns (F, dF). A None in tangent is no motion.
+
+    Raises NotImplementedError when it is called, if net contains an operation that draws random
+    numbers, writes into an argument, or has neither a rule nor a forward mode."""
     def call(x, t, s=None, y=None, tangent=None):
         if tangent is None:
             return net(x, t, s, y)
@@ -86,181 +156,559 @@ def with_tangent(net):
 
 
 # --------------------------------------------------------------------------------------------------
-# Dual: a value with its tangent, which PyTorch's functions take for a tensor.
+# Dual: a value with its tangent, on which PyTorch's functions work as on a tensor.
+#
+# An operation on Duals, for example F.silu(dual), is applied in _apply. The value of its result is
+# the same operation on the values. The tangent of its result comes from
+#
+#   1. the operation itself, applied to the tangent, if it is linear (LINEAR, at the end);
+#   2. or else a rule, a function that computes the tangent (RULES, at the end);
+#   3. or else the fallback: torch.func.jvp of this one operation.
 
 def duals(values, tangents):
-    """Each value with its tangent: None has none, and a tangent of None is zero."""
-    return [x if x is None else Dual(x, torch.zeros_like(x) if dx is None else dx)
-            for x, dx in zip(values, tangents)]
+    """A list with the Dual of each value and its tangent; a tangent of None is zero. What cannot
+    have a tangent, None or a tensor of integers, stays as it is."""
+    result = []
+    for value, tangent in zip(values, tangents):
+        if not _is_continuous(value):
+            result.append(value)
+        elif tangent is None:
+            result.append(Dual(value, torch.zeros_like(value)))
+        else:
+            result.append(Dual(value, tangent))
+    return result
 
 
-def _apply(func, *args, **kwargs):
-    """func of Duals: the value by func itself, the tangent by its rule, which keeps no gradient."""
-    value, name = func(*_part(args, "value"), **kwargs), func.__name__
-    if not isinstance(value, (torch.Tensor, list, tuple)) or isinstance(value, torch.Size):
-        return value                       # a size or another property
-    if name not in RULES and name not in LINEAR:
-        raise NotImplementedError(f"fused: there is no rule for the tangent of {name}; add one to "
-                                  "jvp.RULES, or take exact or fd")
-    with torch.no_grad():
-        tangent = (func(*_part(args, "tangent"), **kwargs) if name in LINEAR else
-                   RULES[name](value, *args, **kwargs))
-    if isinstance(value, (list, tuple)):
-        return [Dual(*pair) for pair in zip(value, tangent)]
-    return Dual(value, tangent)
+def _operator(function):
+    """The method of Dual for an operator of Python, for example x * y."""
+    def method(self, *others):
+        return _apply(function, self, *others)
+    return method
 
 
-def _part(args, name):
-    """args with the value or the tangent in place of every Dual, in lists, too. A tensor has the
-    tangent zero beside Duals in a list."""
-    def part(a):
-        if isinstance(a, (list, tuple)) and any(isinstance(d, Dual) for d in a):
-            zero = name == "tangent"
-            return [part(d) if isinstance(d, Dual) or not zero else torch.zeros_like(d) for d in a]
-        return getattr(a, name) if isinstance(a, Dual) else a
-    return [part(a) for a in args]
+def _reversed(function):
+    """The method of Dual for an operator whose left side is no Dual, for example 1 / x."""
+    def method(self, other):
+        return _apply(function, other, self)
+    return method
 
 
-def _operator(func):
-    return lambda self, *other: _apply(func, self, *other)
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Dual:
-    """A tensor and its derivative in some direction, of the same shape and dtype. PyTorch's
-    functions, methods and operators take it for a tensor, if there is a rule for them below; a
-    parameter or another tensor beside it is a constant. torch.compile wants dual.sub(tensor) and
-    dual.div(tensor) in place of the operators."""
+    """A tensor and its derivative in some direction, which has the same shape and dtype.
+
+    The functions, methods and operators of PyTorch work on a Dual as on a tensor. A parameter or
+    another tensor beside it is a constant. `x += y` is computed as `x = x + y`, so another view of
+    x does not change. torch.compile supports tensor.sub(dual), but not tensor - dual."""
 
     value: torch.Tensor
     tangent: torch.Tensor
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """PyTorch calls this in place of its function func if a Dual is among the arguments."""
         return _apply(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name):
+        """Python calls this for an attribute that is not defined here, for example x.shape,
+        x.T or x.mean."""
         if name in ("shape", "dtype", "device", "ndim"):
             return getattr(self.value, name)
-        return functools.partial(_apply, getattr(torch.Tensor, name), self)
-
-    __add__ = __radd__ = _operator(operator.add)
-    __mul__ = __rmul__ = _operator(operator.mul)
-    __sub__, __truediv__ = _operator(operator.sub), _operator(operator.truediv)
-    __pow__, __neg__ = _operator(operator.pow), _operator(operator.neg)
-    __getitem__, __matmul__ = _operator(operator.getitem), _operator(operator.matmul)
-
-    def __rsub__(self, other):
-        return -self + other
+        if name in ("T", "mT", "H", "mH", "real", "imag"):
+            return Dual(getattr(self.value, name), getattr(self.tangent, name))
+        attribute = getattr(torch.Tensor, name)
+        if callable(attribute):
+            return functools.partial(_apply, attribute, self)
+        return getattr(self.value, name)
 
     def detach(self):
         """The value alone, a constant."""
         return self.value.detach()
 
+    def __len__(self):
+        return len(self.value)
 
-torch.export.register_dataclass(Dual)      # FSDP's hooks look for the tensors in what they get
+    def __bool__(self):
+        return bool(self.value)
 
-# Linear functions: the result's tangent is the same function of the tangent.
-LINEAR = set("""avg_pool2d cat chunk clone contiguous double expand flatten float getitem
-                interpolate mean narrow neg pad permute repeat reshape split squeeze stack sum tile
-                to transpose unbind unflatten unsqueeze view""".split())
+    def __float__(self):
+        return float(self.value)
+
+    def __int__(self):
+        return int(self.value)
+
+    def __iter__(self):
+        return iter(self.unbind(0))
+
+    __hash__ = object.__hash__
+
+    __getitem__ = _operator(operator.getitem)
+    __setitem__ = _operator(operator.setitem)
+    __neg__ = _operator(operator.neg)
+    __pos__ = _operator(operator.pos)
+    __abs__ = _operator(operator.abs)
+
+    __add__, __radd__ = _operator(operator.add), _reversed(operator.add)
+    __sub__, __rsub__ = _operator(operator.sub), _reversed(operator.sub)
+    __mul__, __rmul__ = _operator(operator.mul), _reversed(operator.mul)
+    __truediv__, __rtruediv__ = _operator(operator.truediv), _reversed(operator.truediv)
+    __floordiv__, __rfloordiv__ = _operator(operator.floordiv), _reversed(operator.floordiv)
+    __mod__, __rmod__ = _operator(operator.mod), _reversed(operator.mod)
+    __pow__, __rpow__ = _operator(operator.pow), _reversed(operator.pow)
+    __matmul__, __rmatmul__ = _operator(operator.matmul), _reversed(operator.matmul)
+
+    __eq__, __ne__ = _operator(operator.eq), _operator(operator.ne)
+    __lt__, __le__ = _operator(operator.lt), _operator(operator.le)
+    __gt__, __ge__ = _operator(operator.gt), _operator(operator.ge)
 
 
-def _add(y, a, b, sign=1):
-    if isinstance(a, Dual) and isinstance(b, Dual):
-        return torch.add(a.tangent, b.tangent, alpha=sign)
-    tangent = a.tangent if isinstance(a, Dual) else sign * b.tangent
+torch.export.register_dataclass(Dual)      # FSDP's hooks look for the tensors in their arguments
+
+
+def _apply(func, *args, **kwargs):
+    """func(*args, **kwargs) with Duals among the arguments. Tensors of floating-point numbers in
+    the result are Duals; the rest of it, for example indices or a shape, is as it is."""
+    name = func.__name__
+    if _writes(name, args, kwargs):
+        raise NotImplementedError(f"fused: {name}{WRITES}")
+    values = {key: _value(argument) for key, argument in kwargs.items()}
+    value = func(*[_value(argument) for argument in args], **values)
+    if not _is_continuous(value):
+        return value
+    with torch.no_grad():
+        tangent = _tangent_by_rule(func, value, args, kwargs)
+        if tangent is NotImplemented:
+            return _fall_back(func, value, args, kwargs)
+    if isinstance(value, torch.Tensor):
+        return Dual(value, tangent)
+    return tuple(Dual(part, dpart) for part, dpart in zip(value, tangent))
+
+
+def _value(argument):
+    """The argument with the value in place of a Dual, or of each Dual in a list."""
+    if isinstance(argument, Dual):
+        return argument.value
+    if _moves(argument):
+        return [_value(part) for part in argument]
+    return argument
+
+
+def _moves(argument):
+    """Whether the argument is a Dual or a list (or tuple) with a Dual in it."""
+    if isinstance(argument, (list, tuple)):
+        return any(_moves(part) for part in argument)
+    return isinstance(argument, Dual)
+
+
+def _is_continuous(result):
+    """Whether the result is a tensor of floating-point (or complex) numbers, or a list (or tuple)
+    with such a tensor in it. Nothing else can have a tangent."""
+    if isinstance(result, (list, tuple)):
+        return any(_is_continuous(part) for part in result)
+    return isinstance(result, torch.Tensor) and (result.is_floating_point() or result.is_complex())
+
+
+def _writes(name, args, kwargs):
+    """Whether a function writes into an argument: PyTorch gives such a function a name that ends
+    in an underscore, or it has an argument inplace or out. Batch normalisation in train mode
+    updates its running statistics, args[1] and args[2]."""
+    if kwargs.get("inplace", False) or kwargs.get("out") is not None:
+        return True
+    if name in LINEAR or name in RULES:
+        return False
+    if name == "batch_norm":
+        return kwargs.get("training", False) and args[1] is not None
+    if name in ("setitem", "__setitem__"):
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _only_the_first_moves(args, kwargs):
+    """Whether the first argument is a Dual (or a list with Duals), and no other argument is."""
+    if not args or not _moves(args[0]):
+        return False
+    others = [*args[1:], *kwargs.values()]
+    return not any(_moves(argument) for argument in others)
+
+
+def _tangent_by_rule(func, value, args, kwargs):
+    """The tangent of value = func(*args, **kwargs), or NotImplemented if no rule covers it."""
+    name = func.__name__
+    if name in LINEAR and _only_the_first_moves(args, kwargs):
+        return func(_tangent(args[0]), *args[1:], **kwargs)
+    if name in RULES:
+        return RULES[name](value, *args, **kwargs)
+    return NotImplemented
+
+
+def _tangent(argument):
+    """The tangent of a Dual, or of each tensor in a list; it is zero for one that is no Dual."""
+    if isinstance(argument, Dual):
+        return argument.tangent
+    if isinstance(argument, torch.Tensor):
+        return torch.zeros_like(argument)
+    return [_tangent(part) for part in argument]
+
+
+# --------------------------------------------------------------------------------------------------
+# The fallback for an operation without a rule.
+
+WRITES = (" writes into an argument, which would spoil its tangent; compute a new tensor instead "
+          "(x = x + y, inplace=False, eval mode of BatchNorm), or use exact or fd")
+DRAWS = (" draws random numbers, and the value and its tangent need the same ones; use eval mode, "
+         "or draw them from a seed as models.Dropout does")
+NO_FORWARD_MODE = (" has neither a rule in jvp.RULES nor a forward mode in PyTorch; add a rule, "
+                   "or use fd")
+
+
+def _fall_back(func, value, args, kwargs):
+    """The result with its tangents, where value = func(*args, **kwargs): torch.func.jvp computes
+    func of the values once more, now with their tangents."""
+    arguments, structure = tree_flatten((args, kwargs), is_leaf=lambda a: isinstance(a, Dual))
+    moving = [argument for argument in arguments if isinstance(argument, Dual)]
+
+    def continuous_outputs(*values):
+        """The outputs of func that have a tangent, with the values in place of the Duals."""
+        remaining = iter(values)
+        given = [next(remaining) if isinstance(a, Dual) else a for a in arguments]
+        args, kwargs = tree_unflatten(given, structure)
+        return tuple(a for a in tree_leaves(func(*args, **kwargs)) if _is_continuous(a))
+
+    point = tuple(dual.value for dual in moving)
+    direction = tuple(dual.tangent for dual in moving)
+    try:
+        with _plain_attention(), _Watch(func.__name__, arguments):
+            tangents = torch.func.jvp(continuous_outputs, point, direction)[1]
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):
+            raise
+        raise NotImplementedError(f"fused: {func.__name__}{NO_FORWARD_MODE}") from None
+
+    parts, structure = tree_flatten(value)
+    remaining = iter(tangents)
+    parts = [Dual(part, next(remaining)) if _is_continuous(part) else part for part in parts]
+    return tree_unflatten(parts, structure)
+
+
+class _Watch(TorchDispatchMode):
+    """While it is active, PyTorch passes every basic operation to __torch_dispatch__. It raises
+    NotImplementedError for one that draws random numbers, or that writes into an argument of the
+    function that is called `name`."""
+
+    def __init__(self, name, arguments):
+        super().__init__()
+        self.name = name
+        self.storages = {_storage(_value(argument)) for argument in arguments}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotImplementedError(f"fused: {self.name}{DRAWS}")
+        for described, argument in zip(func._schema.arguments, args):
+            if described.is_write and _storage(argument) in self.storages:
+                raise NotImplementedError(f"fused: {self.name}{WRITES}")
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(argument):
+    """The memory of a tensor; views of one tensor have the same. Something new for all else."""
+    if isinstance(argument, torch.Tensor):
+        return argument.untyped_storage()._cdata
+    return object()
+
+
+# --------------------------------------------------------------------------------------------------
+# The rules. A rule for y = f(a, b, ...) is called as rule(y, a, b, ...) with the arguments of f,
+# some of which are Duals. It returns the tangent of y, or NotImplemented for arguments that it does
+# not cover; then the fallback is used. A rule is only worth its lines where it saves time: the
+# fallback computes f once more.
+
+def _of_one(rule):
+    """A rule for functions of one Dual, their first argument: rule(y, x, dx, ...) computes the
+    tangent from x and its tangent dx."""
+    def rule_of_duals(y, *args, **kwargs):
+        if not _only_the_first_moves(args, kwargs):
+            return NotImplemented
+        x, *others = args
+        return rule(y, x.value, x.tangent, *others, **kwargs)
+    return rule_of_duals
+
+
+def _without_bias(func):
+    """The rule for func(x, weight, bias, ...), which is linear in x, apart from the bias."""
+    def rule(y, x, dx, weight, bias=None, *sizes, **options):
+        return func(dx, weight, None, *sizes, **options)
+    return _of_one(rule)
+
+
+# Sums and products: any of the arguments may be a Dual. They have PyTorch's names.
+
+def _add(y, input, other, alpha=1):
+    """d(a + alpha b) = da + alpha db."""
+    if isinstance(input, Dual) and isinstance(other, Dual):
+        return torch.add(input.tangent, other.tangent, alpha=alpha)
+    tangent = input.tangent if isinstance(input, Dual) else alpha * other.tangent
     return tangent.to(y.dtype).expand(y.shape)
 
 
-def _mul(y, a, b):
-    if not isinstance(a, Dual):
-        return a * b.tangent
-    if not isinstance(b, Dual):
-        return a.tangent * b
-    return torch.addcmul(a.tangent * b.value, a.value, b.tangent)
+def _sub(y, input, other, alpha=1):
+    """d(a - alpha b) = da - alpha db."""
+    return _add(y, input, other, alpha=-alpha)
 
 
-def _matmul(y, a, b):
-    parts = [a.tangent @ getattr(b, "value", b)] if isinstance(a, Dual) else []
-    return sum(parts + ([getattr(a, "value", a) @ b.tangent] if isinstance(b, Dual) else []))
+def _mul(y, input, other):
+    """d(a b) = da b + a db."""
+    if not isinstance(other, Dual):
+        return input.tangent * other
+    if not isinstance(input, Dual):
+        return input * other.tangent
+    return torch.addcmul(input.tangent * other.value, input.value, other.tangent)
 
 
-def _div(y, a, b):
-    return (a.tangent - y * b.tangent) / b.value if isinstance(b, Dual) else a.tangent / b
+def _div(y, input, other, rounding_mode=None):
+    """d(a / b) = (da - y db) / b."""
+    if rounding_mode is not None:
+        return NotImplemented
+    if not isinstance(other, Dual):
+        return input.tangent / other
+    if not isinstance(input, Dual):
+        return -y * other.tangent / other.value
+    return (input.tangent - y * other.tangent) / other.value
 
 
-def _addcmul(y, c, a, b):
-    product = _mul(y, a, b)
-    return product.add_(c.tangent) if isinstance(c, Dual) else product
+def _addcmul(y, input, tensor1, tensor2, value=1):
+    """d(c + a b) = dc + da b + a db."""
+    if value != 1 or not _moves([tensor1, tensor2]):
+        return NotImplemented
+    product = _mul(y, tensor1, tensor2)
+    if isinstance(input, Dual):
+        return product + input.tangent
+    return product.expand(y.shape)
 
 
-def _normalise(y, x, mean, eps):
-    """y = (x - mean(x)) / sigma, sigma^2 = var(x) + eps; mean(a): that of each group."""
-    value, tangent = x.value.to(y.dtype), x.tangent.to(y.dtype)
-    sigma = (mean((value - mean(value)).square_()) + eps).sqrt()
-    centred = tangent - mean(tangent)
-    return centred.addcmul_(y, mean(y * tangent), value=-1).div_(sigma)
+def _matmul(y, input, other):
+    """d(a @ b) = da @ b + a @ db."""
+    if not isinstance(other, Dual):
+        return input.tangent @ other
+    if not isinstance(input, Dual):
+        return input @ other.tangent
+    return (input.tangent @ other.value).add_(input.value @ other.tangent)
 
 
-def _layer_norm(y, x, shape, weight=None, bias=None, eps=1e-5):
-    y = y if weight is None else F.layer_norm(x.value, shape, eps=eps)
-    tangent = _normalise(y, x, lambda a: a.mean(tuple(range(-len(shape), 0)), keepdim=True), eps)
-    return tangent if weight is None else tangent * weight
+def _bmm(y, input, mat2):
+    """The same for matrices [B, ., .]."""
+    return _matmul(y, input, mat2)
 
 
-def _group_norm(y, x, groups, weight=None, bias=None, eps=1e-5):
-    def mean(a):                                                       # [B, C, 1, 1]
-        means = a.mean(dim=(2, 3)).unflatten(1, (groups, -1))
-        return means.mean(2, keepdim=True).expand_as(means).flatten(1)[:, :, None, None]
+# Functions of each element.
 
-    y = y if weight is None else F.group_norm(x.value, groups, eps=eps)
-    tangent = _normalise(y, x, mean, eps)
-    return tangent if weight is None else tangent * weight[:, None, None]
+def _pow(y, x, dx, exponent):
+    """dy = n x^(n-1) dx."""
+    if not isinstance(exponent, (int, float)) or exponent == 0:
+        return NotImplemented
+    return exponent * x ** (exponent - 1) * dx
 
 
-def _softmax(y, x, dim=-1, **_):
-    product = y * x.tangent
+def _square(y, x, dx):
+    """dy = 2 x dx."""
+    return (x * dx).mul_(2)
+
+
+def _rsqrt(y, x, dx):
+    """dy = -dx / (2 x^(3/2))."""
+    return -0.5 * y ** 3 * dx
+
+
+def _exp(y, x, dx):
+    """dy = y dx."""
+    return y * dx
+
+
+def _log(y, x, dx):
+    """dy = dx / x."""
+    return dx / x
+
+
+def _sin(y, x, dx):
+    """dy = cos(x) dx."""
+    return x.cos() * dx
+
+
+def _cos(y, x, dx):
+    """dy = -sin(x) dx."""
+    return -x.sin() * dx
+
+
+def _tanh(y, x, dx):
+    """dy = (1 - y^2) dx."""
+    return (1 - y ** 2) * dx
+
+
+def _sigmoid(y, x, dx):
+    """dy = y (1 - y) dx."""
+    return y * (1 - y) * dx
+
+
+def _abs(y, x, dx):
+    """dy = sign(x) dx, for real x."""
+    if x.is_complex():
+        return NotImplemented
+    return x.sign() * dx
+
+
+def _clamp(y, x, dx, min=None, max=None):
+    """dy is dx between the bounds, and 0 beyond them."""
+    if min is None or max is None:
+        return NotImplemented
+    return torch.where((min <= x) & (x <= max), dx, 0)
+
+
+def _relu(y, x, dx, inplace=False):
+    """dy is dx where y > 0, else 0. The Jacobian of a function of each element is diagonal, so what
+    PyTorch has for the backward pass gives dy, too."""
+    return torch.ops.aten.threshold_backward(dx, y, 0)
+
+
+def _silu(y, x, dx, inplace=False):
+    """By the function for the backward pass, as for ReLU."""
+    return torch.ops.aten.silu_backward(dx, x)
+
+
+def _gelu(y, x, dx, approximate="none"):
+    """By the function for the backward pass, as for ReLU."""
+    return torch.ops.aten.gelu_backward(dx, x, approximate=approximate)
+
+
+def _dropout(y, x, dx, p=0.5, training=True, inplace=False):
+    """In eval mode dropout changes nothing. The fallback refuses it in train mode."""
+    if training:
+        return NotImplemented
+    return dx
+
+
+# Functions of several elements.
+
+def _pad(y, x, dx, pad, mode="constant", value=None):
+    """A constant border does not move, so the border of dx is zero."""
+    return F.pad(dx, pad, mode)
+
+
+def _vector_norm(y, x, dx, ord=2, dim=None, keepdim=False, dtype=None):
+    """The Euclidean norm: dy = sum(x dx) / y."""
+    if ord != 2 or dim is None or dtype is not None or x.is_complex():
+        return NotImplemented
+    return (x * dx).sum(dim, keepdim) / y.clamp(min=1e-30)
+
+
+def _softmax(y, x, dx, dim=None, dtype=None, _stacklevel=3):
+    """dy = y (dx - sum(y dx))."""
+    if dim is None or dtype is not None:
+        return NotImplemented
+    product = y * dx
     return product - y * product.sum(dim, keepdim=True)
 
 
-def _attention(y, q, k, v):
-    """y = P v, P = softmax(S), S = q k^T / sqrt(d): dy = (P dS) v - rowsum(P dS) y + P dv. Only
-    here the weights P are formed; the value's fused attention does without."""
-    (q, dq), (k, dk), (v, dv) = ((a.value, a.tangent) for a in (q, k, v))
-    k, dk = (a.transpose(-1, -2) / math.sqrt(q.shape[-1]) for a in (k, dk))
-    P = (q @ k).softmax(dim=-1)
-    P_dS = (dq @ k).add_(q @ dk).mul_(P)
-    return (P_dS @ v).add_(P @ dv).sub_(P_dS.sum(-1, keepdim=True) * y).to(y.dtype)
+def _normalise(y, x, dx, mean, eps):
+    """The tangent of y = (x - mean(x)) / sigma with sigma^2 = mean((x - mean(x))^2) + eps, which is
+    dy = (dx - mean(dx) - y mean(y dx)) / sigma. The function mean(a) gives the mean of a over each
+    part that is normalised."""
+    x, dx = x.to(y.dtype), dx.to(y.dtype)
+    sigma = (mean((x - mean(x)).square_()) + eps).sqrt()
+    centred = dx - mean(dx)
+    return centred.addcmul_(y, mean(y * dx), value=-1).div_(sigma)
 
 
-# {name of f: the tangent of y = f(x, ...), given y and the arguments of f}. A function of each
-# element alone has a diagonal Jacobian, so its backward pass gives the tangent, too.
-RULES = dict(
-    add=_add, sub=lambda y, a, b: _add(y, a, b, sign=-1), mul=_mul, div=_div, truediv=_div,
-    matmul=_matmul, bmm=_matmul, addcmul=_addcmul,
-    pow=lambda y, x, n: n * x.value ** (n - 1) * x.tangent,
-    square=lambda y, x: (x.value * x.tangent).mul_(2),
-    sqrt=lambda y, x: x.tangent / (2 * y),
-    rsqrt=lambda y, x: -0.5 * y ** 3 * x.tangent,
-    log=lambda y, x: x.tangent / x.value,
-    exp=lambda y, x: y * x.tangent,
-    expm1=lambda y, x: (y + 1) * x.tangent,
-    sin=lambda y, x: x.value.cos() * x.tangent,
-    cos=lambda y, x: -x.value.sin() * x.tangent,
-    tanh=lambda y, x: (1 - y ** 2) * x.tangent,
-    sigmoid=lambda y, x: y * (1 - y) * x.tangent,
-    abs=lambda y, x: x.value.sign() * x.tangent,
-    clamp=lambda y, x, low, high: torch.where(
-        (low <= x.value) & (x.value <= high), x.tangent, 0),
-    relu=lambda y, x, inplace=False: torch.where(y > 0, x.tangent, 0),
-    silu=lambda y, x, inplace=False: torch.ops.aten.silu_backward(x.tangent, x.value),
-    gelu=lambda y, x, approximate="none": torch.ops.aten.gelu_backward(
-        x.tangent, x.value, approximate=approximate),
-    linear=lambda y, x, w, b=None: F.linear(x.tangent, w),
-    conv2d=lambda y, x, w, b=None, *size, **sizes: F.conv2d(x.tangent, w, None, *size, **sizes),
-    conv_transpose2d=lambda y, x, w, **sizes: F.conv_transpose2d(x.tangent, w, **sizes),
-    linalg_vector_norm=lambda y, x, dim, keepdim: (
-        x.value * x.tangent).sum(dim, keepdim) / y.clamp(min=1e-30),
-    softmax=_softmax, layer_norm=_layer_norm, group_norm=_group_norm,
-    scaled_dot_product_attention=_attention)
+def _layer_norm(y, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    """See _normalise; each part is what lies along the last dimensions, normalized_shape."""
+    last = tuple(range(-len(normalized_shape), 0))
+
+    def mean(a):
+        return a.mean(last, keepdim=True)
+
+    if weight is None and bias is None:
+        return _normalise(y, x, dx, mean, eps)
+    plain = F.layer_norm(x, normalized_shape, eps=eps)
+    tangent = _normalise(plain, x, dx, mean, eps)
+    return tangent if weight is None else tangent * weight
+
+
+def _group_norm(y, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    """See _normalise; each part is one group of channels of a sample, x being [B, C, ...]."""
+    ones = [1] * (x.dim() - 2)             # as many as there are dimensions after the channels
+
+    def mean(a):
+        """The mean of each group, once for each of its channels: [B, C, 1, ...]."""
+        if a.dim() > 2:
+            a = a.mean(dim=tuple(range(2, a.dim())))                   # [B, C]
+        means = a.unflatten(1, (num_groups, -1))                         # [B, groups, C / groups]
+        return means.mean(2, keepdim=True).expand_as(means).reshape(*a.shape, *ones)
+
+    if weight is None and bias is None:
+        return _normalise(y, x, dx, mean, eps)
+    plain = F.group_norm(x, num_groups, eps=eps)
+    tangent = _normalise(plain, x, dx, mean, eps)
+    return tangent if weight is None else tangent * weight.view(-1, *ones)
+
+
+def _attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+               enable_gqa=False):
+    """y = P v with the weights P = softmax(S), S = q k^T / sqrt(d). Therefore
+    dy = (P dS) v - rowsum(P dS) y + P dv. Only here are the weights P formed; the value comes from
+    fused attention, which does without them. A q, k or v that is no Dual is a constant."""
+    if attn_mask is not None or dropout_p > 0 or is_causal or scale is not None or enable_gqa:
+        return NotImplemented
+    keys = key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    P = (_value(query) @ _value(keys)).softmax(dim=-1)
+    if not _moves([query, keys]):
+        return (P @ value.tangent).to(y.dtype)
+    P_dS = _matmul(y, query, keys).mul_(P)
+    tangent = P_dS @ _value(value)
+    if isinstance(value, Dual):
+        tangent.add_(P @ value.tangent)
+    return tangent.sub_(P_dS.sum(-1, keepdim=True) * y).to(y.dtype)
+
+
+# The functions that are linear in their first argument: the tangent of the result is the same
+# function of the tangent.
+LINEAR = {
+    "neg", "sum", "mean", "avg_pool2d", "interpolate",
+    "to", "float", "double", "clone", "contiguous",
+    "cat", "stack", "chunk", "split", "unbind", "getitem", "narrow",
+    "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "permute", "transpose", "expand", "repeat", "tile"}
+
+# {name of a function: its rule}. A script may add rules for the operations of its network.
+RULES = {
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "div": _div,
+    "truediv": _div,
+    "addcmul": _addcmul,
+    "matmul": _matmul,
+    "bmm": _bmm,
+    "pow": _of_one(_pow),
+    "square": _of_one(_square),
+    "rsqrt": _of_one(_rsqrt),
+    "exp": _of_one(_exp),
+    "log": _of_one(_log),
+    "sin": _of_one(_sin),
+    "cos": _of_one(_cos),
+    "tanh": _of_one(_tanh),
+    "sigmoid": _of_one(_sigmoid),
+    "abs": _of_one(_abs),
+    "clamp": _of_one(_clamp),
+    "relu": _of_one(_relu),
+    "silu": _of_one(_silu),
+    "gelu": _of_one(_gelu),
+    "dropout": _of_one(_dropout),
+    "pad": _of_one(_pad),
+    "linear": _without_bias(F.linear),
+    "conv1d": _without_bias(F.conv1d),
+    "conv2d": _without_bias(F.conv2d),
+    "conv3d": _without_bias(F.conv3d),
+    "conv_transpose2d": _without_bias(F.conv_transpose2d),
+    "linalg_vector_norm": _of_one(_vector_norm),
+    "softmax": _of_one(_softmax),
+    "layer_norm": _of_one(_layer_norm),
+    "group_norm": _of_one(_group_norm),
+    "scaled_dot_product_attention": _attention}

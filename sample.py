@@ -2,13 +2,13 @@
 
     python sample.py --ckpt runs/facm-glyphs/ckpt.pt --nfe 1 --n 64 --out grid.png
     python sample.py --ckpt runs/facm-glyphs/ckpt.pt --grid 1 2 4 --n 10 --out grid.png
-    python sample.py --ckpt runs/facm-glyphs/teacher.pt --nfe 20 --cfg 1.75 --n 2000 --out folder
+    python sample.py --ckpt runs/flow-glyphs --nfe 20 --cfg 1.75 --n 2000 --out folder
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT --nfe 1 --samples 50000 --out samples.npz
     python sample.py --ckpt SiT.pt --method flow --vae vae.pt --nfe 99 --sampler heun --out f.npz
 
 --out NAME.png is one grid; NAME.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 labels [N], as ADM's
-evaluator reads them; anything else is a folder, one PNG a sample. The same command continues an
-interrupted npz or folder, with any --batch and number of processes.
+evaluator reads them (grey samples as RGB); anything else is a folder with a PNG for each sample.
+The same command continues an interrupted npz or folder, with any --batch and number of processes.
 
 Sample i draws its noise from (--seed, i), and a network always sees the same ROWS samples at once,
 because other numbers of rows round otherwise: an image is the same to the last bit whatever --n,
@@ -28,7 +28,9 @@ import pathlib
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -37,13 +39,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import flags
-import imagefiles
 import models
-import run
-import weights
+from common import checkpoints, flags, folders, imagefiles, processes, seeds, weights
+from common.messages import fail
 
-METHODS = ("facm", "decm", "gcm", "baselines")
+METHODS = ("flow", "facm", "decm", "gcm", "baselines")
 ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoencoder's
 
 
@@ -71,7 +71,7 @@ def parse_args():
       "1 being data (default: from the --t-low of training, or 0, to 1)")
     a("--cfg-channels", type=int, help="guide the first channels only (LightningDiT's, SiT's: 3)")
     a("--shift", type=float, help="flow matching: LightningDiT's timestep_shift (default: 1, none)")
-    a("--method", choices=["flow", *METHODS], help="of a public network: flow, or what "
+    a("--method", choices=METHODS, help="of a public network: flow, or what "
       "distilled it")
     a("--net", nargs="+", default=[], metavar="K=V", help="options of the public network, such as "
       "prediction=noise")
@@ -103,7 +103,7 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
         args = dict(net=weights.options_from_shapes(net.state_dict()) | (options or {}))
         return net, dict(method=method, step=1, args=args)
     try:
-        checkpoint = run.read_checkpoint(path)
+        checkpoint = checkpoints.read(path)
     except ValueError as e:
         raise ValueError(f"{e}; a public network needs --method: flow, facm, ...") from None
     if "net" not in checkpoint["args"]:
@@ -113,7 +113,7 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     if options or key:
         raise ValueError(f"--net and --weights are for public files; {path} is one of ours")
     net = models.create(**checkpoint["args"]["net"])
-    run.load_weights(net, checkpoint["model" if raw else "ema"], path)
+    checkpoints.load_weights(net, checkpoint["model" if raw else "ema"], path)
     return net.to(device).eval(), checkpoint
 
 
@@ -122,12 +122,6 @@ def export(path, net, checkpoint):
     note = {k: json.dumps(checkpoint[k]) for k in ("method", "step", "args")}
     weights = {k: w.half().contiguous() for k, w in net.state_dict().items()}
     path.write_bytes(safetensors.torch.save(weights, note))
-
-
-def is_teacher(checkpoint):
-    """Whether a checkpoint is a flow-matching network, not (yet) distilled."""
-    pretrain = checkpoint["args"].get("pretrain", 0)
-    return checkpoint["method"] == "flow" or checkpoint["step"] <= pretrain
 
 
 def load_decoder(path, stats, checkpoint, device="cpu"):
@@ -166,7 +160,7 @@ def choose_labels(labels, n, num_classes, seed, names=()):
     if labels == "all":
         return torch.arange(n) % max(num_classes, 1)
     if labels == "random":
-        random = run.generator("cpu", seed, "labels")
+        random = seeds.generator("cpu", seed, "labels")
         return torch.randint(max(num_classes, 1), (n,), generator=random)
     try:
         given = torch.tensor([names.index(label) if label in names else int(label)
@@ -180,63 +174,30 @@ def choose_labels(labels, n, num_classes, seed, names=()):
     return given[torch.arange(n) % len(given)]
 
 
-# --------------------------------------------------------------------------------------------------
-# SAMPLERS of flow matching: x_t = (1-t) x_0 + t x_1, dx/dt = v(x, t, y). noise [1, B, C, H, W].
+class Sampler(NamedTuple):
+    """A sampler, with its options, for one network and NFE."""
 
-@torch.no_grad()
-def integrate(v, noise, y, nfe, y_null=0, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
-              shift=1.0, heun=False):
-    """Euler steps along the velocity v(x, t, y), or Heun's: two evaluations a step and one in the
-    last, as EDM counts, so that nfe is odd. Returns [B, C, H, W].
-
-    cfg: v_uncond + cfg (v_cond - v_uncond) at the times of cfg_interval, in the first cfg_channels;
-    y_null: the null label. shift: equal steps in u become the times shift u / (1 + (shift-1) u),
-    and below 1 they are shorter near the noise. So does LightningDiT's timestep_shift; it is SD3's
-    (Esser et al. 2024, Eq. 23, where sigma = 1-t) with alpha = 1 / shift.
-    """
-    def velocity(x, t):
-        guided = cfg != 1 and cfg_interval[0] <= t <= cfg_interval[1]
-        t, c = torch.full_like(x[:, 0, 0, 0], t), cfg_channels or x.shape[1]
-        if not guided:
-            return v(x, t, y)
-        both = ((x, x), (t, t), (y, torch.full_like(y, y_null)))
-        v_cond, v_uncond = v(*map(torch.cat, both)).chunk(2)
-        v_cfg = v_uncond + cfg * (v_cond - v_uncond)
-        return torch.cat([v_cfg[:, :c], v_cond[:, c:]], dim=1)
-
-    steps = (nfe + 1) // 2 if heun else nfe
-    times = [shift * u / (1 + (shift - 1) * u) for u in (i / steps for i in range(steps + 1))]
-    xt = noise[0]
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        per_time = 1 / (t_next - t)        # a division, so that equal steps round as v / nfe does
-        vt = velocity(xt, t)
-        if heun and i + 1 < steps:
-            vt = (vt + velocity(xt + vt / per_time, t_next)) / 2
-        xt = xt + vt / per_time
-    return xt
-
-
-FLOW_SAMPLERS = {"euler": integrate, "heun": functools.partial(integrate, heun=True)}
+    name: str
+    noises: int            # K: how many noises a sample needs
+    draw: Callable         # draw(noise [K, B, ...], y [B]) -> samples [B, ...]
+    options: dict
 
 
 def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
-    """name, K, f, options: f(noise [K, B, C, H, W], y [B]) gives samples [B, C, H, W].
+    """The Sampler for a checkpoint and an NFE.
 
-    sampler: a name, or None for the default; given: options by hand, None where not given.
-    Raises ValueError for an unknown sampler or option.
+    sampler: a name, or None for the default. given: options by hand, None where not given. Raises
+    ValueError for an unknown sampler or an option that it does not have.
     """
-    args, method, flow = checkpoint["args"], checkpoint["method"], is_teacher(checkpoint)
+    args, method = checkpoint["args"], checkpoint["method"]
+    flow = weights.is_velocity(checkpoint)
+    role = "a flow-matching network" if flow else (
+        f"{method}'s distilled network (guidance is for its teacher)")
     try:
-        module = importlib.import_module(method) if method in METHODS else None
-        if flow:
-            samplers, name, role = FLOW_SAMPLERS, sampler or "euler", "a flow-matching network"
-            options = dict(y_null=net.num_classes, cfg_interval=(args.get("t_low", 0.0), 1.0))
-            v = (module.velocity(net, args) if hasattr(module, "velocity") else
-                 lambda x, t, y: net(x, t, t if net.second_time else None, y))
-        else:
-            v, role = net, f"{method}'s distilled network (guidance is for its teacher)"
-            name, fits = sampler or module.default_sampler(nfe, args), module.sampler_options(args)
-            samplers, options = {key: module.SAMPLERS[key] for key in fits}, fits.get(name)
+        module = importlib.import_module("flow" if flow else method)
+        name = sampler or module.default_sampler(nfe, args)
+        fits = module.sampler_options(args)
+        samplers = {key: module.SAMPLERS[key] for key in fits}
     except (ModuleNotFoundError, KeyError) as e:
         raise ValueError(f"{method}.py cannot sample this checkpoint: {e}") from None
     if name not in samplers:
@@ -245,20 +206,26 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
     for key in given:
         if key not in inspect.signature(samplers[name]).parameters:
             raise ValueError(f"--{key.replace('_', '-')} is no option of {name} for {role}")
+    if flow:
+        check_flow_options(net, checkpoint, name, nfe, given)
+    options = fits[name] | given
+    draw = functools.partial(samplers[name], net, nfe=nfe, **options)
+    return Sampler(name, 1 if name in module.DETERMINISTIC else nfe, draw, options)
+
+
+def check_flow_options(net, checkpoint, name, nfe, given):
+    """Raises ValueError for options of flow matching that make no sense for this network."""
     cfg, (start, end) = given.get("cfg", 1), given.get("cfg_interval", (0, 1))
     if cfg != 1 and not net.num_classes:
         raise ValueError("--cfg: guidance needs a network with classes")
     if not math.isfinite(cfg) or not 0 <= start <= end <= 1:
-        raise ValueError("want a finite --cfg, and --cfg-interval T0 T1 with 0 <= T0 <= T1 <= 1")
+        raise ValueError("--cfg must be finite, and --cfg-interval T0 T1 needs 0 <= T0 <= T1 <= 1")
     if cfg == 1 and ("cfg_interval" in given or "cfg_channels" in given):
-        raise ValueError("--cfg-interval and --cfg-channels say where --cfg guides; give it, too")
+        raise ValueError("--cfg-interval and --cfg-channels say where --cfg guides; give --cfg")
     if given.get("cfg_channels", 1) > checkpoint["args"]["net"]["in_channels"]:
         raise ValueError(f"--cfg-channels {given['cfg_channels']}: more than the network has")
-    if flow and name == "heun" and nfe % 2 == 0:
-        raise ValueError(f"NFE {nfe}: heun takes two a step and one in the last, an odd number")
-    options |= given
-    count = 1 if flow or name in module.DETERMINISTIC else nfe
-    return name, count, lambda noise, y: samplers[name](v, noise, y, nfe, **options), options
+    if name == "heun" and nfe % 2 == 0:
+        raise ValueError(f"NFE {nfe}: heun needs an odd number, two in a step and one in the last")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +234,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
 def draw_noise(seed, indices, count, shape):
     """[count, len(indices), *shape], standard normal: sample i's noise is drawn from (seed, i)."""
     return torch.stack([
-        torch.randn((count, *shape), generator=run.generator("cpu", seed, "sample", i))
+        torch.randn((count, *shape), generator=seeds.generator("cpu", seed, "sample", i))
         for i in indices], dim=1)
 
 
@@ -285,17 +252,21 @@ def in_rows(function, rows, *inputs):
 def draw_batch(net, checkpoint, chosen, seed, first, labels):
     """The samples first, first+1, ... (first: a multiple of ROWS) of these labels by the sampler
     `chosen`, [b, C, H, W] on the network's device. On CUDA it returns before they are computed."""
-    device, options = next(net.parameters()).device, checkpoint["args"]["net"]
+    device = next(net.parameters()).device
+    options = checkpoint["args"]["net"]
     shape = (options["in_channels"], options["input_size"], options["input_size"])
-    noise = draw_noise(seed, range(first, first + len(labels)), chosen[1], shape).transpose(0, 1)
-    inputs = noise.contiguous(), labels
-    if device.type == "cuda":
-        inputs = (a.pin_memory().to(device, non_blocking=True) for a in inputs)
-    return in_rows(lambda noise, y: chosen[2](noise.transpose(0, 1).contiguous(), y), ROWS, *inputs)
+    numbers = range(first, first + len(labels))
+    noise = draw_noise(seed, numbers, chosen.noises, shape).transpose(0, 1)
+    inputs = processes.to_device([noise.contiguous(), labels], device)
+
+    def draw_rows(noise, y):
+        return chosen.draw(noise.transpose(0, 1).contiguous(), y)
+
+    return in_rows(draw_rows, ROWS, *inputs)
 
 
 def to_pixels(decode, x, first):
-    """uint8 [b, H, W, 3], NumPy, of the samples x from number `first` on. Raises FloatingPointError
+    """uint8 [b, H, W, C], NumPy, of the samples x from number `first` on. Raises FloatingPointError
     if they are not finite: as images they would just be black."""
     images = in_rows(decode, DECODED_ROWS, x)
     if not images.isfinite().all():
@@ -305,7 +276,7 @@ def to_pixels(decode, x, first):
 
 
 def draw(net, checkpoint, nfe, labels, seed=0, decode=lambda x: x, **choice):
-    """The samples 0, 1, ... with labels int64 [n], in memory: uint8 [n, H, W, 3], NumPy.
+    """The samples 0, 1, ... with labels int64 [n], in memory: uint8 [n, H, W, C], NumPy.
 
     choice: sampler and its options, see choose_sampler; decode: see load_decoder.
     """
@@ -335,24 +306,24 @@ def begin(folder, settings, shape, rank, npz):
     Raises ValueError on all processes, before anything is written, if another command began it."""
     note, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if rank == 0 and (there := folder.exists()):
-        run.own(folder)
+        folders.own(folder)
     if note.exists():
         old = json.loads(note.read_text())
         for key in (key for key in settings if old.get(key) != settings[key]):
             raise ValueError(f"{folder} was begun with {key} {old.get(key)}, not {settings[key]}; "
-                             "take another --out, or remove it")
+                             "use another --out, or remove it")
     elif folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
-        raise ValueError(f"{folder} is not of this command; take another --out")
-    run.barrier()
+        raise ValueError(f"{folder} is not of this command; use another --out")
+    processes.barrier()
     if rank == 0 and not note.exists():
         if not there:
-            run.own(folder)
+            folders.own(folder)
         if npz:
             np.lib.format.open_memmap(folder / "arr_0.npy", "w+", np.uint8, shape)
         (folder / "done").write_bytes(bytes(shape[0]))
         note.with_suffix(".part").write_text(json.dumps(settings))
         os.replace(note.with_suffix(".part"), note)
-    run.barrier()
+    processes.barrier()
     return np.frombuffer((folder / "done").read_bytes(), bool)
 
 
@@ -376,34 +347,39 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     n, npz, batch = len(labels), out.suffix == ".npz", -(-batch // ROWS) * ROWS
     folder = out.with_name(out.name + ".partial") if npz else out
     if npz and out.exists() and imagefiles.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
-        raise ValueError(f"{out} is there, and does not hold samples; take another --out")
+        raise ValueError(f"{out} is there, and does not hold samples; use another --out")
     done = begin(folder, settings, (n, size, size, 3), rank, npz)
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
-    run.barrier()                            # all have seen what is done before that changes
+    processes.barrier()                            # all have seen what is done before that changes
     todo = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
     offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
 
     def keep(first, x):
         pixels = to_pixels(decode, x, first)
+        grey = pixels.shape[3] == 1
         if npz:
+            if grey:                       # ADM's layout has three channels
+                pixels = pixels.repeat(3, axis=3)
             write_at(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
         else:
             for i, image in enumerate(pixels, first):
                 png = io.BytesIO()
-                Image.fromarray(image).save(png, "PNG")
+                Image.fromarray(image[..., 0] if grey else image).save(png, "PNG")
                 write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
         write_at(folder / "done", first, bytes([1]) * len(pixels))
 
     with tqdm(total=sum(j - i for i, j in todo), unit="image", disable=rank > 0) as bar, \
             ThreadPoolExecutor(1) as thread:
-        kept = thread.submit(int)
+        kept = None                        # the batch that the thread is writing
         for first, end in todo:
             x = sample(first, end)
-            kept.result()                  # so that no more than two batches are held
+            if kept is not None:
+                kept.result()              # so that no more than two batches are held
             kept = thread.submit(keep, first, x)
             bar.update(end - first)
-        kept.result()
-    run.barrier()
+        if kept is not None:
+            kept.result()
+    processes.barrier()
     if npz and rank == 0:
         np.save(folder / "arr_1.npy", labels.numpy())
         with zipfile.ZipFile(folder / "npz", "w") as archive:
@@ -416,69 +392,96 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
         shutil.rmtree(folder)
 
 
-@run.program("take fewer samples by --n, or a smaller network")
+def default_out(args, nfes):
+    """The grid beside the checkpoint, named by the NFE."""
+    name = f"nfe{'-'.join(map(str, nfes))}.png"
+    if args.ckpt.suffix == ".safetensors":
+        name = f"{args.ckpt.stem}-{name}"
+    return args.ckpt.parent / name
+
+
+def check_args(args, nfes, out):
+    """Ends the program for flags that make no sense."""
+    if min(*nfes, args.n, args.batch) < 1:
+        fail("--nfe, --grid, --n and --batch must be at least 1")
+    if args.cfg_channels is not None and args.cfg_channels < 1:
+        fail("--cfg-channels must be at least 1")
+    if args.grid and out.suffix != ".png":
+        fail(f"--out {out}: --grid needs a file NAME.png")
+    if out.suffix in (".png", ".npz") and out.is_dir():
+        fail(f"--out {out} is a folder; give a file NAME.png or NAME.npz, or another folder")
+    images = (".png", ".npz", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".zip")
+    if out.suffix.lower() in images and out.suffix not in (".png", ".npz"):
+        fail(f"--out {out}: there is no such format; give NAME.png, NAME.npz or a folder")
+    if args.shift is not None and not 1e-3 <= args.shift <= 1e3:
+        fail(f"--shift {args.shift}: give a positive number, 0.001 to 1000; 1 is none")
+
+
+def save_png(out, args, net, checkpoint, nfes, labels, decode, given):
+    """Draws all samples in this process and writes them as one grid."""
+    images = np.concatenate([draw(net, checkpoint, nfe, labels, args.seed, decode, **given)
+                             for nfe in nfes])
+    titles = ()
+    columns = math.isqrt(args.n)
+    if args.n % 10 == 0:
+        columns = 10
+    if args.grid:
+        columns = args.n
+        names = [choose_sampler(net, checkpoint, nfe, **given).name for nfe in nfes]
+        titles = [f"NFE {nfe}\n{name}" for nfe, name in zip(nfes, names)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data.save_grid(out, images, columns, max(1, 64 // images.shape[1]), titles)
+
+
+@processes.program("use fewer samples by --n, or a smaller network")
 def main():
     args = parse_args()
-    nfes = args.grid or [args.nfe]
     if args.ckpt.is_dir():
         args.ckpt = args.ckpt / "ckpt.pt"
-    name = f"{args.ckpt.stem}-" * (args.ckpt.suffix == ".safetensors")
-    name += f"nfe{'-'.join(map(str, nfes))}.png"
-    out = pathlib.Path(args.out or args.ckpt.parent / name)
+    nfes = args.grid or [args.nfe]
+    out = pathlib.Path(args.out or default_out(args, nfes))
+    check_args(args, nfes, out)
     options = flags.parse_net_options(args.net)
-    if min(*nfes, args.n, args.batch, 1 if args.cfg_channels is None else args.cfg_channels) < 1:
-        run.fail("--nfe, --grid, --n, --batch and --cfg-channels must be at least 1")
-    if args.grid and out.suffix != ".png" or out.suffix in (".png", ".npz") and out.is_dir():
-        run.fail(f"--out {out}: want a file NAME.png or NAME.npz, or a folder; --grid: a .png")
-    if out.suffix.lower() in (".png", ".npz", ".jpg", ".jpeg", ".webp", ".zip") and (
-            out.suffix not in (".png", ".npz")):
-        run.fail(f"--out {out}: no such format; want NAME.png, NAME.npz or a folder")
-    if args.shift is not None and not 1e-3 <= args.shift <= 1e3:
-        run.fail(f"--shift {args.shift}: want a positive number, 0.001 to 1000; 1 is none")
     given = {key: getattr(args, key) for key in (
         "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
-    device, rank, world = run.start_processes(args.device)
-    run.check_output(args.export)
+    device, rank, world = processes.start(args.device)
+    folders.check_output(args.export)
     try:
         net, checkpoint = load(args.ckpt, device, args.raw, args.method, options, args.weights)
         if args.export:
-            return export(args.export, net, checkpoint)
+            export(args.export, net, checkpoint)
+            return
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed,
                                checkpoint["args"].get("class_names", ()))
-        chosen = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
-        if out.suffix == ".png" and rank == 0:             # small: one process draws it alone
-            images = np.concatenate([draw(net, checkpoint, nfe, labels, args.seed, decode, **given)
-                                     for nfe in nfes])
-            columns = args.n if args.grid else 10 if args.n % 10 == 0 else math.isqrt(args.n)
-            rows = [f"NFE {nfe}\n{one[0]}" for nfe, one in zip(nfes, chosen)] if args.grid else ()
-            out.parent.mkdir(parents=True, exist_ok=True)
-            data.save_grid(out, images, columns, max(1, 64 // images.shape[1]), rows)
-        elif out.suffix != ".png":
-            if args.times or args.n_ode is not None:       # the sampler checks them: before writing
+        samplers = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
+        if out.suffix == ".png":
+            if rank == 0:
+                save_png(out, args, net, checkpoint, nfes, labels, decode, given)
+        else:
+            if args.times or args.n_ode is not None or args.method:
+                # One sample first: do the sampler's options and a public network fit?
                 draw(net, checkpoint, args.nfe, labels[:1], **given)
-            if args.method in METHODS:                     # does the network fit it?
-                draw(net, checkpoint, 1, labels[:1])
-            shape = checkpoint["args"]["net"]
+            sampler, shape = samplers[0], checkpoint["args"]["net"]
             settings = dict(
                 weights=fingerprint(net.state_dict()), decoder=fingerprint(decoder),
-                net=shape, method=checkpoint["method"], sampler=chosen[0][0], nfe=args.nfe,
-                n=args.n, options=chosen[0][3], seed=args.seed, labels=args.labels,
+                net=shape, method=checkpoint["method"], sampler=sampler.name, nfe=args.nfe,
+                n=args.n, options=sampler.options, seed=args.seed, labels=args.labels,
                 device=device.type)
             stream(out, settings, labels, factor * shape["input_size"], args.batch, rank, world,
-                   lambda i, j: draw_batch(net, checkpoint, chosen[0], args.seed, i, labels[i:j]),
+                   lambda i, j: draw_batch(net, checkpoint, sampler, args.seed, i, labels[i:j]),
                    decode)
     except ValueError as e:
-        run.fail(e)
+        fail(e)
     except OSError as e:
-        run.fail(f"{e}; what is written stays, and the same command goes on", always=True)
+        fail(f"{e}; what is written stays, and the same command continues", always=True)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     if rank == 0:
-        by = ", ".join(f"{one[0]} at NFE {nfe}" for nfe, one in zip(nfes, chosen))
+        by = ", ".join(f"{sampler.name} at NFE {nfe}" for nfe, sampler in zip(nfes, samplers))
         print(f"{out}: {args.n} samples by {by}")
-    run.end_processes()
+    processes.end()
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import quickstart
 
-import run
 import sample
-from flags import Parser
+from common import folders
+from common.flags import Parser
+from common.messages import fail
 
 # A table: its script, the flags of all rows and of the teacher, the samplers that are its columns
 # (name, or None for the method's own, and NFE), and its rows: label, flags, the paper's figure for
@@ -179,10 +180,10 @@ def main():
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    run.check_output(args.json)
+    folders.check_output(args.json)
     table = TABLES[args.table]
     if args.n < 100 or args.jobs < 1 or (args.steps or 1) < 1:
-        run.fail("--n must be at least 100, --jobs and --steps at least 1")
+        fail("--n must be at least 100, --jobs and --steps at least 1")
     steps, script, out = args.steps or table["steps"], table["script"], pathlib.Path("runs/ablation")
     seeds, columns = args.seeds or list(table.get("seeds", range(3))), table["columns"]
     quickstart.load_classifier("glyphs", 16)

@@ -30,9 +30,10 @@ import ablation
 import quickstart
 
 import data
-import run
 import sample
-from flags import Parser
+from common import folders
+from common.flags import Parser
+from common.messages import fail
 
 METHODS = {                                # name: script and its flags
     "FACM": ("facm.py",), "DE-CM": ("decm.py",), "GCM": ("gcm.py",),
@@ -81,10 +82,10 @@ def main():
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     p.add_argument("--picture", type=pathlib.Path, help="draw samples into this PNG")
     args = p.parse_args()
-    run.check_output(args.json)
-    run.check_output(args.picture)
+    folders.check_output(args.json)
+    folders.check_output(args.picture)
     if args.n < 100 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) <= 0:
-        run.fail("--n must be at least 100, --jobs at least 1, the seconds above 0")
+        fail("--n must be at least 100, --jobs at least 1, the seconds above 0")
     out = pathlib.Path("runs/bakeoff") / args.data
     out.mkdir(parents=True, exist_ok=True)
     cost = measure_costs(args.data, out)

@@ -30,9 +30,10 @@ import quickstart
 
 import data
 import fid
-import run
 import sample
-from flags import Parser
+from common import checkpoints, folders
+from common.flags import Parser
+from common.messages import fail
 
 # The preset of MNIST, for a network of 3 M parameters
 COMMON = ["--device", "cpu", "--preset", "mnist", "--xflip", "--log-every", "20",
@@ -69,7 +70,7 @@ def train(name, args):
     python(script, *flags, count, 100, "--out", probe)
     speeds = [line["images_per_s"] for line in map(json.loads, open(probe / "log.jsonl"))]
     steps = round(statistics.median_high(speeds[1:]) * seconds / batch / 50) * 50
-    step_of = lambda path: run.read_checkpoint(path)["step"]  # noqa: E731
+    step_of = lambda path: checkpoints.read(path)["step"]  # noqa: E731
     pieces, finished = sorted(args.out.glob(f"{name}-piece*.pt"), key=step_of), False
     while not finished:
         finished = python(script, *flags, count, steps, "--out", folder, seconds=seconds / PIECES)
@@ -120,13 +121,13 @@ def main():
                    "this PNG, with matplotlib")
     args = p.parse_args()
     for path in (args.json, args.picture, args.curve):
-        run.check_output(path)
+        folders.check_output(path)
     if args.n < 1000 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) <= 0:
-        run.fail("--n must be at least 1000, --jobs at least 1, the seconds above 0")
+        fail("--n must be at least 1000, --jobs at least 1, the seconds above 0")
     if not os.path.exists(args.features):
-        run.fail(f"--features {args.features} is not there")
+        fail(f"--features {args.features} is not there")
     if args.curve and not importlib.util.find_spec("matplotlib"):
-        run.fail("--curve draws with matplotlib: pip install matplotlib")
+        fail("--curve draws with matplotlib: pip install matplotlib")
     args.out.mkdir(parents=True, exist_ok=True)
 
     # Train: GCM needs no teacher and begins beside it

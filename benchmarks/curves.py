@@ -14,8 +14,9 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import run
-from flags import Parser
+from common import folders
+from common.flags import Parser
+from common.messages import fail
 
 
 def read_lines(path):
@@ -34,11 +35,11 @@ def main():
     p.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     p.add_argument("--smooth", type=int, default=5, help="lines of the log in a mean")
     args = p.parse_args()
-    run.check_output(args.out)
+    folders.check_output(args.out)
     try:
         import matplotlib
     except ImportError:
-        run.fail("curves.py draws with matplotlib: pip install matplotlib")
+        fail("curves.py draws with matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -47,7 +48,7 @@ def main():
     for folder in args.runs:
         log = read_lines(folder / "log.jsonl")
         if not log:
-            run.fail(f"{folder}: no log.jsonl with lines in it")
+            fail(f"{folder}: no log.jsonl with lines in it")
         stages = [line["stage"] for line in log]
         end_of_stage |= {log[i]["step"] for i in range(len(log) - 1) if stages[i] != stages[i + 1]}
         for key in [key for key in log[-1] if key.startswith("L_") or key in ("loss", "grad_norm")]:

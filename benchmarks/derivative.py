@@ -20,10 +20,10 @@ import time
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import flags
 import gcm
 import models
-import run
+from common import flags
+from common.messages import fail
 from jvp import JVP
 
 NETWORKS = {
@@ -43,7 +43,7 @@ def parse_args():
     p.add_argument("--case", nargs=2, help="one case in this process: network and --jvp")
     args = p.parse_args()
     if min(args.batch, args.steps) < 1:
-        run.fail("--batch and --steps: at least 1")
+        fail("--batch and --steps: at least 1")
     return args
 
 
@@ -93,7 +93,7 @@ def main():
             done = subprocess.run([sys.executable, *sys.argv, "--case", name, way],
                                   capture_output=True, text=True)
             if done.returncode:
-                run.fail(f"{name}, {way}: {done.stderr.strip().splitlines()[-1]}")
+                fail(f"{name}, {way}: {done.stderr.strip().splitlines()[-1]}")
             row = json.loads(done.stdout.splitlines()[-1])
             print(f"{name:10}{way:>12}{row['sec_per_kimg']:15.2f}{row['peak'] / 2 ** 20:10.0f}"
                   f"{row['before'] / 2 ** 20:8.0f}", flush=True)

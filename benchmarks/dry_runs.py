@@ -54,9 +54,10 @@ def measure(script, options):
     code = f"""
 import resource, sys
 import data, dryrun, run, {script[:-3]} as script
-class NoFiles(run.Run):
+from common import dryrun
+class NoFiles(Run):
     def save(self, name): pass
-sys.argv, run.Run, run.ctypes = {[script, *options]}, NoFiles, None      # without ctypes glibc keeps these settings
+sys.argv, Run, run.ctypes = {[script, *options]}, NoFiles, None      # without ctypes glibc keeps these settings
 data.load_for, data.save_preview = dryrun.NoData, lambda *a: None
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 script.main()

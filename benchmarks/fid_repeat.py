@@ -20,9 +20,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import quickstart
 
 import fid
-import flags
-import run
 import sample
+from common import flags, folders, processes
+from common.messages import fail
 
 
 def distances(args, device):
@@ -68,14 +68,14 @@ def main():
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    run.check_output(args.json)
+    folders.check_output(args.json)
     if min(args.n, args.seeds, args.batch, *args.nfe) < 1 or args.seeds < 2:
-        run.fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
-    device, _, _ = run.start_processes(args.device)
+        fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
+    device, _, _ = processes.start(args.device)
     try:
         found, name = distances(args, device)
     except ValueError as e:
-        run.fail(" ".join(str(e).split()))
+        fail(" ".join(str(e).split()))
     print(f"{args.ckpt}: {name} to {args.ref}, {args.n} samples, {args.seeds} seeds from {args.seed} on")
     figures = {}
     for nfe, values in found.items():

@@ -26,8 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import quickstart
 
 import fid
-import flags
-import run
+from common import flags, folders, processes
 
 
 def other_network(device):
@@ -85,8 +84,8 @@ def main():
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    run.check_output(args.json)
-    device, _, _ = run.start_processes(args.device)
+    folders.check_output(args.json)
+    device, _, _ = processes.start(args.device)
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
 

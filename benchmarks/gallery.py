@@ -18,9 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import quickstart
 
 import data
-import run
 import sample
-from flags import Parser
+from common import folders
+from common.flags import Parser
 
 NAMES = dict(facm="FACM", decm="DE-CM", gcm="GCM", baselines="baseline")
 
@@ -50,7 +50,7 @@ def main():
     p.add_argument("--size", type=int, default=32, help="pixels of an image")
     p.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     args = p.parse_args()
-    run.check_output(args.out)
+    folders.check_output(args.out)
     labels, sheets = torch.arange(10), []
     sides = [rows_of(folders, labels) for folders in (args.left, args.right)]
     for side in sides:                     # a row that one side lacks stays white there

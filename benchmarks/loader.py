@@ -26,8 +26,7 @@ sys.path.insert(0, str(ROOT))
 import quickstart
 
 import data
-import flags
-import run
+from common import flags, folders, processes
 
 
 def write_latents(folder, n, shard=2500):
@@ -86,8 +85,8 @@ def main():
     p = flags.Parser(description=__doc__.splitlines()[0])
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     args = p.parse_args()
-    run.check_output(args.json)
-    run.start_processes("cpu")            # as the scripts begin
+    folders.check_output(args.json)
+    processes.start("cpu")            # as the scripts begin
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)

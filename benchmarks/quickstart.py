@@ -30,9 +30,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
 import fid
-import flags
-import run
 import sample
+from common import checkpoints, flags, folders
+from common.messages import fail
 
 
 class Classifier(nn.Module):
@@ -87,7 +87,7 @@ def load_classifier(name, size):
     print(f"training the classifier, once, for some minutes; it is kept as {path}")
     net = train_classifier(*real)
     path.parent.mkdir(exist_ok=True)
-    run.save_checkpoint(path, net.state_dict())
+    checkpoints.save(path, net.state_dict())
     return net
 
 
@@ -133,9 +133,9 @@ def main():
     p.add_argument("--log", action="store_true", help="add a line to RUN/distance.jsonl: the step, and "
                    "the student's figures alone")
     args = p.parse_args()
-    run.check_output(args.json)
+    folders.check_output(args.json)
     if args.n < 100:
-        run.fail(f"--n {args.n}: 64 features want 100 samples or more")
+        fail(f"--n {args.n}: 64 features want 100 samples or more")
     try:
         student, teacher = sample.load(args.run / "ckpt.pt"), None     # network and checkpoint
         method, train = student[1]["method"], student[1]["args"]
@@ -144,7 +144,7 @@ def main():
         if train["teacher"] or train["pretrain"]:
             teacher = sample.load(train["teacher"] or args.run / "teacher.pt")
     except ValueError as e:
-        run.fail(e)
+        fail(e)
     rows = [(f"student, NFE {nfe}" + (method == "decm") * f", {sampler}", student, sampler, nfe, None)
             for sampler, nfe in SAMPLERS[method]]
     if teacher and not args.log:

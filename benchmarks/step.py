@@ -36,10 +36,11 @@ import quickstart
 
 import decm
 import facm
-import flags
 import gcm
 import models
-import run
+from common import flags, folders, processes
+from common.messages import fail
+from common.run import ema_update
 from jvp import forward_mode, select
 
 LDIT = dict(name="LightningDiT-B/1", in_channels=16, num_classes=1000, input_size=16, qknorm=True)
@@ -65,7 +66,7 @@ class Steps:
     def __init__(self, name, args):
         options, batch = NETWORKS[name]
         self.args, self.device, batch = args, torch.device(args.device), args.batch or batch
-        run.set_globals(self.device, args.compile)                     # as the scripts do
+        processes.set_globals(self.device, args.compile)                     # as the scripts do
         if args.compile:                   # beyond a limit of 8 further cases are not compiled
             torch._dynamo.config.recompile_limit = 64
         torch.manual_seed(0)
@@ -125,7 +126,7 @@ class Steps:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.ema_update(ema, net, 9, 6.94)
+        ema_update(ema, net, 9, 6.94)
         self.wait()
         return time.perf_counter() - start
 
@@ -210,9 +211,9 @@ def parse_args():
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     p.add_argument("--memory-of", nargs=2, help="one network and case, in this process")
     args = p.parse_args()
-    run.check_output(args.json)
+    folders.check_output(args.json)
     if min(args.batch or 1, args.rounds) < 1:
-        run.fail("--batch and --rounds: at least 1")
+        fail("--batch and --rounds: at least 1")
     return args
 
 
@@ -225,7 +226,7 @@ def measure(name, args):
         command = [sys.executable, *sys.argv, "--memory-of", name, case]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            run.fail(f"{name}, {case}: {done.stderr.strip().splitlines()[-1]}")
+            fail(f"{name}, {case}: {done.stderr.strip().splitlines()[-1]}")
         seconds = statistics.median(times[case] for times in rounds)
         ratio = {base: statistics.median(times[case] / times[base] for times in rounds)
                  for base in ("fm", "reference") if base in args.cases}

@@ -1,13 +1,20 @@
-"""FACM's loss on a network that is not ours: points of a ring, in one step, in 15 seconds on a CPU.
+"""FACM, DE-CM and GCM on a network that is not ours: points of two rings, half a minute on a CPU.
 
     python examples/own_network.py
 
-A network is any callable net(x, t, s, y); here it is an MLP of points [B, 2, 1, 1]. From scratch:
-no teacher, no labels, the second time s is always None. `fused` takes it by with_tangent; `exact`
-and `fd` would take it as it is.
+A network is any callable net(x, t, s, y). Here it is an MLP, x are points [B, 2], and y says which
+of two rings, of radius 0.5 and 1.5, a point belongs to. A teacher is trained by flow matching, and
+each method distils it: the student begins with the teacher's weights, and draws a point in one
+step. The loss functions are those of the scripts, imported as they are.
+
+The derivative `fused` needs a network that carries tangents, which with_tangent makes of the MLP;
+`exact` and `fd` call the MLP as it is.
+
+DIRECTION OF TIME: as in facm.py and decm.py, t=0 noise, t=1 data. gcm.py's time runs from the data
+to the noise, and gcm.precondition with velocity=True turns it round for the network.
 """
 
-import functools
+import copy
 import math
 import pathlib
 import sys
@@ -15,43 +22,146 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from facm import WEIGHTS, facm_loss, sample, sample_t
+import decm
+import facm
+import flow
+import gcm
 from jvp import fused, with_tangent
+
+RADII = torch.tensor([0.5, 1.5])           # of the rings with the labels 0 and 1
+SIGMA_DATA = 0.79                          # the standard deviation of a coordinate
 
 
 class Mlp(torch.nn.Module):
-    """Points x [B, 2, 1, 1] and times t [B] -> velocities [B, 2, 1, 1]."""
+    """Points x [B, 2], times t and s [B] (s may be None), labels y [B] -> velocities [B, 2]."""
 
     def __init__(self, width=128):
         super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(4, width), torch.nn.SiLU(), torch.nn.Linear(width, width),
+        self.first = torch.nn.Linear(2 + 2 + 2, width)                 # point, time, label
+        self.second_time = torch.nn.Linear(2, width)
+        self.rest = torch.nn.Sequential(
+            torch.nn.SiLU(), torch.nn.Linear(width, width),
+            torch.nn.SiLU(), torch.nn.Linear(width, width),
             torch.nn.SiLU(), torch.nn.Linear(width, 2))
+        # Zero, so that a student with a second time begins as its teacher, which has none
+        torch.nn.init.zeros_(self.second_time.weight)
+        torch.nn.init.zeros_(self.second_time.bias)
 
     def forward(self, x, t, s=None, y=None):
-        times = torch.stack([t, t.square()], dim=1)
-        return self.layers(torch.cat([x.flatten(1), times], dim=1))[:, :, None, None]
+        time = torch.stack([t, t.square()], dim=1)
+        label = torch.nn.functional.one_hot(y, 2).to(x.dtype)
+        h = self.first(torch.cat([x, time, label], dim=1))
+        if s is not None:
+            h = h + self.second_time(torch.stack([s, s.square()], dim=1))
+        return self.rest(h)
 
 
-def train(steps=1500, batch=512):
-    """A network that draws points of a ring of radius 1 in one step."""
-    torch.manual_seed(0)
-    net = Mlp()
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    alpha, beta = (functools.partial(WEIGHTS[name], p=0.5) for name in ("1-t^p", "cos"))
+def draw_points(n):
+    """Points [n, 2] of the rings, and their labels [n]."""
+    y = torch.randint(2, (n,))
+    angle = 2 * math.pi * torch.rand(n)
+    x = RADII[y][:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return x, y
+
+
+def optimise(net, loss_of, steps, batch, lr):
+    """Trains net to a small loss_of(net, x1, y) of points x1 and labels y."""
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in range(steps):
-        angle = 2 * math.pi * torch.rand(batch)
-        x1 = torch.stack([angle.cos(), angle.sin()], dim=1)[:, :, None, None]
-        t = sample_t(torch.randn(batch), P_mean=-0.8, P_std=1.6)
-        L_fm, L_cm = facm_loss(with_tangent(net), fused, x1, torch.randn_like(x1), t, None,
-                               alpha=alpha, beta=beta)
-        optimizer.zero_grad()
-        (L_fm + L_cm).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        loss = loss_of(net, *draw_points(batch))
+        loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
     return net
 
 
+def train_teacher(steps=1500, batch=512):
+    """A network with the velocity of the flow, at the times t and, for FACM, 2 - t."""
+    def loss_of(net, x1, y):
+        t = flow.sample_t(torch.randn(len(x1)))
+        mixed = torch.rand(len(x1)) < 0.5
+        return flow.flow_loss(net, x1, torch.randn_like(x1), t, y, mixed=mixed)
+
+    return optimise(Mlp(), loss_of, steps, batch, lr=5e-3).requires_grad_(False)
+
+
+def train_facm(teacher, steps=1000, batch=512):
+    """A student of FACM, which tells its two tasks apart by the time, t or 2 - t."""
+    def loss_of(net, x1, y):
+        x0 = torch.randn_like(x1)
+        t = facm.sample_t(torch.randn(len(x1)))
+        L_fm, L_cm = facm.facm_loss(with_tangent(net), fused, x1, x0, t, y, teacher=teacher)
+        return L_fm + L_cm
+
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    return optimise(student, loss_of, steps, batch, lr=2e-3)
+
+
+def train_decm(teacher, steps=1000, batch=512):
+    """A student of DE-CM, with a second time. Both of its losses are in every step here."""
+    def loss_of(net, x1, y):
+        net = with_tangent(net)
+        x0 = torch.randn_like(x1)
+        t = torch.rand(len(x1))
+        r = torch.minimum(0.02 * torch.rand(len(x1)), t)
+        L_fm, L_cm, (xt, v) = decm.decm_loss(net, fused, x1, x0, t, y, teacher=teacher)
+        L_fm_2, L_n2n = decm.n2n_loss(net, fused, x1, x0, xt, v, r, t, y, teacher=teacher)
+        return L_fm + L_cm + L_fm_2 + L_n2n
+
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    return optimise(student, loss_of, steps, batch, lr=2e-3)
+
+
+def train_gcm(teacher, steps=1000, batch=512):
+    """A network of GCM, which begins with the teacher's weights and then learns from data alone."""
+    def loss_of(net, x, y):
+        f = gcm.precondition(net, sigma_d=SIGMA_DATA, velocity=True)
+        z = SIGMA_DATA * torch.randn_like(x)
+        t, s, density = gcm.sample_times(torch.rand(4, len(x)), sigma_d=SIGMA_DATA)
+        return gcm.gcm_loss(f, None, x, z, t, s, density, y)
+
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    return optimise(student, loss_of, steps, batch, lr=2e-3)
+
+
+def one_step(method, net, noise, y):
+    """Points [B, 2] in one step from noise [1, B, 2]."""
+    if method == "FACM":
+        return facm.sample(net, noise, y, nfe=1)
+    if method == "DE-CM":
+        return decm.sample(net, noise, y, nfe=1)
+    if method == "GCM":
+        return gcm.sample(net, noise, y, nfe=1, restart=True, sigma_d=SIGMA_DATA, velocity=True)
+    return flow.integrate(net, noise, y, nfe=1)
+
+
+def radii_of(method, net, n=2000):
+    """For each label the mean radius of n one-step samples, and its standard deviation."""
+    noise = torch.randn(1, n, 2, generator=torch.Generator().manual_seed(1))
+    found = []
+    for label in range(len(RADII)):
+        y = torch.full((n,), label)
+        radius = one_step(method, net, noise, y).norm(dim=1)
+        found.append((radius.mean().item(), radius.std().item()))
+    return found
+
+
+def main():
+    torch.manual_seed(0)
+    print("radius of 2,000 one-step samples of either label; 0.50 and 1.50 are expected, +- 0.00")
+    teacher = train_teacher()
+    students = {
+        "teacher": teacher,
+        "FACM": train_facm(teacher),
+        "DE-CM": train_decm(teacher),
+        "GCM": train_gcm(teacher),
+    }
+    for method, net in students.items():
+        (inner, inner_std), (outer, outer_std) = radii_of(method, net)
+        print(f"{method:8} {inner:.2f} +- {inner_std:.2f}, {outer:.2f} +- {outer_std:.2f}")
+
+
 if __name__ == "__main__":
-    points = sample(train(), torch.randn(1, 2000, 2, 1, 1), None, nfe=1)
-    radius = points.flatten(1).norm(dim=1)
-    print(f"radius of 2,000 one-step samples: {radius.mean():.2f} +- {radius.std():.2f}, wanted 1")
+    main()

@@ -13,8 +13,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import imagefiles
 import jvp
+from common import imagefiles
 
 
 def attention(y, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_):

@@ -208,7 +208,7 @@ def tell_memory(args):
     from diffusers import WanTransformer3DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from dryrun import LivingBytes
+    from common.dryrun import LivingBytes
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         living = stack.enter_context(LivingBytes())

@@ -37,5 +37,23 @@ def signals_are_as_before():
 
 
 @pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path_factory, monkeypatch):
+    """Runs write into runs/ of the working folder, such as the default teacher."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """The checkpoint of a small teacher: 6 steps of flow.py."""
+    from test_training import FLOW, call
+
+    import flow
+    out = tmp_path_factory.mktemp("flow") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, flow, *FLOW, "--steps", 6, "--save-every", 4, "--out", out)
+    return out / "ckpt.pt"
+
+
+@pytest.fixture(autouse=True)
 def random_numbers_do_not_depend_on_the_tests_before():
     torch.manual_seed(123)                 # 0 is what the tests' own generators begin with

@@ -1,11 +1,12 @@
-"""baselines.py against closed forms: sCM and MeanFlow under the Gaussian oracle, mutants; and as a program."""
+"""baselines.py against closed forms: sCM and MeanFlow under the Gaussian oracle in any shape, mutants; and as a
+program."""
 
 import math
 import pathlib
 
 import pytest
 import torch
-from oracle import fused, mutant
+from oracle import SHAPES, fused, loss_and_gradient, mutant
 from test_facm import ORACLE, OracleNet
 from test_training import (
     TINY,
@@ -21,8 +22,8 @@ from test_training import (
 
 import baselines
 import facm
-import run
 import sample
+from common import checkpoints
 from jvp import JVP, forward_mode
 
 SOURCE = pathlib.Path(baselines.__file__).read_text()
@@ -31,22 +32,25 @@ SOURCE = pathlib.Path(baselines.__file__).read_text()
 class AverageNet:
     """MeanFlow's ideal: the average velocity from t to s, which at s = t is the velocity."""
 
-    num_classes, second_time = 0, True
-
     def __call__(self, x, t, s, y=None):
         there = s == t
         average = ORACLE.average_velocity(x, t, torch.where(there, t + 0.5, s))       # not 0 / 0 there
-        return torch.where(ORACLE.expand(there), ORACLE.velocity(x, t), average)
+        return torch.where(ORACLE.expand(there, x), ORACLE.velocity(x, t), average)
 
 
-def compared(module, objective, mode="exact", warm=1.0, phi=torch.zeros(3).double()):
-    """The loss of sCM's or MeanFlow's ideal network, float64; a quarter of MeanFlow's r is t."""
-    x1, x0, t = ORACLE.draw(64)
-    teacher, jvp = OracleNet(False, teacher=True), JVP[mode]
+IDEAL = dict(scm=OracleNet(), meanflow=AverageNet())
+
+
+def compared(module, objective, net=None, mode="exact", shape=(64, 2, 3, 3), y=None, warm=1.0, phi=torch.zeros(3).double(),
+             **guidance):
+    """The loss of sCM's or MeanFlow's ideal network, or of `net`, float64; a quarter of MeanFlow's r is t."""
+    x1, x0, t = ORACLE.draw(shape[0], shape=shape[1:])
+    net, jvp = net or fused(IDEAL[objective]), JVP[mode]
+    options = dict(teacher=OracleNet(teacher=True)) | guidance
     if objective == "scm":
-        return module.scm_loss(fused(OracleNet(False)), jvp, x1, x0, t, None, warm=warm, phi=phi, teacher=teacher)
-    r = torch.where(torch.arange(64) < 16, t, t + (1 - t) * torch.linspace(0.1, 1, 64).double())
-    return module.meanflow_loss(fused(AverageNet()), jvp, x1, x0, t, r, None, teacher=teacher)
+        return module.scm_loss(net, jvp, x1, x0, t, y, warm=warm, phi=phi, **options)
+    r = torch.where(torch.arange(len(t)) < len(t) // 4, t, t + (1 - t) * torch.linspace(0.1, 1, len(t)).double())
+    return module.meanflow_loss(net, jvp, x1, x0, t, r, y, **options)
 
 
 @pytest.mark.parametrize("objective", ["scm", "meanflow"])
@@ -56,16 +60,22 @@ def test_oracle_has_zero_residual_under_the_compared_objectives(objective):
     assert compared(baselines, objective, mode="fd") < 1e-4
 
 
+SCM_TARGET = "g = F_cm.detach() - v - warm * wide(1 - t, v) * dF_dt"
+SCM_LINE = "at=(xt, *c_cm, y), along=(v, 1, 0)"
+MEANFLOW_ERROR = "(F_r - v - wide(r - t, v) * dF_dt)"
+MEANFLOW_LINE = "at=(xt, t, r, y), along=(v, 1, 0)"
+
+
 @pytest.mark.parametrize("objective, old, new", [
-    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v + warm * (1 - t)"),
-    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() - v - warm * t"),
-    ("scm", "g = F_cm.detach() - v - warm * (1 - t)", "g = F_cm.detach() + v - warm * (1 - t)"),
-    ("scm", "*c_cm, y, v, 1, 0)", "*c_cm, y, v, 0, 0)"),
-    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v + (r - t)["),
-    ("meanflow", "(F_r - v - (r - t)[", "(F_r - v - (1 - t)["),
-    ("meanflow", "jvp(net, xt, t, r, y, v, 1, 0)", "jvp(net, xt, r, t, y, v, 1, 0)"),
-    ("meanflow", "jvp(net, xt, t, r, y, v, 1, 0)", "jvp(net, xt, t, r, y, v, -1, 0)"),
-    ("meanflow", "jvp(net, xt, t, r, y, v, 1, 0)", "jvp(net, xt, t, r, y, v, 1, 1)"),
+    ("scm", SCM_TARGET, "g = F_cm.detach() - v + warm * wide(1 - t, v) * dF_dt"),
+    ("scm", SCM_TARGET, "g = F_cm.detach() - v - warm * wide(t, v) * dF_dt"),
+    ("scm", SCM_TARGET, "g = F_cm.detach() + v - warm * wide(1 - t, v) * dF_dt"),
+    ("scm", SCM_LINE, "at=(xt, *c_cm, y), along=(v, 0, 0)"),
+    ("meanflow", MEANFLOW_ERROR, "(F_r - v + wide(r - t, v) * dF_dt)"),
+    ("meanflow", MEANFLOW_ERROR, "(F_r - v - wide(1 - t, v) * dF_dt)"),
+    ("meanflow", MEANFLOW_LINE, "at=(xt, r, t, y), along=(v, 1, 0)"),
+    ("meanflow", MEANFLOW_LINE, "at=(xt, t, r, y), along=(v, -1, 0)"),
+    ("meanflow", MEANFLOW_LINE, "at=(xt, t, r, y), along=(v, 1, 1)"),
 ])
 def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):
     assert compared(mutant(SOURCE, old, new), objective) > 1e-2
@@ -75,14 +85,14 @@ def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
     """With the share q of dF/dt the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
     x1, x0, t = ORACLE.draw(64)
     xt = facm.interpolate(x1, x0, t)
-    dF_dt = forward_mode(OracleNet(False), xt, t, None, None, ORACLE.velocity(xt, t), 1, 0)
+    dF_dt = forward_mode(OracleNet(), at=(xt, t, None, None), along=(ORACLE.velocity(xt, t), 1, 0))
     weight = torch.cos(math.pi / 2 * t) * 0.75 * (1 - t)
     length = (ORACLE.expand(weight) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
     assert torch.allclose(compared(baselines, "scm", warm=0.25), (length / (length + 0.1)).square().mean())
 
     F = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)              # g = -v = (-3, 4)
     v, zero = torch.tensor([3.0, -4.0]).double().reshape(1, 1, 1, 2), torch.zeros(1).double()
-    baselines.scm_loss(None, lambda *_: (F, torch.zeros_like(F)), v, v, zero, None, warm=1.0, phi=zero,
+    baselines.scm_loss(None, lambda *_, **__: (F, torch.zeros_like(F)), v, v, zero, None, warm=1.0, phi=zero,
                        teacher=lambda *_: v).backward()
     assert torch.allclose(F.grad.flatten(), torch.tensor([-3.0, 4.0]).double() / (math.sqrt(12.5) + 0.1))
 
@@ -96,15 +106,15 @@ def test_scm_learns_the_logarithm_of_the_error_over_time():
     F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # so e = (c / (c + 0.1))^2
     c = torch.cos(math.pi / 2 * t)
     zero = torch.zeros_like(F)
-    baselines.scm_loss(None, lambda *_: (F, zero), zero, zero, t, None, warm=1.0, phi=phi, teacher=lambda *_: zero).backward()
+    baselines.scm_loss(None, lambda *_, **__: (F, zero), zero, zero, t, None, warm=1.0, phi=phi, teacher=lambda *_: zero).backward()
     assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) * (c / (c + 0.1)) ** 2)[:, None]).mean(0))
 
 
 def test_meanflow_weight_and_times():
-    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the rows that are asked for."""
+    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the samples that are asked for."""
     F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
     t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
-    loss = baselines.meanflow_loss(None, lambda *_: (F, zero), zero, zero, t, t, None, c=1e-3, teacher=lambda *_: zero)
+    loss = baselines.meanflow_loss(None, lambda *_, **__: (F, zero), zero, zero, t, t, None, c=1e-3, teacher=lambda *_: zero)
     assert math.isclose(loss.item(), 0.065 / 0.066)
     loss.backward()
     assert torch.allclose(F.grad.flatten(), torch.tensor([0.3, -0.2]).double() / 0.066)
@@ -120,7 +130,43 @@ def test_meanflow_weight_and_times():
 @pytest.mark.parametrize("nfe", [1, 2, 5])
 def test_jumps_follow_the_flow_exactly(nfe):
     noise = torch.randn(1, 16, 2, 3, 3, dtype=torch.float64)
-    assert torch.allclose(baselines.sample_jumps(AverageNet(), noise, None, nfe), ORACLE.mu + ORACLE.sd * noise[0])
+    assert torch.allclose(baselines.sample_jumps(AverageNet(), noise, None, nfe=nfe), ORACLE.mu + ORACLE.sd * noise[0])
+
+
+@pytest.mark.parametrize("objective", ["scm", "meanflow"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_any_shape_the_exact_jump_is_the_minimum(shape, objective):
+    """With w = 2 and a teacher that has the same velocity for all labels guidance changes nothing."""
+    y = torch.ones(shape[0], dtype=torch.int64)
+    for mode in ("exact", "fused"):
+        def loss(net):
+            return compared(baselines, objective, net, mode, shape, y, w=2.0, y_null=0)
+        value, gradient = loss_and_gradient(loss, IDEAL[objective])
+        assert abs(value) < 1e-13 and abs(gradient) < 1e-12
+        for theta in (-0.1, 0.1):
+            value, gradient = loss_and_gradient(loss, IDEAL[objective], theta)
+            assert value > 1e-3 and gradient * theta > 1e-3
+    noise = torch.randn(1, *shape, dtype=torch.float64)
+    jumped = baselines.sample_jumps(AverageNet(), noise, None, nfe=3)
+    assert torch.allclose(jumped, ORACLE.mu + ORACLE.sd * noise[0])
+
+
+@pytest.mark.parametrize("objective", ["scm", "meanflow"])
+def test_guidance_needs_labels_and_the_null_label(objective):
+    for teacher in (lambda x, t, s, y: x, None):
+        for y, y_null in ((None, 5), (torch.ones(64, dtype=torch.int64), None)):
+            with pytest.raises(ValueError, match="guidance"):
+                compared(baselines, objective, mode="fd", y=y, y_null=y_null, w=1.75, teacher=teacher)
+
+
+@pytest.mark.parametrize("objective", ["scm", "meanflow"])
+def test_the_losses_take_any_callable_without_labels(objective):
+    """y = None, and neither network nor teacher has an attribute."""
+    def net(x, t, s, y):
+        assert (s is None) == (objective == "scm") and y is None
+        return x * ORACLE.expand(t)
+    for teacher in (None, lambda x, t, s, y: x):
+        assert compared(baselines, objective, net, "fd", teacher=teacher) > 0
 
 
 def test_scms_learned_weight_keeps_its_digits_under_autocast():
@@ -146,7 +192,7 @@ def test_scm_resumes_with_its_learned_weight(tmp_path, monkeypatch):
     for steps in range(5):
         call(monkeypatch, baselines, *flags, "--steps", steps, "--out", tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run", ["ckpt.pt"])
-    whole, part = (run.read_checkpoint(tmp_path / name / "ckpt.pt")["extra"][0] for name in ("whole", "run"))
+    whole, part = (checkpoints.read(tmp_path / name / "ckpt.pt")["extra"][0] for name in ("whole", "run"))
     assert torch.equal(whole, part) and whole.abs().min() > 0
 
 
@@ -163,7 +209,7 @@ def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, nu
     call(monkeypatch, baselines, *TINY, "--objective", "meanflow", "--pretrain", 1, "--steps", 2, "--batch", batch,
          "--micro-batch", batch // 2, *flags, "--out", tmp_path / "run")
     assert [sum(pair) for pair in zip(seen[::2], seen[1::2])] == [number] * 2
-    assert run.read_checkpoint(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
+    assert checkpoints.read(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
 
 
 def test_scm_counts_the_warm_up_of_its_tangent_from_the_second_stage_on(tmp_path, monkeypatch):

@@ -20,11 +20,13 @@ from PIL import Image
 import data
 import encode
 import facm
-import imagefiles
 import models
-import run
-from augment import augment
-from flags import Parser, add_flags
+from common import checkpoints, folders, imagefiles, processes, seeds
+from common.augment import augment
+from common.flags import Parser, add_flags
+from common.log import Log
+from common.messages import fail
+from common.run import Run
 
 
 def test_glyphs_are_deterministic_and_labelled():
@@ -350,7 +352,7 @@ def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkey
     index = torch.arange(7)
     for flip in (False, True):
         mean, std = vae.encode(images.items(index, torch.full((7,), flip)))
-        noise = [torch.randn(4, 4, 4, generator=run.generator("cpu", 0, i, flip)) for i in range(7)]
+        noise = [torch.randn(4, 4, 4, generator=seeds.generator("cpu", 0, i, flip)) for i in range(7)]
         direct = mean + std * torch.stack(noise)
         stored = dataset.raw(index, torch.full((7,), flip))
         assert torch.allclose(stored, direct, atol=1e-5)
@@ -442,14 +444,14 @@ def test_encode_leaves_shards_of_others_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys):
-    run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
+    checkpoints.save(tmp_path / "ckpt.pt", dict(step=1))
 
     def full(checkpoint, file):
         file.write(b"the beginning")
         raise RuntimeError("unexpected pos\nmore")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as end:
-        run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
+        checkpoints.save(tmp_path / "ckpt.pt", dict(step=2))
     assert end.value.code == 2 and "ckpt.pt could not be written (unexpected pos)" in capsys.readouterr().err
     assert torch.load(tmp_path / "ckpt.pt") == dict(step=1) and len(list(tmp_path.iterdir())) == 1
 
@@ -459,7 +461,7 @@ def test_one_process_of_each_machine_tells_of_a_mistake(monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local))
         with pytest.raises(SystemExit):
-            run.fail("no such file")
+            fail("no such file")
         assert bool(capsys.readouterr().err) == told
 
 
@@ -518,9 +520,9 @@ def test_unknown_data_is_refused(name, size):
 
 
 def test_seeds_follow_from_the_key():
-    assert run.seed_of(0, "step", 1) == run.seed_of(0, "step", 1)
-    assert len({run.seed_of(0, "step", k) for k in range(1000)}) == 1000
-    a, b = (torch.rand(3, generator=run.generator("cpu", 1, "x")) for _ in range(2))
+    assert seeds.seed_of(0, "step", 1) == seeds.seed_of(0, "step", 1)
+    assert len({seeds.seed_of(0, "step", k) for k in range(1000)}) == 1000
+    a, b = (torch.rand(3, generator=seeds.generator("cpu", 1, "x")) for _ in range(2))
     assert torch.equal(a, b)
 
 
@@ -576,7 +578,7 @@ def test_shards_of_float16(tmp_path):
 def test_a_line_of_the_log_is_the_mean_since_the_last(tmp_path, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
-    log = run.Log(tmp_path / "log.jsonl", 0, 4, 2)
+    log = Log(tmp_path / "log.jsonl", 0, 4, 2)
     for step, value in enumerate((1.0, 2.0, 5.0, 7.0), 1):
         log.add(step, "x", 8 * step, dict(loss=torch.tensor(value)), [])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -608,14 +610,14 @@ def test_glyphs_are_20000():
 
 
 def test_a_checkpoint_is_there_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
-    run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=1))
+    checkpoints.save(tmp_path / "ckpt.pt", dict(step=1))
 
     def killed(part, path):
         assert torch.load(part) == dict(step=2) and torch.load(path) == dict(step=1)
         raise KeyboardInterrupt
     monkeypatch.setattr(run.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        run.save_checkpoint(tmp_path / "ckpt.pt", dict(step=2))
+        checkpoints.save(tmp_path / "ckpt.pt", dict(step=2))
     assert torch.load(tmp_path / "ckpt.pt") == dict(step=1)
 
 
@@ -627,25 +629,25 @@ def test_what_may_change_between_two_calls_of_a_run(tmp_path, monkeypatch):
         precision="float32", betas=[0.9, 0.99], device="cpu", compile=False, ema_sigma=0.1)
     kept = vars(args) | dict(betas=(0.9, 0.99))                        # a preset's, now given by hand
     checkpoint = dict(method="facm", args=kept, step=1, model={}, ema={}, optimizer={})
-    run.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    checkpoints.save(tmp_path / "ckpt.pt", checkpoint)
     for name in vars(args):
-        run.disown_all()                                               # the folder, as at the end of a program
+        folders.disown_all()                                               # the folder, as at the end of a program
         changed = argparse.Namespace(**vars(args) | {name: 2}) if name not in ("out", "fresh") else args
-        job = run.Run(changed, "facm")
+        job = Run(changed, "facm")
         if name in ("seed", "batch", "w", "precision", "lr_final", "betas", "pretrain", "compile", "ema_sigma"):
             with pytest.raises(ValueError, match=name):
                 job.open_folder()
         else:
             job.open_folder()
             assert job.step == job.checkpoint["step"] == 1
-    run.save_checkpoint(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
-    run.disown_all()
+    checkpoints.save(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
+    folders.disown_all()
     with pytest.raises(ValueError, match="no optimiser"):
-        run.Run(args, "facm").open_folder()
+        Run(args, "facm").open_folder()
 
 
 def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
-    log = run.Log(tmp_path / "log.jsonl", 0, 2, 1)
+    log = Log(tmp_path / "log.jsonl", 0, 2, 1)
     log.file.close()
     log.file = open("/dev/full", "w", buffering=1)
     with pytest.raises(SystemExit) as end:
@@ -655,7 +657,7 @@ def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
 
 def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    run.set_globals(torch.device("cpu"))
+    processes.set_globals(torch.device("cpu"))
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "interrupted\n"
     sys.excepthook(ValueError, ValueError("x"), None)

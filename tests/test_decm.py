@@ -1,16 +1,18 @@
-"""decm.py against closed forms: the Gaussian oracle, the paper's misprints, mutants, samplers; and as a program."""
+"""decm.py against closed forms: the Gaussian oracle in any shape, the paper's misprints, mutants, samplers; and as a
+program."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
 import torch
-from oracle import Gaussian, fused, mutant
+from oracle import SHAPES, Gaussian, fused, loss_and_gradient, mutant
 from test_training import (
+    SCRATCH,
     TINY,
     assert_same_run,
     call,
-    ends_in_one_line,
     first_gradient,
     kill_and_rerun,
     learning_rates,
@@ -23,8 +25,10 @@ from test_training import (
 
 import data
 import decm
-import run
+import models
 import sample
+from common import checkpoints, seeds
+from common.ema import gamma_of
 from jvp import JVP, exact, forward_mode
 
 SOURCE = pathlib.Path(decm.__file__).read_text()
@@ -33,27 +37,25 @@ ENDS = [(0.5, 0.5), (0.3, 0.9), (1.0, 0.0), (0.0, 1.0)]
 
 
 class OracleNet:
-    """The ideal network: the average velocity from t to s, the velocity where s = t; a teacher has no s."""
+    """The ideal network: the average velocity from t to s, the velocity where s = t; a teacher gets no s."""
 
-    num_classes = 0
-
-    def __init__(self, second_time=True):
-        self.second_time, self.passes = second_time, 0
+    def __init__(self, teacher=False):
+        self.teacher, self.passes = teacher, 0
 
     def __call__(self, x, t, s=None, y=None):
         self.passes += 1
-        assert (s is not None) == self.second_time
+        assert (s is None) == self.teacher
         if s is None:
             return ORACLE.velocity(x, t)
         fm = (s - t).abs() < 1e-12
         # Where the jump has length 0, its 0/0 must not leak into the velocity's derivative.
         jump = ORACLE.average_velocity(x, t, torch.where(fm, s + 0.1, s))
-        return torch.where(ORACLE.expand(fm), ORACLE.velocity(x, t), jump)
+        return torch.where(ORACLE.expand(fm, x), ORACLE.velocity(x, t), jump)
 
 
-def draw():
+def draw(batch=64, shape=(2, 3, 3)):
     """x1, x0, r near 0 and t > r."""
-    x1, x0, t = ORACLE.draw(64)
+    x1, x0, t = ORACLE.draw(batch, shape=shape)
     return x1, x0, 0.02 + 0.05 * t, 0.15 + 0.8 * t
 
 
@@ -63,16 +65,15 @@ LABELS = torch.ones(64, dtype=torch.int64)
 def consistency(module, mode="exact"):
     """L_FM and L_CM of the oracle network."""
     x1, x0, _, t = draw()
-    return module.decm_loss(fused(OracleNet()), JVP[mode], x1, x0, t, LABELS, w1=torch.ones_like,
-                            teacher=OracleNet(False))[:2]
+    return module.decm_loss(fused(OracleNet()), JVP[mode], x1, x0, t, LABELS, teacher=OracleNet(teacher=True))[:2]
 
 
 def noise_to_noisy(module, lam=0.3, gam=0.9, vpsi="model", mode="exact"):
     """L_FM and L_N2N of the oracle network."""
     x1, x0, r, t = draw()
     xt = module.interpolate(x1, x0, t)
-    return module.n2n_loss(fused(OracleNet()), JVP[mode], x1, x0, xt, ORACLE.velocity(xt, t), r, t, LABELS, lam=lam, gam=gam,
-                           w2=torch.ones_like, vpsi=vpsi, teacher=OracleNet(False))
+    return module.n2n_loss(fused(OracleNet()), JVP[mode], x1, x0, xt, ORACLE.velocity(xt, t), r, t, LABELS,
+                           teacher=OracleNet(teacher=True), lam=lam, gam=gam, vpsi=vpsi)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fused"])
@@ -96,7 +97,7 @@ def test_errata_of_the_noise_to_noisy_objective():
     v_psi = ORACLE.velocity(xr + ORACLE.expand(t - r) * F, t)
 
     def derivative(dx, dt, ds):
-        return forward_mode(net, xr, r, t, None, dx, dt, ds)
+        return forward_mode(net, at=(xr, r, t, None), along=(dx, dt, ds))
 
     def rms(g):
         return g.square().mean().sqrt().item()
@@ -114,23 +115,25 @@ def test_errata_of_the_noise_to_noisy_objective():
         assert torch.allclose(target, F - ours)
 
 
+CM_LINE = "at=(xt, t, one, y), along=(v, 1, 0)"
+N2N_LINE = "at=(xr, r, t, y), along=(gam * v_r, gam, -lam)"
 MUTANTS = [
     ("g = F_cm - v - (1 - t) * dF_dt", "g = F_cm - v + (1 - t) * dF_dt", "cm"),            # sign
     ("g = F_cm - v - (1 - t) * dF_dt", "g = F_cm - v - t * dF_dt", "cm"),                  # factor
-    ("xt, t, one, y, v, 1, 0", "xt, t, one, y, v, 1, 1", "cm"),                            # s moves, too
-    ("xt, t, one, y, v, 1, 0", "xt, t, one, y, v, 0, 0", "cm"),                            # t does not move
-    ("xt, t, one, y, v, 1, 0", "xt, t, one, y, -v, 1, 0", "cm"),                           # direction of the flow
-    ("xt, t, one, y, v, 1, 0, (xt, t, s, y))", "xt, t, t, y, v, 1, 0, (xt, t, one, y))", "both"),   # conditions swapped
-    ("xr, r, t, y, gam * v_r, gam, -lam", "xr, r, t, y, lam * v_r, lam, -gam", "n2n"),
-    ("xr, r, t, y, gam * v_r, gam, -lam", "xr, r, t, y, gam * v_r, gam, lam", "n2n"),
-    ("xr, r, t, y, gam * v_r, gam, -lam", "xr, r, t, y, v_r, gam, -lam", "n2n"),
+    (CM_LINE, "at=(xt, t, one, y), along=(v, 1, 1)", "cm"),                                # s moves as well
+    (CM_LINE, "at=(xt, t, one, y), along=(v, 0, 0)", "cm"),                                # t does not move
+    (CM_LINE, "at=(xt, t, one, y), along=(-v, 1, 0)", "cm"),                               # direction of the flow
+    ("one, s = torch.ones_like(t), t.clone()", "s, one = torch.ones_like(t), t.clone()", "both"),      # conditions swapped
+    (N2N_LINE, "at=(xr, r, t, y), along=(lam * v_r, lam, -gam)", "n2n"),
+    (N2N_LINE, "at=(xr, r, t, y), along=(gam * v_r, gam, lam)", "n2n"),
+    (N2N_LINE, "at=(xr, r, t, y), along=(v_r, gam, -lam)", "n2n"),
     ("(gam * v_r + lam * v_psi)", "(lam * v_r + gam * v_psi)", "n2n"),                     # lambda != gamma
     ("g = (lam + gam) * F_n2n", "g = F_n2n", "n2n"),
     ("v_psi) - (t - r) * dF", "v_psi) + (t - r) * dF", "n2n"),
-    ("teacher, xr, F_n2n.detach(), r, t", "teacher, xt, F_n2n.detach(), r, t", "n2n"),        # v_psi at the wrong point
+    ("teacher, xr, F_n2n.detach(), r, t", "teacher, xt, F_n2n.detach(), r, t", "n2n"),     # v_psi at the wrong point
     ("guided_velocity(teacher, f, t, y", "guided_velocity(teacher, f, r, y", "n2n"),       # ... or time
-    ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),      # v at z_t for v_r
-    ("(xt, t, t.clone(), y))\n    v_psi", "(xr, r, r, y))\n    v_psi", "n2n's fm"),
+    ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),     # v at z_t for v_r
+    ("also=(xt, t, t.clone(), y)", "also=(xr, r, r, y)", "n2n's fm"),
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),              # another point, still exact
 ]
 
@@ -156,17 +159,16 @@ def test_from_scratch_v_is_the_difference_and_v_psi_the_networks_own():
     x1, x0, r, t = draw()
     net, seen = OracleNet(), []
 
-    def watched(net, x, t, s, y, dx, dt, ds, *others):
-        seen.append((dx, dt, ds))
-        return exact(net, x, t, s, y, dx, dt, ds, *others)
-    _, _, (xt, v) = decm.decm_loss(net, watched, x1, x0, t, None, w1=torch.ones_like)
+    def watched(net, at, along, also):
+        seen.append(along)
+        return exact(net, at, along, also)
+    _, _, (xt, v) = decm.decm_loss(net, watched, x1, x0, t, None)
     assert torch.equal(v, x1 - x0) and torch.equal(xt, decm.interpolate(x1, x0, t))
     # On the flow's own line through x_r the difference is v_r, so that the residual is 0 there.
     xr = decm.interpolate(x1, x0, r)
     v_r = ORACLE.velocity(xr, r)
     on_the_flow = xr + ORACLE.expand(1 - r) * v_r, xr - ORACLE.expand(r) * v_r
-    _, L_n2n = decm.n2n_loss(net, watched, *on_the_flow, decm.interpolate(*on_the_flow, t), v_r, r, t, None, lam=0.3, gam=0.9,
-                             w2=torch.ones_like)
+    _, L_n2n = decm.n2n_loss(net, watched, *on_the_flow, decm.interpolate(*on_the_flow, t), v_r, r, t, None, lam=0.3, gam=0.9)
     assert torch.equal(seen[0][0], x1 - x0) and seen[0][1:] == (1, 0)
     assert torch.allclose(seen[1][0], 0.9 * v_r) and seen[1][1:] == (0.9, -0.3)
     assert L_n2n < 1e-14
@@ -176,14 +178,72 @@ def test_guidance_and_velocity_normalisation():
     """Eq. 18, and Algorithm 1 line 6: the difference of the velocities gets the length eta over C, H, W."""
     def teacher(x, t, s, y):
         return torch.ones_like(x) * ORACLE.expand(y.double())          # velocity = label; null label 0
-    teacher.second_time = False
     x, t, y = torch.zeros(3, 2, 3, 3, dtype=torch.float64), torch.full((3,), 0.5).double(), torch.tensor([3, 1, 0])
-    plain = decm.guided_velocity(teacher, x, t, y, y_null=0, w=1.75)
+    plain = decm.guided_velocity(teacher, x, t, y, w=1.75, eta=None, y_null=0)
     assert torch.allclose(plain[:, 0, 0, 0], torch.tensor([5.25, 1.75, 0]).double())
-    assert torch.equal(decm.guided_velocity(teacher, x, t, y, y_null=0, w=1.0, eta=2.0)[:, 0, 0, 0].double(), y.double())
-    even = decm.guided_velocity(teacher, x, t, y, y_null=0, w=1.75, eta=2.0)
+    assert torch.equal(decm.guided_velocity(teacher, x, t, y, w=1.0, eta=2.0, y_null=0)[:, 0, 0, 0].double(), y.double())
+    even = decm.guided_velocity(teacher, x, t, y, w=1.75, eta=2.0, y_null=0)
     D = (even - ORACLE.expand(y.double())) / 0.75
     assert torch.allclose(D.square().sum((1, 2, 3)).sqrt(), torch.tensor([2.0, 2.0, 0.0]).double())
+
+
+@pytest.mark.parametrize("teacher, labels, y_null", [
+    (lambda x, t, s, y: x, False, 5), (lambda x, t, s, y: x, True, None), (None, True, 5)],
+    ids=["no labels", "no null label", "no teacher"])
+def test_guidance_needs_a_teacher_labels_and_the_null_label(teacher, labels, y_null):
+    x1, x0, r, t = draw()
+    y = LABELS if labels else None
+    options = dict(teacher=teacher, w=1.75, y_null=y_null)
+    with pytest.raises(ValueError, match="guidance"):
+        decm.decm_loss(OracleNet(), JVP["fd"], x1, x0, t, y, **options)
+    with pytest.raises(ValueError, match="guidance"):
+        decm.n2n_loss(OracleNet(), JVP["fd"], x1, x0, x1, x1, r, t, y, **options)
+
+
+def test_the_losses_take_any_callable_without_labels():
+    """y = None, and neither network nor teacher has an attribute."""
+    x1, x0, r, t = draw()
+
+    def net(x, t, s, y):
+        assert s is not None and y is None
+        return x * ORACLE.expand(t - s)
+    for teacher in (None, lambda x, t, s, y: x):
+        L_fm, L_cm, (xt, v) = decm.decm_loss(net, JVP["fd"], x1, x0, t, None, teacher=teacher)
+        assert min(L_fm, L_cm, *decm.n2n_loss(net, JVP["fd"], x1, x0, xt, v, r, t, None, teacher=teacher)) > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_in_any_shape_the_exact_jump_is_the_minimum(shape, mode):
+    """All four losses. With w = 2 and a teacher that has the same velocity for all labels guidance changes nothing."""
+    x1, x0, r, t = draw(shape[0], shape[1:])
+    y = torch.ones(shape[0], dtype=torch.int64)
+    xt = decm.interpolate(x1, x0, t)
+    options = dict(teacher=OracleNet(teacher=True), w=2.0, eta=0.5, y_null=0)
+
+    def consistency(net):
+        return decm.decm_loss(net, JVP[mode], x1, x0, t, y, **options)[:2]
+
+    def noise_to_noisy(net):
+        return decm.n2n_loss(net, JVP[mode], x1, x0, xt, ORACLE.velocity(xt, t), r, t, y, lam=0.3, gam=0.9, **options)
+    for losses in (consistency, noise_to_noisy):
+        for term in (0, 1):
+            value, gradient = loss_and_gradient(lambda net: losses(net)[term], OracleNet())
+            assert abs(value) < 1e-13 and abs(gradient) < 1e-12
+            for theta in (-0.1, 0.1):
+                value, gradient = loss_and_gradient(lambda net: losses(net)[term], OracleNet(), theta)
+                assert value > 1e-3 and gradient * theta > 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_samplers_in_any_shape(shape):
+    noise = torch.randn(4, *shape, dtype=torch.float64)
+    exact = ORACLE.mu + ORACLE.sd * noise[0]
+    for name, sampler in decm.SAMPLERS.items():
+        flat = sampler(OracleNet(), noise.flatten(2), None, nfe=4).reshape(shape)
+        assert torch.equal(sampler(OracleNet(), noise, None, nfe=4), flat), name
+    assert torch.allclose(decm.sample(OracleNet(), noise, None, nfe=1), exact)
+    assert (decm.sample_euler(OracleNet(), noise, None, nfe=100) - exact).abs().mean() < 0.01
 
 
 def test_sampled_times():
@@ -214,11 +274,31 @@ def test_adaptive_weight_has_no_gradient(p):
     assert torch.allclose(F.grad, F.detach() / (e + 1e-3) ** p)
 
 
+@pytest.mark.parametrize("name", list(decm.WEIGHTS))
+def test_w1_and_w2_weigh_the_residuals(name):
+    """v_tar = F - w g: with p = 0 the loss is w^2 times the mean of g^2. w_2(r, t) is the weight at the time 1 - (t-r)."""
+    def weight(t):
+        return {"1": 1 + 0 * t, "1-t": 1 - t, "1-sqrt": 1 - t ** 0.5}[name]
+
+    def net(x, t, s, y):
+        return OracleNet()(x, t, s) + 0.1
+    x1, x0, r, t = draw()
+    options = dict(teacher=OracleNet(teacher=True), p=0.0)
+    for i in range(3):                                                 # a sample at a time, as the losses are means
+        a, b, r_i, t_i, y = x1[i:i + 1], x0[i:i + 1], r[i:i + 1], t[i:i + 1], LABELS[i:i + 1]
+        _, L_cm, (xt, v) = decm.decm_loss(net, exact, a, b, t_i, y, w1="1", **options)
+        _, weighed, _ = decm.decm_loss(net, exact, a, b, t_i, y, w1=name, **options)
+        assert torch.isclose(weighed, L_cm * weight(t_i).item() ** 2) and L_cm > 1e-3
+        _, L_n2n = decm.n2n_loss(net, exact, a, b, xt, v, r_i, t_i, y, w2="1", **options)
+        _, weighed = decm.n2n_loss(net, exact, a, b, xt, v, r_i, t_i, y, w2=name, **options)
+        assert torch.isclose(weighed, L_n2n * weight(1 - (t_i - r_i)).item() ** 2) and L_n2n > 1e-3
+
+
 def error_of(sampler, nfe, **options):
     """Mean distance from the flow map of the first noise, with the exact network."""
     noise = torch.randn(nfe, 64, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     net = OracleNet()
-    result = decm.SAMPLERS[sampler](net, noise, None, nfe, **options)
+    result = decm.SAMPLERS[sampler](net, noise, None, nfe=nfe, **options)
     assert net.passes == nfe
     return (result - ORACLE.mu - ORACLE.sd * noise[0]).abs().mean().item()
 
@@ -245,50 +325,50 @@ def test_mix_jumps_from_the_noise_then_goes_on_as_cm(n_ode):
         else:
             x1 = ORACLE.flow_map(x, t, 1.0)
             x = t_next * x1 + (1 - t_next) * fresh.pop(0) if fresh else x1
-    assert torch.allclose(decm.sample_mix(OracleNet(), noise, None, nfe, n_ode), x)
+    assert torch.allclose(decm.sample_mix(OracleNet(), noise, None, nfe=nfe, n_ode=n_ode), x)
     if n_ode == 0:
-        assert torch.equal(decm.sample(OracleNet(), noise, None, nfe), decm.sample_mix(OracleNet(), noise, None, nfe, 0))
+        assert torch.equal(decm.sample(OracleNet(), noise, None, nfe=nfe), decm.sample_mix(OracleNet(), noise, None, nfe=nfe, n_ode=0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # As a program.
 
-RUN = [*TINY, "--pretrain", 4, "--steps", 5, "--freq", 2, "--save-every", 3]
+RUN = [*TINY, "--steps", 5, "--freq", 2, "--save-every", 3]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, teacher):
     out = tmp_path_factory.mktemp("decm") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, decm, *RUN, "--out", out)
+        call(patch, decm, *RUN, "--teacher", teacher, "--out", out)
     return out
 
 
 def test_every_freq_steps_an_update_of_its_own(finished):
-    """Steps 0, 2 and 4 of 5 have the N2N update, so that the optimiser was called 8 times, after 4 of pretraining."""
-    assert [row["stage"] for row in rows(finished)] == ["pretrain"] * 4 + ["decm"] * 5
-    assert ["L_n2n" in row for row in rows(finished)] == [False] * 4 + [True, False, True, False, True]
-    optimizer = run.read_checkpoint(finished / "ckpt.pt")["optimizer"]
+    """Steps 0, 2 and 4 of 5 have the N2N update, so that the optimiser was called 8 times."""
+    assert [row["step"] for row in rows(finished)] == [1, 2, 3, 4, 5]
+    assert ["L_n2n" in row for row in rows(finished)] == [True, False, True, False, True]
+    optimizer = checkpoints.read(finished / "ckpt.pt")["optimizer"]
     assert {float(entry["step"]) for entry in optimizer["state"].values()} == {8.0}
 
 
-def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
-    command = [*RUN, "--out", tmp_path / "run"]
-    kill_and_rerun(*command, step=7, out=tmp_path / "run", script="decm.py")
+def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, teacher, tmp_path):
+    command = [*RUN, "--teacher", teacher, "--out", tmp_path / "run"]
+    kill_and_rerun(*command, step=3, out=tmp_path / "run", script="decm.py")
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_resume_is_exact_from_every_step(finished, tmp_path, monkeypatch):
-    for steps in range(6):
-        call(monkeypatch, decm, *RUN, "--steps", steps, "--out", tmp_path / "run")
+def test_resume_is_exact_from_every_step(finished, teacher, tmp_path, monkeypatch):
+    for steps in range(1, 6):
+        call(monkeypatch, decm, *RUN, "--teacher", teacher, "--steps", steps, "--out", tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize("objectives", [["fm", "cd"], ["fm", "n2n"]])
-def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, objectives):
+def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, objectives):
     """AdamW's first moment after one step, that is after the second update where N2N follows."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
-    common += ["--pretrain", 0, "--steps", 1, "--w", 1, "--lr", "1e-12", "--objectives", *objectives]
+    common += [*SCRATCH, "--steps", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
     call(monkeypatch, decm, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
     run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else ["--micro-batch", 2]), "--out", tmp_path / "two",
@@ -300,34 +380,34 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
     assert one.abs().max() > 0
 
 
-def test_the_student_starts_as_its_teacher(finished, tmp_path, monkeypatch):
-    """Also as one that knows no second time: its embedding is 0 before it is trained."""
-    call(monkeypatch, decm, *TINY, "--teacher", finished / "teacher.pt", "--steps", 1, "--lr", "1e-12",
-         "--out", tmp_path / "run")
-    student, teacher = run.read_checkpoint(tmp_path / "run/ckpt.pt"), run.read_checkpoint(finished / "teacher.pt")
-    assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
+def test_the_student_starts_as_its_teacher(teacher, tmp_path, monkeypatch):
+    """Its second time is new and changes nothing at first; that of a teacher which has one is kept."""
+    command = [*TINY, "--steps", 1, "--lr", "1e-12"]
+    call(monkeypatch, decm, *command, "--teacher", teacher, "--out", tmp_path / "run")
+    student, weights = checkpoints.read(tmp_path / "run/ckpt.pt")["model"], checkpoints.read(teacher)["ema"]
+    assert not any(k.startswith("map_second") for k in weights) and any(k.startswith("map_second") for k in student)
+    assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in weights.items())
 
-    plain = {k: v for k, v in teacher["ema"].items() if not k.startswith("map_second")}
-    options = teacher["args"]["net"] | dict(second_time=False)
-    torch.save(teacher | dict(ema=plain, args=teacher["args"] | dict(net=options)), tmp_path / "plain.pt")
-    call(monkeypatch, decm, *TINY, "--teacher", tmp_path / "plain.pt", "--steps", 1, "--lr", "1e-12",
-         "--out", tmp_path / "two")
-    student = run.read_checkpoint(tmp_path / "two/ckpt.pt")["model"]
-    assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in plain.items())
-    assert any(k.startswith("map_second") for k in student)
+    net = models.create("DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=(), sigma_data=0.6,
+                        adaptive_scale=True, time_scale=8.0, second_time=True)
+    torch.nn.init.normal_(net.map_second.weight)
+    torch.save(dict(model=net.state_dict()), tmp_path / "two_times.pt")
+    call(monkeypatch, decm, *command, "--teacher", tmp_path / "two_times.pt", "--out", tmp_path / "two")
+    student = checkpoints.read(tmp_path / "two/ckpt.pt")["model"]
+    assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in net.state_dict().items())
 
 
 @pytest.mark.parametrize("flags", [
     ["--objectives", "fm"], ["--objectives", "cd"], ["--objectives", "fm", "n2n"], ["--vel-norm", "5"],
     ["--times", "arctan"], ["--times", "lognorm"], ["--vpsi", "data", "--lam", "0.2"], ["--jvp", "fd"],
-    ["--precision", "bf16", "--batch", "2"], ["--w1", "1-t", "--w2", "1-sqrt", "--power", "1"], ["--w", "1", "--pretrain", "0"]],
+    ["--precision", "bf16", "--batch", "2"], ["--w1", "1-t", "--w2", "1-sqrt", "--power", "1"], SCRATCH],
     ids=str)
-def test_every_option_trains(tmp_path, monkeypatch, flags):
-    call(monkeypatch, decm, *TINY, "--pretrain", 2, "--steps", 2, *flags, "--out", tmp_path / "run")
+def test_every_option_trains(teacher, tmp_path, monkeypatch, flags):
+    call(monkeypatch, decm, *TINY, "--teacher", teacher, "--steps", 2, *flags, "--out", tmp_path / "run")
     assert all(np.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
 
 
-def test_samples_by_the_sampler_that_suits_the_nfe(finished, tmp_path, monkeypatch, capsys):
+def test_samples_by_the_sampler_that_suits_the_nfe(finished, teacher, tmp_path, monkeypatch, capsys):
     """Section 4.5: CM at 1 and 2, mix from 4 to 16, Euler above; --n-ode where mix is, and below the NFE."""
     command = ["--ckpt", finished / "ckpt.pt", "--n", 2, "--device", "cpu", "--out", tmp_path / "x.png"]
     call(monkeypatch, sample, *command, "--grid", 1, 2, 4, 16, 17)
@@ -337,84 +417,104 @@ def test_samples_by_the_sampler_that_suits_the_nfe(finished, tmp_path, monkeypat
     capsys.readouterr()
     assert "--n-ode 4" in refused(monkeypatch, capsys, sample, *command, "--nfe", 4, "--n-ode", 4)
     assert "--n-ode" in refused(monkeypatch, capsys, sample, *command, "--nfe", 2, "--n-ode", 1)
-    call(monkeypatch, sample, *command, "--ckpt", finished / "teacher.pt", "--nfe", 3, "--cfg", 1.75)
+    call(monkeypatch, sample, *command, "--ckpt", teacher, "--nfe", 3, "--cfg", 1.75)
 
 
-def test_nan_in_either_update_stops_with_its_terms(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, updates", [("cm_target", 1), ("n2n_target", 2)])
+def test_an_update_that_is_not_finite_is_skipped(teacher, tmp_path, monkeypatch, capsys, name, updates):
+    """Steps 0 and 2 of 3 have both updates, step 1 the first alone. The terms of the step are printed."""
+    honest = getattr(decm, name)
+    monkeypatch.setattr(decm, name, lambda F, *rest, **weights: honest(F, *rest, **weights) * float("nan"))
+    call(monkeypatch, decm, *RUN, "--teacher", teacher, "--steps", 3, "--out", tmp_path / "run")
+    said = capsys.readouterr().err
+    number = r"\d[\d.e+-]*"
+    terms = dict(cm_target=f"L_fm {number}, L_cm nan, grad_norm nan, L_n2n {number}, grad_norm_n2n {number}",
+                 n2n_target=f"L_fm {number}, L_cm {number}, grad_norm {number}, L_n2n nan, grad_norm_n2n nan")
+    assert re.search("step 0 is skipped, it is not finite: " + terms[name] + "\n", said), said
+    assert [row.get("skipped", 0) for row in rows(tmp_path / "run")] == [1, int(name == "cm_target"), 1]
+    held = checkpoints.read(tmp_path / "run/ckpt.pt")
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in held[part].values())
+    assert {float(entry["step"]) for entry in held["optimizer"]["state"].values()} == {2.0 if name == "cm_target" else 3.0}
+
+
+def test_updates_that_are_never_finite_end_the_run_with_their_terms(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decm, "n2n_target", lambda F_n2n, *rest, **weights: F_n2n * float("nan"))
-    with ends_in_one_line(capsys, r"step 2, process 0: L_fm 0\.\d+, L_cm 0\.\d+, grad_norm "
-                          r"[\d.]+, L_n2n nan, grad_norm_n2n nan;"):
-        call(monkeypatch, decm, *TINY, "--pretrain", 2, "--steps", 4, "--out", tmp_path / "run")
-    assert run.read_checkpoint(tmp_path / "run/teacher.pt")["step"] == 2
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, decm, *TINY, "--teacher", teacher, "--freq", 1, "--steps", 30, "--out", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.search(r"^error: 20 steps in a row were not finite, the last is step 19: L_fm 0\.\d+, L_cm 0\.\d+, grad_norm "
+                     r"[\d.]+, L_n2n nan, grad_norm_n2n nan;", said, re.MULTILINE), said
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--w", "2", "--pretrain", "0"], "--w 1"), (["--freq", "0"], "--freq"), (["--segments", "0"], "--segments"),
+    (["--w", "2", "--teacher", "none"], "--w 1"), (["--freq", "0"], "--freq"), (["--segments", "0"], "--segments"),
     (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"), (["--objectives", "n2n"], "beside fm"),
     (["--times", "uniform"], "uniform"), (["--objectives"], "--objectives"), (["--vel-norm", "0"], "--vel-norm"),
     (["--teacher", "nowhere.pt"], "nowhere.pt")])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, decm, *TINY, "--out", tmp_path / "run", *flags)
-    assert not (tmp_path / "run/ckpt.pt").exists()
+    assert not (tmp_path / "run/ckpt.pt").exists() and not pathlib.Path("runs").exists()
 
 
-def test_a_run_of_facm_is_refused(finished, tmp_path, monkeypatch, capsys):
-    checkpoint = run.read_checkpoint(finished / "ckpt.pt")
+def test_a_run_of_facm_is_refused(finished, teacher, tmp_path, monkeypatch, capsys):
+    checkpoint = checkpoints.read(finished / "ckpt.pt")
     (tmp_path / "run").mkdir()
     torch.save(checkpoint | dict(method="facm"), tmp_path / "run/ckpt.pt")
-    assert "facm" in refused(monkeypatch, capsys, decm, *RUN, "--out", tmp_path / "run")
+    assert "facm" in refused(monkeypatch, capsys, decm, *RUN, "--teacher", teacher, "--out", tmp_path / "run")
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("flags", [
     [], ["--precision", "bf16"], ["--precision", "bf16", "--compile"], ["--jvp", "fused", "--precision", "bf16", "--compile"]], ids=str)
-def test_trains_on_cuda(tmp_path, monkeypatch, flags):
+def test_trains_on_cuda(teacher, tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in RUN]
-    call(monkeypatch, decm, *on_gpu, *flags, "--out", tmp_path / "run")
-    assert len(rows(tmp_path / "run")) == 9
+    call(monkeypatch, decm, *on_gpu, "--teacher", teacher, *flags, "--out", tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == 5
 
 
-def test_decms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
+def test_decms_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monkeypatch):
     calls = {}
-    watch(monkeypatch, calls, decm, "sample_t", "pretrain_loss", "guided_velocity", "decm_loss", "n2n_loss")
-    watch(monkeypatch, calls, run, "ema_update")
+    watch(monkeypatch, calls, decm, "sample_t", "guided_velocity", "decm_loss", "n2n_loss")
+    watch(monkeypatch, calls, torch, "_foreach_lerp_")
     watch(monkeypatch, calls, data.Dataset, "batch")
-    call(monkeypatch, decm, *TINY, "--jvp", "fd", "--pretrain", 2, "--steps", 2, "--seed", 7, "--label-drop", 1,
+    call(monkeypatch, decm, *TINY, "--jvp", "fd", "--teacher", teacher, "--steps", 2, "--seed", 7, "--label-drop", 1,
          "--w", 3, "--vel-norm", 5, "--times", "nseg", "--segments", 3, "--w1", "1-t", "--w2", "1-sqrt", "--lam", 0.2,
-         "--gam", 0.7, "--vpsi", "data", "--r-max", 0.1, "--freq", 2, "--P-mean", -1, "--P-std", 1.5,
-         "--pretrain-P", 0.5, 1, "--ema-sigma", 0.2, "--ema-beta", 0.9, "--out", tmp_path / "run")
-    assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 32, 8), (7, 40, 8)]
-    assert [a[2:] for a in calls["ema_update"]] == [(k, run.ema_gamma(0.2), 0.9) for k in (1, 2, 1, 2)]
-    assert [(a[0], *a[3:]) for a in calls["sample_t"]] == [("arctan", 0.5, 1, 3)] * 2 + [("nseg", -1, 1.5, 3)] * 3
-    for step in range(2):
-        g = run.generator("cpu", 7, "step", step)
-        _, x1, x0, t, s, y = calls["pretrain_loss"][step]
-        assert torch.equal(x0, torch.randn((16, 3, 12, 12), generator=g)) and (y == 10).all()
-        torch.randn(16, generator=g)
-        assert torch.equal(s, torch.rand((4, 16), generator=g)[1])
+         "--gam", 0.7, "--vpsi", "data", "--r-max", 0.1, "--freq", 2, "--P-mean", -1, "--P-std", 1.5, "--power", 0.7,
+         "--c", 0.05, "--ema-sigma", 0.2, "--out", tmp_path / "run")
+    assert [a[1:4] for a in calls["batch"]] == [(7, 0, 8), (7, 8, 8)]
+    gamma = gamma_of(0.2)
+    assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma + 1) for k in (1, 2)]
+    assert [(a[0], *a[3:]) for a in calls["sample_t"]] == [("nseg", -1, 1.5, 3)] * 2
     guidance = dict(y_null=10, w=3.0, eta=5.0)
     assert all(options == guidance and (a[3] < 10).all() for a, options in
                zip(calls["guided_velocity"], calls["guided_velocity options"]))
-    for options in calls["decm_loss options"]:
-        assert options.items() >= guidance.items() and torch.equal(options["w1"](s), 1 - s)
+    for step in range(2):
+        g = seeds.generator("cpu", 7, "step", step)
+        x0, normal, drawn = torch.randn((8, 3, 12, 12), generator=g), torch.randn(8, generator=g), torch.rand((4, 8), generator=g)
+        *_, noise, t, y = calls["decm_loss"][step]
+        assert torch.equal(noise, x0) and (y < 10).all()               # with a teacher no label is dropped
+        assert torch.equal(t, decm.sample_t("nseg", normal, drawn[2], -1, 1.5, 3))
+        options = calls["decm_loss options"][step]
+        assert options.items() >= (guidance | dict(w1="1-t", p=0.7, c=0.05)).items() and options["teacher"] is not None
     (_, _, _, _, xt, v, r, t, y), = calls["n2n_loss"]
     options, = calls["n2n_loss options"]
-    g = run.generator("cpu", 7, "step", 2)
+    g = seeds.generator("cpu", 7, "step", 0)
     torch.randn((8, 3, 12, 12), generator=g), torch.randn(8, generator=g)
     assert torch.equal(r, torch.minimum(0.1 * torch.rand((4, 8), generator=g)[3], t))
-    assert options.items() >= (guidance | dict(lam=0.2, gam=0.7, vpsi="data")).items()
-    assert torch.equal(options["w2"](1 - t + r), 1 - (1 - t + r).sqrt())
+    assert options.items() >= (guidance | dict(lam=0.2, gam=0.7, vpsi="data", w2="1-sqrt", p=0.7, c=0.05)).items()
+    assert options["teacher"] is not None
     x1, x0, t_cm = calls["decm_loss"][0][2:5]
     assert torch.equal(t, t_cm) and torch.equal(xt, decm.interpolate(x1, x0, t))       # the x_t of the first update
 
 
-def test_n2n_weighs_its_residual_at_the_time_left():
-    """w_2(r, t) is w_2 at 1 - (t-r): with w2 = 0 the target is F itself, so that nothing is lost."""
-    x1, x0, r, t = draw()
-    xt, seen = decm.interpolate(x1, x0, t), []
-    decm.n2n_loss(OracleNet(), JVP["fd"], x1, x0, xt, ORACLE.velocity(xt, t), r, t, LABELS, lam=0.5, gam=0.5,
-                  w2=lambda left: seen.append(left) or 0 * left, teacher=OracleNet(False))
-    assert torch.allclose(seen[0], 1 - (t - r))
+def test_from_scratch_labels_are_dropped(tmp_path, monkeypatch):
+    calls = {}
+    watch(monkeypatch, calls, decm, "decm_loss", "n2n_loss")
+    call(monkeypatch, decm, *TINY, "--jvp", "fd", *SCRATCH, "--steps", 1, "--label-drop", 1, "--out", tmp_path / "run")
+    for name in ("decm_loss", "n2n_loss"):
+        (args,), (options,) = calls[name], calls[f"{name} options"]
+        assert (args[-1] == 10).all() and options["teacher"] is None
 
 
 def test_objectives_add_up(tmp_path, monkeypatch):
@@ -423,14 +523,14 @@ def test_objectives_add_up(tmp_path, monkeypatch):
     g = []
     for names in (["fm"], ["cd"], ["fm", "cd"]):
         out = tmp_path / "-".join(names)
-        call(monkeypatch, decm, *TINY, "--jvp", "fd", "--pretrain", 0, "--steps", 1, "--w", 1, "--clip", 1e9,
-             "--objectives", *names, "--out", out)
+        call(monkeypatch, decm, *TINY, "--jvp", "fd", *SCRATCH, "--steps", 1, "--clip", 1e9, "--objectives", *names,
+             "--out", out)
         g.append(first_gradient(out))
     assert torch.allclose(g[0] + g[1], g[2], atol=1e-4 * g[2].abs().max()) and min(a.norm() for a in g) > 0
 
 
 def test_both_updates_of_a_step_have_its_learning_rate(tmp_path, monkeypatch):
     rates = learning_rates(monkeypatch, torch.optim.AdamW)
-    call(monkeypatch, decm, *TINY, "--jvp", "fd", "--warmup", 2, "--pretrain-lr", 2, "--lr", 1, "--lr-final", 0.5,
-         "--pretrain", 4, "--steps", 2, "--freq", 2, "--clip", 1e-9, "--out", tmp_path / "run")
-    assert rates == [1.0, 1.75, 1.5, 1.25, 0.5, 0.5, 0.75]
+    call(monkeypatch, decm, *TINY, "--jvp", "fd", *SCRATCH, "--warmup", 2, "--lr", 1, "--lr-final", 0.5, "--steps", 2,
+         "--freq", 2, "--clip", 1e-9, "--out", tmp_path / "run")
+    assert rates == [0.5, 0.5, 0.75]

@@ -20,9 +20,8 @@ import facm
 import gcm
 import jvp
 import models
-import run
 import sample
-import weights
+from common import weights
 from jvp import JVP
 
 SMALL = dict(name="EDM2", input_size=16, num_classes=10, width=32, mult=(1, 2), blocks=1, attention=(8,), head_channels=16)
@@ -220,7 +219,7 @@ def test_a_dry_run_needs_no_file():
 def test_the_rate_falls_as_the_inverse_square_root(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gcm.py", *map(str, TINY)])
     args = gcm.parse_args()
-    job = object.__new__(run.Run)
+    job = object.__new__(Run)
     job.args, job.stage_name, rates = args, "gcm", {}
     for job.step in (0, 2000, 8000, 99_999):
         rates[job.step] = job.stage().lr

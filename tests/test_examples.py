@@ -1,18 +1,39 @@
 """examples/: the losses in other people's code."""
 
+import pathlib
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "examples"))
+import one_dimension
 import own_network
 
 
-def test_facms_loss_trains_a_network_that_is_not_ours():
-    """A short run already draws a ring: the radius of its one-step samples, against noise's 1.25 +- 0.66."""
-    net = own_network.train(steps=300, batch=256)
-    with torch.no_grad():
-        x0 = torch.randn(1000, 2, 1, 1, generator=torch.Generator().manual_seed(1))
-        radius = (x0 + net(x0, torch.zeros(1000))).flatten(1).norm(dim=1)
-    assert abs(radius.mean() - 1) < 0.2 and radius.std() < 0.35
+@pytest.fixture(scope="module")
+def rings_teacher():
+    torch.manual_seed(0)
+    return own_network.train_teacher(steps=600, batch=256)
+
+
+@pytest.mark.parametrize("method", ["FACM", "DE-CM", "GCM"])
+def test_the_losses_train_a_network_that_is_not_ours(rings_teacher, method):
+    """A short run already draws both rings in one step; one Euler step of the teacher draws none."""
+    torch.manual_seed(0)
+    train = {"FACM": own_network.train_facm, "DE-CM": own_network.train_decm, "GCM": own_network.train_gcm}[method]
+    before = {name: w.clone() for name, w in rings_teacher.state_dict().items()}
+    net = train(rings_teacher, steps=300, batch=256)
+    assert all(torch.equal(w, before[name]) for name, w in rings_teacher.state_dict().items())
+    for radius, (mean, std) in zip(own_network.RADII, own_network.radii_of(method, net)):
+        assert abs(mean - radius) < 0.2 * radius and std < 0.35 * radius
+    for radius, (mean, _) in zip(own_network.RADII, own_network.radii_of("teacher", rings_teacher)):
+        assert mean < 0.6 * radius
+
+
+def test_the_rings_have_the_standard_deviation_that_gcm_is_given():
+    x, y = own_network.draw_points(20_000)
+    assert abs(x.std() - own_network.SIGMA_DATA) < 0.01
+    assert torch.allclose(x.norm(dim=1), own_network.RADII[y])

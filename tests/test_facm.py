@@ -1,15 +1,14 @@
-"""facm.py against closed forms: the Gaussian oracle, mutants of the source, EMA, samplers, derivatives."""
+"""facm.py against closed forms: the Gaussian oracle in any shape, mutants of the source, guidance, samplers."""
 
 import math
 import pathlib
 
 import pytest
 import torch
-from oracle import Gaussian, fused, mutant
+from oracle import SHAPES, Gaussian, fused, loss_and_gradient, mutant
 
 import decm
 import facm
-import run
 from jvp import JVP, forward_mode
 
 SOURCE = pathlib.Path(facm.__file__).read_text()
@@ -20,34 +19,31 @@ Y_NULL = 0
 class OracleNet:
     """The ideal FACM network: the average velocity to t=1 under c_CM, the velocity under c_FM."""
 
-    num_classes = 0
-
-    def __init__(self, second_time, teacher=False):
-        self.second_time, self.teacher, self.passes, self.samples = second_time, teacher, 0, 0
+    def __init__(self, condition="expanded", teacher=False):
+        self.condition, self.teacher, self.passes, self.samples = condition, teacher, 0, 0
 
     def __call__(self, x, t, s=None, y=None):
         self.passes += 1
         self.samples += len(x)
         if self.teacher:
+            assert s is None
             return ORACLE.velocity(x, t)
-        if self.second_time:
+        assert (s is None) == (self.condition == "expanded")
+        if self.condition == "auxiliary":
             fm, flow_t = s == t, t
         else:
             fm, flow_t = t > 1, torch.where(t > 1, 2 - t, t)
         # Where one branch is asked for, the other's singularity at t=1 must not leak into its derivative.
         safe = torch.where(fm, torch.full_like(flow_t, 0.5), flow_t)
         cm = ORACLE.average_velocity(x, safe, torch.ones_like(safe))
-        return torch.where(ORACLE.expand(fm), ORACLE.velocity(x, flow_t), cm)
+        return torch.where(ORACLE.expand(fm, x), ORACLE.velocity(x, flow_t), cm)
 
 
-def losses(module, condition="expanded", teacher=True, w=1.0, mode="exact", x1=None, x0=None, t=None):
-    """L_FM and L_CM of the oracle network, float64."""
-    if x1 is None:
-        x1, x0, t = ORACLE.draw(64)
-    teacher = OracleNet(condition == "auxiliary", teacher=True) if teacher else None
-    return module.facm_loss(fused(OracleNet(condition == "auxiliary")), JVP[mode], x1, x0, t, torch.full((len(t),), 1),
-                            alpha=torch.ones_like, beta=torch.ones_like, c=1e-3, condition=condition, teacher=teacher,
-                            y_null=Y_NULL, w=w, t_low=0.125)
+def losses(module, condition="expanded", mode="exact"):
+    """L_FM and L_CM of the oracle network, float64; alpha = beta = 1, so that nothing is weighed down."""
+    x1, x0, t = ORACLE.draw(64)
+    return module.facm_loss(fused(OracleNet(condition)), JVP[mode], x1, x0, t, torch.full((len(t),), 1),
+                            teacher=OracleNet(teacher=True), condition=condition, alpha="1", beta="1", y_null=Y_NULL)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fused"])
@@ -65,10 +61,10 @@ def test_oracle_has_zero_residual_with_the_finite_difference():
 @pytest.mark.parametrize("old, new, hurt", [
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v - (1 - t) * dF_dt)", "cm"),       # sign of (1-t) dF/dt
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v + t * dF_dt)", "cm"),             # its factor
-    ("*c_cm, y, v, 1, 0", "*c_cm, y, v, -1, 0", "cm"),                                    # time tangent's sign
-    ("*c_cm, y, v, 1, 0", "*c_cm, y, v, 0, 0", "cm"),                                     # time tangent left out
-    ("*c_cm, y, v, 1, 0", "*c_cm, y, -v, 1, 0", "cm"),                                    # direction of the flow
-    ("*c_cm, y, v, 1, 0, (xt, *c_fm, y)", "*c_cm, y, v, 1, 0, (xt, *c_cm, y)", "fm"),     # the anchor's condition
+    ("at=(xt, *c_cm, y), along=(v, 1, 0)", "at=(xt, *c_cm, y), along=(v, -1, 0)", "cm"),                                    # time tangent's sign
+    ("at=(xt, *c_cm, y), along=(v, 1, 0)", "at=(xt, *c_cm, y), along=(v, 0, 0)", "cm"),                                     # time tangent left out
+    ("at=(xt, *c_cm, y), along=(v, 1, 0)", "at=(xt, *c_cm, y), along=(-v, 1, 0)", "cm"),                                    # direction of the flow
+    ("also=(xt, *c_fm, y)", "also=(xt, *c_cm, y)", "fm"),     # the anchor's condition
     ("return (t, None), (2 - t, None)", "return (2 - t, None), (t, None)", "both"),       # conditions swapped
     ("return (t, None), (2 - t, None)", "return (t, None), (1 + t, None)", "fm"),         # 2-t misread
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another point, still exact
@@ -89,10 +85,10 @@ def test_from_scratch_the_target_is_right_on_average():
     for offset in (-0.1, 0.1):                     # two points of the posterior whose mean is the posterior's
         x1 = mean + offset
         x0 = (xt - ORACLE.expand(t) * x1) / (1 - ORACLE.expand(t))
-        net = OracleNet(False)
-        v = facm.guided_velocity(net, xt, t, (2 - t, None), torch.ones(64, dtype=torch.int64), y_null=Y_NULL, w=1.0,
-                                 t_low=0.125, v_cond=x1 - x0)
-        dF_dt = forward_mode(net, xt, t, None, None, v, 1, 0)
+        net = OracleNet()
+        v = facm.flow_velocity(net, None, x1, x0, xt, t, (2 - t, None), torch.ones(64, dtype=torch.int64), w=1.0,
+                               t_low=0.125, y_null=Y_NULL)
+        dF_dt = forward_mode(net, at=(xt, t, None, None), along=(v, 1, 0))
         g = net(xt, t) - (v + (1 - ORACLE.expand(t)) * dF_dt)
         targets.append(net(xt, t) - g)
     assert (sum(targets) / 2 - net(xt, t)).abs().max() < 1e-12
@@ -104,9 +100,8 @@ def test_guidance_costs_one_evaluation_more_and_none_when_off(teacher):
     x1, x0, t = ORACLE.draw(8)
     y = torch.ones(8, dtype=torch.int64)
     for w, extra in ((1.0, 0), (1.75, 1)):
-        net = OracleNet(False, teacher=True)
-        facm.guided_velocity(net, x1, t, (t, None), y, y_null=Y_NULL, w=w, t_low=0.0,
-                             v_cond=None if teacher else x1 - x0)
+        net = OracleNet(teacher=teacher)
+        facm.flow_velocity(net, net if teacher else None, x1, x0, x1, t, (2 - t, None), y, w=w, t_low=0.0, y_null=Y_NULL)
         assert net.samples == 8 * (teacher + extra) and net.passes <= 1
 
 
@@ -116,10 +111,37 @@ def test_guidance_extrapolates_from_t_low_on_and_never_for_the_null_label():
     t = torch.tensor([0.1, 0.125, 0.5, 0.5], dtype=torch.float64)
     y = torch.tensor([3, 3, 3, 0])
     x = torch.zeros(4, 2, 3, 3, dtype=torch.float64)
-    v = facm.guided_velocity(net, x, t, (t, None), y, y_null=0, w=1.75, t_low=0.125)
+    v = facm.guided_velocity(net, x, t, (t, None), y, w=1.75, t_low=0.125, y_null=0)
     assert v[:, 0, 0, 0].tolist() == [3, 5.25, 5.25, 0]                # w * 3 = 5.25 where guided
-    v = facm.guided_velocity(net, x, t, (t, None), y, y_null=0, w=1.75, t_low=0.125, v_cond=x + 2)
-    assert v[:, 0, 0, 0].tolist() == [2, 3.5, 3.5, 2]
+    v = facm.flow_velocity(net, None, x + 2, x, x, t, (2 - t, None), y, w=1.75, t_low=0.125, y_null=0)
+    assert v[:, 0, 0, 0].tolist() == [2, 3.5, 3.5, 2]                  # from scratch x_1 - x_0 = 2 takes v_cond's place
+
+
+@pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
+def test_from_scratch_the_network_is_asked_for_v_uncond_under_c_fm(condition):
+    seen = []
+
+    def net(x, t, s, y):
+        seen.append((t, s, y))
+        return x
+
+    x, t = torch.ones(2, 1, 2, 2), torch.tensor([0.3, 0.6])
+    _, c_fm = facm.conditions(t, condition)
+    facm.flow_velocity(net, None, x, x, x, t, c_fm, torch.tensor([1, 2]), w=2.0, t_low=0.0, y_null=5)
+    (time, s, y), = seen
+    assert torch.equal(time, c_fm[0]) and y.tolist() == [5, 5]
+    assert s is None if condition == "expanded" else torch.equal(s, t)
+
+
+@pytest.mark.parametrize("teacher", [lambda x, t, s, y: x, None], ids=["teacher", "from scratch"])
+@pytest.mark.parametrize("labels, y_null", [(False, 5), (True, None), (False, None)])
+def test_guidance_needs_labels_and_the_null_label(teacher, labels, y_null):
+    x1, x0, t = ORACLE.draw(4)
+    y = torch.ones(4, dtype=torch.int64) if labels else None
+    with pytest.raises(ValueError, match="guidance"):
+        facm.facm_loss(OracleNet(), JVP["fd"], x1, x0, t, y, teacher=teacher, w=1.75, y_null=y_null)
+    with pytest.raises(ValueError, match="guidance"):
+        facm.sample_euler(OracleNet(), x0[None], y, nfe=2, w=1.75, y_null=y_null)
 
 
 def test_relaxation_and_clamp():
@@ -160,19 +182,6 @@ def test_sampled_times_follow_eq_20():
     assert torch.allclose(torch.log(torch.tan((1 - t) * math.pi / 2)), -0.8 + 1.6 * normal)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
-def test_ema_is_the_power_function_average(sigma_rel):
-    gamma = run.ema_gamma(sigma_rel)
-    assert math.isclose((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)), sigma_rel ** 2)
-    net, ema = torch.nn.Linear(1, 1, bias=False).double(), torch.nn.Linear(1, 1, bias=False).double()
-    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
-    for k, value in enumerate(values, 1):
-        net.weight.data.fill_(value)
-        run.ema_update(ema, net, k, gamma)
-    edges = (torch.arange(51).double() / 50) ** (gamma + 1)            # weight of step k: k^g+1 - (k-1)^g+1
-    assert math.isclose(ema.weight.item(), (values * edges.diff()).sum().item(), rel_tol=1e-12)
-
-
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
 @pytest.mark.parametrize("nfe", [1, 2, 5])
 def test_sampler_reaches_the_data(nfe, condition):
@@ -183,8 +192,8 @@ def test_sampler_reaches_the_data(nfe, condition):
         x1 = ORACLE.flow_map(xt, i / nfe, 1.0) if i else ORACLE.mu + ORACLE.sd * xt
         if i + 1 < nfe:
             xt = (i + 1) / nfe * x1 + (1 - (i + 1) / nfe) * noise[i + 1]
-    net = OracleNet(condition == "auxiliary")
-    assert torch.allclose(facm.sample(net, noise, None, nfe, condition), x1)
+    net = OracleNet(condition)
+    assert torch.allclose(facm.sample(net, noise, None, nfe=nfe, condition=condition), x1)
     assert net.passes == nfe
 
 
@@ -192,25 +201,11 @@ def flow_error(nfe):
     noise = torch.randn(1, 64, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = ORACLE.mu + ORACLE.sd * noise[0]
     y = torch.ones(64, dtype=torch.int64)
-    return (facm.sample_euler(OracleNet(False), noise, y, nfe) - exact).abs().mean().item()
+    return (facm.sample_euler(OracleNet(), noise, y, nfe=nfe) - exact).abs().mean().item()
 
 
 def test_euler_converges_at_first_order():
     assert 1.8 < flow_error(20) / flow_error(40) < 2.2
-
-
-def test_pretraining_mixes_the_two_conditions():
-    seen = []
-
-    def net(x, t, s, y):
-        seen.append((t, s))
-        return ORACLE.velocity(x, t.where(t <= 1, 2 - t))
-    x1, x0, t = ORACLE.draw(8)
-    mixed = torch.arange(8) < 4
-    facm.pretrain_loss(net, x1, x0, t, None, condition="expanded", mixed=mixed)
-    facm.pretrain_loss(net, x1, x0, t, None, condition="auxiliary", mixed=mixed)
-    assert torch.equal(seen[0][0], torch.where(mixed, 2 - t, t)) and seen[0][1] is None
-    assert torch.equal(seen[1][0], t) and torch.equal(seen[1][1], torch.where(mixed, t, torch.ones_like(t)))
 
 
 @pytest.mark.parametrize("module", [facm, decm], ids=["facm", "decm"])
@@ -220,57 +215,80 @@ def test_the_flow_begins_with_noise_and_ends_with_data(module):
     assert torch.equal(xt[0], x0[0]) and torch.allclose(xt[1], 0.75 * x0[1] + 0.25 * x1[1]) and torch.equal(xt[2], x1[2])
 
 
-def test_pretraining_learns_the_velocity_from_noise_to_data():
-    x1, x0, t = *torch.randn(2, 3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9])
-
-    def net(x, *_):
-        assert torch.allclose(x, x0 + t[:, None, None, None] * (x1 - x0), atol=1e-6)
-        return x1 - x0
-
-    assert facm.pretrain_loss(net, x1, x0, t, None, condition="expanded", mixed=t > 0.4) == 0
-    assert decm.pretrain_loss(net, x1, x0, t, t, None) == 0
-
-
 def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():
     """With v = dF/dt = 0 the target is (1 - alpha) F, and its gradient alpha beta F / sqrt(e + c)."""
     F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
-    zero, t = torch.zeros_like(F), torch.full((1,), 0.5).double()
+    zero, t = torch.zeros_like(F), torch.tensor([0.36], dtype=torch.float64)
 
-    def still(net, *inputs):                                           # F and no derivative
+    def still(net, at, along, also):                                   # F and no derivative
         return F, zero, F.detach()
-    _, L_cm = facm.facm_loss(None, still, zero, zero, t, None, alpha=lambda t: 0 * t + 0.5, beta=lambda t: 0 * t + 0.25,
-                             c=1e-3, teacher=lambda *_: zero)
-    root = math.sqrt(0.25 * 0.065 + 1e-3)
-    assert math.isclose(L_cm.item(), 0.25 * 0.25 * 0.065 / root)
-    L_cm.backward()
-    assert torch.allclose(F.grad.flatten(), 0.5 * 0.25 * F.detach().flatten() / root)
+    for options, alpha, beta in ((dict(alpha="cos", beta="1-t^p", p=0.5), math.cos(0.18 * math.pi), 0.4),
+                                 (dict(alpha="1-t^p", beta="1", p=2.0), 1 - 0.36 ** 2, 1.0),
+                                 (dict(), 0.4, math.cos(0.18 * math.pi))):        # the paper's
+        F.grad = None
+        _, L_cm = facm.facm_loss(None, still, zero, zero, t, None, c=1e-3, teacher=lambda *_: zero, **options)
+        root = math.sqrt(alpha ** 2 * 0.065 + 1e-3)
+        assert math.isclose(L_cm.item(), beta * alpha ** 2 * 0.065 / root)
+        L_cm.backward()
+        assert torch.allclose(F.grad.flatten(), alpha * beta * F.detach().flatten() / root)
 
 
-def test_a_teacher_with_a_second_time_is_asked_for_the_velocity():
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_a_teacher_without_attributes_is_asked_at_t_and_at_no_second_time(w):
+    """Also by a student with a second time; with guidance both labels are in one pass."""
     seen = []
 
     def teacher(x, t, s, y):
-        seen.append((t, s))
+        seen.append((t, s, y))
         return x
 
-    teacher.second_time = True
     x, t, y = torch.ones(2, 1, 2, 2), torch.tensor([0.3, 0.6]), torch.tensor([1, 2])
-    facm.flow_velocity(None, teacher, x, x, x, t, None, y, y_null=5, w=1.0, t_low=0.0)
-    decm.flow_velocity(teacher, x, x, x, t, y, y_null=5, w=1.0)
-    assert len(seen) == 2 and all(torch.equal(t, s) for t, s in seen)
-
-
-def test_ema_with_a_constant_rate():
-    ema, net = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected = 0.9 * ema.weight + 0.1 * net.weight
-    run.ema_update(ema, net, 5, 6.0, 0.9)
-    assert torch.allclose(ema.weight, expected)
+    for condition in ("expanded", "auxiliary"):
+        facm.facm_loss(lambda x, t, s, y: x, JVP["fd"], x, x, t, y, teacher=teacher, condition=condition, w=w, y_null=5)
+    decm.decm_loss(lambda x, t, s, y: x, JVP["fd"], x, x, t, y, teacher=teacher, w=w, y_null=5)
+    assert len(seen) == 3
+    for time, s, labels in seen:
+        assert s is None and torch.equal(time, t if w == 1 else torch.cat([t, t]))
+        assert labels.tolist() == [1, 2] + [5, 5] * (w != 1)
 
 
 def test_the_loss_takes_any_callable_without_labels():
-    """y = None, a network without attributes, guidance asked for: there is nothing to guide by."""
+    """y = None, and neither network nor teacher has an attribute."""
     x1, x0, t = ORACLE.draw(8)
-    options = dict(alpha=torch.ones_like, beta=torch.ones_like)
-    plain = facm.facm_loss(lambda x, t, s, y: x * t[:, None, None, None], JVP["fd"], x1, x0, t, None, w=3.0, **options)
-    same = facm.facm_loss(lambda x, t, s, y: x * t[:, None, None, None], JVP["fd"], x1, x0, t, None, **options)
-    assert plain == same and all(term > 0 for term in plain)
+
+    def net(x, t, s, y):
+        assert s is None and y is None
+        return x * ORACLE.expand(t)
+    for teacher in (None, lambda x, t, s, y: x):
+        assert all(term > 0 for term in facm.facm_loss(net, JVP["fd"], x1, x0, t, None, teacher=teacher))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_in_any_shape_the_exact_jump_is_the_minimum(shape, condition, mode):
+    x1, x0, t = ORACLE.draw(shape[0], shape=shape[1:])
+    y = torch.ones(shape[0], dtype=torch.int64)
+    for term in (0, 1):
+        def loss(net):
+            # With w = 2 and a teacher that has the same velocity for all labels guidance changes nothing.
+            return facm.facm_loss(net, JVP[mode], x1, x0, t, y, teacher=OracleNet(teacher=True), condition=condition,
+                                  w=2.0, y_null=Y_NULL)[term]
+        value, gradient = loss_and_gradient(loss, OracleNet(condition))
+        assert abs(value) < 1e-13 and abs(gradient) < 1e-12
+        for theta in (-0.1, 0.1):
+            value, gradient = loss_and_gradient(loss, OracleNet(condition), theta)
+            assert value > 1e-3 and gradient * theta > 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_samplers_in_any_shape(shape):
+    noise = torch.randn(3, *shape, dtype=torch.float64)
+    y = torch.ones(shape[0], dtype=torch.int64)
+    exact = ORACLE.mu + ORACLE.sd * noise[0]
+    assert torch.allclose(facm.sample(OracleNet(), noise, None, nfe=1), exact)
+    flat = facm.sample(OracleNet(), noise.flatten(2), None, nfe=3).reshape(shape)
+    assert torch.equal(facm.sample(OracleNet(), noise, None, nfe=3), flat)
+    for options in (dict(), dict(w=2.0, y_null=Y_NULL), dict(condition="auxiliary")):
+        net = OracleNet(options.get("condition", "expanded"))
+        assert (facm.sample_euler(net, noise, y, nfe=100, **options) - exact).abs().mean() < 0.01

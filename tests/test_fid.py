@@ -1,8 +1,12 @@
 """fid.py: closed forms, the public Inception classes, every kind of file, processes, mistakes."""
 
+import argparse
 import hashlib
 import json
 import math
+import pathlib
+import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -50,7 +54,7 @@ def test_distance_agrees_with_a_matrix_square_root(d):
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
     assert fid.frechet_distance(mu1, a, mu2, b) == pytest.approx(expected, rel=1e-8)
     assert fid.frechet_distance(mu2, b, mu1, a) == pytest.approx(expected, rel=1e-8)
-    assert abs(fid.frechet_distance(mu1, a, mu1, a)) < 1e-12 * np.trace(a)
+    assert 0 <= fid.frechet_distance(mu1, a, mu1, a) < 1e-12 * np.trace(a)
 
 
 def test_distance_of_covariances_without_full_rank(capsys):
@@ -63,7 +67,23 @@ def test_distance_of_covariances_without_full_rank(capsys):
     factor_a, factor_b = (np.linalg.svd(s)[0][:, :k] * np.sqrt(np.linalg.svd(s)[1][:k]) for s, k in ((a, 3), (b, 2)))
     nuclear = np.linalg.svd(factor_a.T @ factor_b)[1].sum()            # tr (A B)^(1/2) = |A^(1/2) B^(1/2)|_*
     assert distance == pytest.approx(np.trace(a) + np.trace(b) - 2 * nuclear, rel=1e-7)
-    assert abs(fid.frechet_distance(np.zeros(10), a, np.zeros(10), a)) < 1e-6 * np.trace(a)
+    assert 0 <= fid.frechet_distance(np.zeros(10), a, np.zeros(10), a) < 1e-6 * np.trace(a)
+
+
+def test_no_figure_is_a_negative_zero(capsys):
+    """A distance that rounding makes negative is 0, and a KID that prints as zero has no sign."""
+    for n in range(2, 30):
+        sigma = np.atleast_2d(np.cov(uniform(f"s{n}", (n, 20)), rowvar=False))
+        found = fid.frechet_distance(np.ones(20), sigma, np.ones(20), sigma)
+        assert math.copysign(1, found) == 1 and "-" not in fid.format_figure(found)
+    for figure, text in ((-1e-9, "0.000000"), (-0.0, "0.000000"), (-4.9e-7, "0.000000"), (-5.1e-7, "-0.000001"),
+                         (1.25, "1.250000"), (-0.152, "-0.152000")):
+        assert fid.format_figure(figure).strip() == text
+    constant = torch.zeros(9, 4)           # of constant features the KID is +0.0 or -0.0
+    args = argparse.Namespace(ref="x", sfid=False, score=False, pr=True, kid=True)
+    side = dict(mu=np.zeros(4), sigma=-0.0 * np.eye(4), kept=constant)
+    figures = fid.compare(args, [side, side], fid.INCEPTION, "cpu")
+    assert len(figures) == 5 and all(math.copysign(1, figure) == 1 for figure in figures.values())
 
 
 def test_distance_refuses_what_is_no_number_and_other_shapes():
@@ -168,6 +188,31 @@ def test_precision_and_recall_as_written_out():
         fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b[:3]))
 
 
+@pytest.mark.parametrize("offset", [0, 10, 1000])
+def test_exact_copies_are_at_distance_0(offset):
+    """Ten copies of each image: all neighbourhoods are points, and all images lie in them.
+
+    A matrix product leaves copies apart, and by another rounding in each block of rows.
+    """
+    points = offset + torch.from_numpy(uniform("points", (50, 24)))
+    copies = points.repeat(10, 1)[torch.randperm(500)]
+    other = torch.from_numpy(uniform("other", (20, 24))) + offset
+    for rows in (1, 7, 2000):
+        assert fid.precision_recall(copies, points.repeat(4, 1), rows=rows) == (1, 1)
+        assert fid.precision_recall(torch.cat([copies, other]), copies, rows=rows) == pytest.approx((500 / 520, 1))
+        assert fid.precision_recall(copies.float(), copies.flip(0).float(), rows=rows) == (1, 1)
+
+
+def test_images_that_differ_are_no_copies():
+    """The distances are those of differences, down to what float32 features tell apart."""
+    a = torch.from_numpy(uniform("a", (40, 30)))
+    b = torch.cat([a[:10], a[:10] + 1e-4 * torch.from_numpy(uniform("b", (10, 30))), a.flip(1)])
+    exact = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    found = fid.distances(a, b)
+    assert torch.equal(found == 0, exact == 0) and (exact == 0).sum() == 10
+    assert (found - exact).abs().max() < 1e-9
+
+
 def test_kernel_distance_as_written_out():
     a, b = uniform("a", (9, 4)), uniform("b", (11, 4)) + 0.2
 
@@ -206,6 +251,50 @@ def test_sums_are_mean_and_covariance_and_kept_rows_are_spread_evenly():
     assert np.abs(found["mu"].numpy() - features.double().mean(0).numpy()).max() < 1e-12
     assert np.abs(found["sigma"].numpy() - np.cov(features.double().numpy(), rowvar=False)).max() < 1e-10
     assert found["n"] == 50 and torch.equal(found["kept"], features[torch.arange(20) * 50 // 20])
+
+
+class OnApple(torch.Tensor):
+    """A tensor that says it lies on Apple's GPU, and has no float64 there."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def to(self, *args, **options):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    double = new_zeros = to
+
+
+def test_sums_are_made_on_the_cpu_where_the_device_has_no_float64():
+    pool, spatial, logits = (torch.from_numpy(uniform(name, (20, 6))).float() for name in ("p", "s", "l"))
+    source = fid.Source("x", 20, lambda i, j: np.arange(i, j, dtype=np.uint8).reshape(-1, 1, 1, 1))
+
+    def extract(x, kind):
+        return [features[x[:, 0, 0, 0].long()].as_subclass(kind) for features in (pool, spatial, logits)]
+    there, here = (fid.collect(source, lambda x: extract(x, kind), ("mu", "mu_s"), score=True, keep=20, batch=7)
+                   for kind in (OnApple, torch.Tensor))
+    assert there.keys() == here.keys()
+    for key in here.keys() - {"n"}:
+        assert type(there[key]) is torch.Tensor and torch.equal(there[key], here[key])
+    a, b = here["kept"], here["kept"] + 0.1
+    for measure in (fid.precision_recall, fid.kernel_distance):
+        assert measure(a.as_subclass(OnApple), b.as_subclass(OnApple)) == measure(a, b)
+
+
+@pytest.mark.parametrize("which", ["features", "logits"])
+def test_outputs_that_are_not_finite_are_refused(which):
+    """Also in measures that have no covariance: the Inception Score, precision and recall, KID."""
+    source = fid.Source("some", 9, lambda i, j: np.zeros((j - i, 4, 4, 3), np.uint8))
+    bad = torch.full((9, 5), torch.nan)
+    outputs = dict(features=torch.zeros(9, 5), logits=torch.zeros(9, 5)) | {which: bad}
+    args = argparse.Namespace(ref=None, sfid=False, score=True, pr=False, kid=False)
+    with pytest.raises(ValueError, match="finite"):
+        found = fid.collect(source, lambda x: (outputs["features"], None, outputs["logits"]), (), score=True, keep=9)
+        fid.compare(args, [found], fid.INCEPTION, "cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,16 +419,57 @@ def test_a_data_set_is_its_training_images(images, monkeypatch, name):
     assert source.count == 7 and np.array_equal(source.read(2, 5), images[0][2:5])
 
 
-def test_grey_images_become_rgb(net, tmp_path, monkeypatch):
-    grey = np.rint(127.5 + 127.5 * uniform("grey", (8, 12, 12, 1))).astype(np.uint8)
-    np.savez(tmp_path / "grey.npz", arr_0=grey)
-    np.savez(tmp_path / "rgb.npz", arr_0=grey.repeat(3, axis=3))
-    (tmp_path / "grey").mkdir()
-    for i, image in enumerate(grey):
-        Image.fromarray(image[..., 0]).save(tmp_path / "grey" / f"{i}.png")
-    for name in ("grey.npz", "grey"):
-        assert abs(figures(monkeypatch, tmp_path, tmp_path / name, "--ref", tmp_path / "rgb.npz", "--features", net)[
-            NAME]) < 1e-6
+class Convolution(torch.nn.Module):
+    """A network whose rounding depends on how its input lies in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 32, 5, padding=2)
+
+    def forward(self, x):
+        return self.conv(x.float() / 64 - 2).relu().square().mean((2, 3))
+
+
+def grey_forms(folder, count):
+    """The same grey pictures as files of every kind, and before them as RGB pictures in an npz."""
+    grey = np.rint(127.5 + 127.5 * uniform("grey", (count, 12, 12))).astype(np.uint8)
+    rgb = grey[..., None].repeat(3, axis=3)
+    np.savez(folder / "rgb.npz", arr_0=rgb)
+    np.savez(folder / "NHW.npz", arr_0=grey)
+    np.savez(folder / "NHW1.npz", images=grey[..., None])
+    with zipfile.ZipFile(folder / "L.zip", "w") as archive:
+        for mode, images in (("L", grey), ("RGB", rgb), ("LA", grey), ("P", grey)):
+            (folder / mode).mkdir()
+            for i, image in enumerate(images):
+                path = folder / mode / f"{i:02d}.png"
+                image = Image.fromarray(image)
+                if mode in ("LA", "P"):
+                    image = image.convert(mode)
+                image.save(path)
+                if mode == "L":
+                    archive.write(path, path.name)
+    return [folder / name for name in ("rgb.npz", "NHW.npz", "NHW1.npz", "L", "RGB", "LA", "P", "L.zip")]
+
+
+def test_grey_images_are_judged_as_rgb(files, tmp_path, monkeypatch):
+    """To the last digit, as samples and as the reference."""
+    net = script(fill(Convolution()), tmp_path / "net.pt")
+    names = grey_forms(tmp_path, 40)
+    for place in ("samples", "ref"):
+        found = []
+        for name in names:
+            both = [name, "--ref", files / "few.npz"] if place == "samples" else [files / "few.npz", "--ref", name]
+            found.append(figures(monkeypatch, tmp_path, *both, "--features", net, "--pr", "--kid", "--batch", 16))
+        assert found[0]["Frechet distance (net.pt)"] > 0
+        assert all(these == found[0] for these in found)
+
+
+def test_inception_judges_grey_images_as_rgb(inception, tmp_path):
+    names = [name for name in grey_forms(tmp_path, 5) if name.name in ("rgb.npz", "NHW.npz", "L", "L.zip")]
+    rgb, *others = [fid.collect(fid.open_source(str(name)), inception, (), score=True, keep=5, batch=3)
+                    for name in names]
+    for other in others:
+        assert torch.equal(other["kept"], rgb["kept"]) and torch.equal(other["parts"], rgb["parts"])
 
 
 def test_statistics_of_every_kind(files, net, tmp_path, monkeypatch, capsys):
@@ -364,6 +494,122 @@ def test_statistics_of_every_kind(files, net, tmp_path, monkeypatch, capsys):
     plain = figures(monkeypatch, tmp_path, files / "a.npz", "--ref", files / "b.npz", *flags)
     found = figures(monkeypatch, tmp_path, files / "a.npz", "--ref", tmp_path / "adm.npz", *flags)
     assert found == pytest.approx(plain)
+
+
+def moments(d, n=50):
+    x = uniform("moments", (n, d))
+    return dict(mu=x.mean(0), sigma=np.cov(x, rowvar=False))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("numpy_name", [b"numpy.core.", b"numpy._core."])
+def test_edm2_statistics(files, net, tmp_path, monkeypatch, protocol, numpy_name):
+    """fid for Inception, fd_dinov2 for --features; of NumPy before and since 2, by any pickle protocol."""
+    dinov2, inception = moments(24), moments(30)
+    content = pickle.dumps(dict(num_images=np.int64(2500), fid=inception, fd_dinov2=dinov2), protocol)
+    if protocol == 3 or numpy_name == b"numpy._core.":     # names without a length before them
+        content = content.replace(b"numpy._core.", numpy_name).replace(b"numpy.core.", numpy_name)
+    (tmp_path / "edm2.pkl").write_bytes(content)
+    for part, expected in (("fid", inception), ("fd_dinov2", dinov2)):
+        found = fid.open_source(str(tmp_path / "edm2.pkl"), part=part).statistics
+        assert found["n"] == 2500 and found.keys() == {"mu", "sigma", "n"}
+        assert all(np.array_equal(found[key].numpy(), expected[key]) for key in expected)
+    np.savez(tmp_path / "dinov2.npz", **dinov2)
+    pkl, npz = (figures(monkeypatch, tmp_path, files / "few.npz", "--ref", tmp_path / name, "--features", net)
+                for name in ("edm2.pkl", "dinov2.npz"))
+    assert pkl == npz
+    call(monkeypatch, fid, tmp_path / "edm2.pkl", "--save-stats", tmp_path / "fid.npz", "--device", "cpu")
+    with np.load(tmp_path / "fid.npz") as f:
+        assert set(f.files) == {"mu", "sigma", "n"} and np.array_equal(f["sigma"], inception["sigma"])
+
+
+def test_statistics_keep_their_network_unknown(net, tmp_path, monkeypatch):
+    """What --save-stats copies from a file without a name compares with any network of that width."""
+    np.savez(tmp_path / "plain.npz", **moments(24))
+    call(monkeypatch, fid, tmp_path / "plain.npz", "--save-stats", tmp_path / "copy.npz", "--device", "cpu")
+    found = figures(monkeypatch, tmp_path, tmp_path / "copy.npz", "--ref", tmp_path / "plain.npz")
+    assert found == {"Frechet distance (an unknown network with 24 features)": pytest.approx(0, abs=1e-9)}
+    figures(monkeypatch, tmp_path, "glyphs", "--n", 50, "--ref", tmp_path / "copy.npz", "--features", net)
+
+
+@pytest.mark.parametrize("make", [
+    lambda s: s, lambda s: s.astype(np.float32), lambda s: 0 * s, lambda s: s.astype(">f8"), lambda s: 1e-30 * s,
+    lambda s: np.cov(uniform("few", (3, 24)).astype(np.float32), rowvar=False, dtype=np.float32)])
+def test_covariances_that_rounding_spoils_a_little_are_read(tmp_path, make):
+    sigma = make(moments(24)["sigma"])
+    np.savez(tmp_path / "x.npz", mu=np.zeros(24), sigma=sigma)
+    found = fid.open_source(str(tmp_path / "x.npz")).statistics["sigma"]
+    assert np.array_equal(found.numpy(), sigma.astype(np.float64))
+
+
+BAD_STATISTICS = {
+    "unsymmetric": (lambda s: s | dict(sigma=s["sigma"] + np.triu(np.ones((24, 24)), 1)), "not symmetric"),
+    "negative definite": (lambda s: s | dict(sigma=-s["sigma"]), "negative eigenvalues"),
+    "one negative eigenvalue": (lambda s: s | dict(sigma=s["sigma"] - np.diag([0] * 23 + [1])), "negative eigenvalues"),
+    "a correlation above 1": (lambda s: s | dict(sigma=np.eye(24) + np.eye(24)[::-1] * 2), "negative eigenvalues"),
+    "NaN in mu": (lambda s: s | dict(mu=s["mu"] * np.nan), "not finite"),
+    "infinity in sigma": (lambda s: s | dict(sigma=s["sigma"] + np.inf), "not finite"),
+    "mu and sigma of two sizes": (lambda s: s | dict(sigma=np.eye(25)), "[24] and sigma is [25, 25]"),
+    "mu with two dimensions": (lambda s: s | dict(mu=s["mu"][None]), "[1, 24]"),
+    "mu a number": (lambda s: dict(mu=0.0, sigma=1.0), "expected [D] and [D, D]"),
+    "a deviation for sigma": (lambda s: s | dict(sigma=np.ones(24)), "expected [D] and [D, D]"),
+    "no feature": (lambda s: dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "expected [D] and [D, D]"),
+    "complex": (lambda s: s | dict(sigma=s["sigma"] + 0j), "real numbers"),
+    "text": (lambda s: s | dict(mu=np.array(["1"] * 24)), "real numbers"),
+    "truth": (lambda s: s | dict(mu=np.ones(24, bool)), "real numbers"),
+    "spatial mean alone": (lambda s: s | dict(mu_s=np.zeros(3)), "belong together"),
+    "spatial covariance alone": (lambda s: s | dict(sigma_s=np.eye(3)), "belong together"),
+    "spatial covariance unsymmetric": (lambda s: s | dict(mu_s=np.zeros(2), sigma_s=[[1, 2], [0, 1]]), "sigma_s is not sym"),
+    "no images": (lambda s: s | dict(n=0), "number of images"),
+    "infinitely many": (lambda s: s | dict(n=np.inf), "number of images"),
+    "numbers of images": (lambda s: s | dict(n=np.array([9, 9])), "number of images")}
+
+
+@pytest.mark.parametrize("kind", BAD_STATISTICS)
+@pytest.mark.parametrize("suffix", ["npz", "pt", "pkl"])
+def test_what_no_images_can_have_is_refused(net, files, tmp_path, monkeypatch, capsys, kind, suffix):
+    spoilt, words = BAD_STATISTICS[kind]
+    statistics, path = spoilt(moments(24)), tmp_path / f"bad.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **statistics)
+    elif suffix == "pkl":
+        content = dict(fd_dinov2=statistics)
+        if "n" in statistics:
+            content["num_images"] = statistics.pop("n")
+        path.write_bytes(pickle.dumps(content))
+    elif kind in ("complex", "text", "truth"):
+        words = "bad.pt"                   # torch.load admits no such array
+        torch.save(statistics, path)
+    else:
+        torch.save({key: torch.as_tensor(np.array(value)) for key, value in statistics.items()}, path)
+    line = refused(monkeypatch, capsys, fid, files / "few.npz", "--ref", path, "--features", net, "--device", "cpu")
+    assert words in line and path.name in line
+
+
+class Evil:
+    """Pickled, it is a call of a function of its own choice."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("content, words", [
+    (dict(fid=dict(mu=Evil(print, "harmed"), sigma=0)), "builtins.print"),
+    (Evil(eval, "print('harmed')"), "builtins.eval"),
+    (dict(fid=dict(mu=np.array([Evil(print, "harmed")]), sigma=0)), "builtins.print"),
+    (dict(fid=dict(mu=torch.zeros(3), sigma=torch.eye(3))), "torch"),
+    (dict(fid=dict(mu=np.zeros(3, object), sigma=np.eye(3))), "real numbers"),
+    (dict(fid=dict(mu=np.zeros(3))), "no mu and sigma"),
+    (dict(fd_dinov2=dict(mu=np.zeros(3), sigma=np.eye(3))), "fid"),
+    (dict(fid=np.eye(3)), "fid"), ([1, 2], "fid"), (b"cut", "bad.pkl")])
+def test_a_pickle_executes_nothing(tmp_path, monkeypatch, capsys, content, words):
+    path = tmp_path / "bad.pkl"
+    path.write_bytes(content if content == b"cut" else pickle.dumps(content))
+    line = refused(monkeypatch, capsys, fid, path, "--ref", path)
+    assert words in line and "bad.pkl" in line and "harmed" not in capsys.readouterr().out
 
 
 def test_all_measures_of_inception(weights, inception, tmp_path, monkeypatch, capsys):
@@ -510,6 +756,157 @@ def test_bad_flags_end_in_one_line(net, files, tmp_path, monkeypatch, capsys, fl
     assert words in refused(monkeypatch, capsys, fid, files / "few.npz", *flags)
 
 
+# What each flag does in each mode: "yes", it changes what it says, or a word of the line that refuses it, or "-", it is
+# part of the mode. The modes: images against images by Inception and by --features; images against statistics;
+# statistics against statistics; --is alone; --save-stats alone. (--device says where the network runs, in all.)
+MODES = dict(inception="few.npz --ref b.npz", features="few.npz --ref b.npz --features small.pt",
+             half="few.npz --ref plain.npz", statistics="plain.npz --ref plain.npz", score="few.npz --is",
+             save="few.npz --save-stats saved.npz")
+TABLE = """
+flag                     inception     features      half          statistics    score         save
+--ref b.npz              -             -             -             -             yes           yes
+--is                     yes           --features    yes           statistics    -             yes
+--sfid                   yes           --features    mu_s          mu_s          --ref         yes
+--pr                     yes           yes           features      features      --ref         --ref
+--precision-recall       yes           yes           features      features      --ref         --ref
+--kid                    yes           yes           features      features      --ref         --ref
+--features small.pt      yes           -             yes           leave         --features    yes
+--inception file.pth     yes           --inception   yes           leave         yes           yes
+--n 40                   glyphs        glyphs        glyphs        glyphs        glyphs        glyphs
+--images 40              glyphs        glyphs        glyphs        glyphs        glyphs        glyphs
+--resolution 12          glyphs        glyphs        glyphs        glyphs        glyphs        glyphs
+--data-dir here          cifar10       cifar10       cifar10       cifar10       cifar10       cifar10
+--batch 7                yes           yes           yes           leave         yes           yes
+--save-stats more.npz    yes           yes           yes           yes           yes           -
+"""
+HEAD, *ROWS = [re.split("  +", line.strip()) for line in TABLE.strip().splitlines()]
+CASES = [(row[0], mode, expected) for row in ROWS for mode, expected in zip(HEAD[1:], row[1:]) if expected != "-"]
+
+
+@pytest.fixture
+def stand_in(files, net, tmp_path, monkeypatch):
+    """A network of 24 features in Inception's place, in a folder with the files of the table. What was asked of it."""
+    asked = dict(batches=[], weights=[])
+
+    def load(path, device):
+        def extract(images):
+            asked["batches"].append(len(images))
+            features = images.float().flatten(2)[:, :, :8].flatten(1) / 255
+            return features, features[:, :5], features[:, :6]
+        asked["weights"].append(path)
+        return extract
+    monkeypatch.setattr(fid, "FEATURES", 24)
+    monkeypatch.setattr(fid, "load_inception", load)
+    honest = fid.load_features
+    monkeypatch.setattr(fid, "load_features", lambda path, device: honest(path, device) and load("features", device))
+    for path in (files / "few.npz", net):
+        (tmp_path / path.name).symlink_to(path)
+    save(tmp_path / "b.npz", data.glyphs(50, 12, 1)[0])
+    np.savez(tmp_path / "plain.npz", **moments(24))
+    (tmp_path / "file.pth").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def outcome(monkeypatch, asked, words):
+    """All that a call leaves: figures, names, files, what was asked of the network."""
+    for written in ("saved.npz", "more.npz", "out.json"):
+        pathlib.Path(written).unlink(missing_ok=True)
+    for list_ in asked.values():
+        list_.clear()
+    call(monkeypatch, fid, *words, "--device", "cpu", "--json", "out.json")
+    saved = [sorted(np.load(name).files) for name in ("saved.npz", "more.npz") if pathlib.Path(name).exists()]
+    told = json.loads(pathlib.Path("out.json").read_text())
+    return told | dict(command=""), saved, asked["batches"][:], asked["weights"][:]
+
+
+def test_the_table_has_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fid.py", "--help"])
+    with pytest.raises(SystemExit):
+        fid.parse_args()
+    flags = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out.split("options:")[1]))
+    assert flags - {"--help", "--json", "--device"} == {row[0].split()[0] for row in ROWS}
+
+
+@pytest.mark.parametrize("flag, mode, expected", CASES)
+def test_a_flag_changes_what_it_says_or_is_refused(stand_in, monkeypatch, capsys, flag, mode, expected):
+    words = MODES[mode].split()
+    if expected == "yes":
+        assert outcome(monkeypatch, stand_in, words) != outcome(monkeypatch, stand_in, words + flag.split())
+    else:
+        before = sorted(path.name for path in pathlib.Path().iterdir())
+        line = refused(monkeypatch, capsys, fid, *words, *flag.split(), "--device", "cpu", "--json", "out.json")
+        assert expected in line and stand_in["batches"] == []
+        assert before == sorted(path.name for path in pathlib.Path().iterdir())
+
+
+@pytest.mark.parametrize("words, flag", [
+    ("glyphs --n 30 --resolution 12 --ref few.npz", "--n 40"), ("few.npz --n 30 --ref glyphs:3", "--images 40"),
+    ("glyphs --n 30 --resolution 12 --ref few.npz", "--resolution 16"),
+    ("few.npz --ref mnist", "--data-dir here"), ("mnist --save-stats saved.npz", "--data-dir here")])
+def test_flags_of_data_sets_change_them(stand_in, monkeypatch, words, flag):
+    def read(name, folder):
+        return data.glyphs(20 if folder == "here" else 25, 12, 2)[0][..., :1], np.zeros(0)
+    monkeypatch.setattr(data, "read_torchvision", read)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: argparse.Namespace(
+        images=torch.from_numpy(read(name, data_dir)[0])))
+    assert outcome(monkeypatch, stand_in, words.split()) != outcome(monkeypatch, stand_in, words.split() + flag.split())
+
+
+def test_spatial_statistics_are_saved_and_compared(stand_in, monkeypatch, tmp_path):
+    call(monkeypatch, fid, "b.npz", "--save-stats", "saved.npz", "--sfid", "--device", "cpu")
+    both = [figures(monkeypatch, tmp_path, "few.npz", "--ref", ref, "--sfid") for ref in ("saved.npz", "b.npz")]
+    assert both[0] == pytest.approx(both[1], rel=1e-12) and both[0]["sFID"] > 0
+
+
+@pytest.mark.parametrize("words, named", [
+    ("few.npz --save-stats few.npz", "few.npz"), ("few.npz --ref b.npz --json b.npz", "b.npz"),
+    ("few.npz --ref b.npz --features small.pt --json small.pt", "small.pt"),
+    ("few.npz --ref b.npz --inception file.pth --json file.pth", "file.pth"),
+    ("few.npz --ref b.npz --save-stats link.npz", "link.npz"), ("few.npz --ref b.npz --save-stats ./deep/../b.npz", "b.npz"),
+    ("few.npz --save-stats same.npz --json same.npz", "same file")])
+def test_nothing_that_is_read_is_overwritten(stand_in, monkeypatch, capsys, words, named):
+    pathlib.Path("link.npz").hardlink_to("b.npz")
+    pathlib.Path("deep").mkdir()
+    before = {path: path.read_bytes() for path in pathlib.Path().iterdir() if path.is_file()}
+    assert named in refused(monkeypatch, capsys, fid, *words.split(), "--device", "cpu")
+    assert before == {path: path.read_bytes() for path in pathlib.Path().iterdir() if path.is_file()}
+
+
+def test_a_width_that_is_not_inceptions_is_refused_before_a_download(files, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "plain.npz", **moments(24))
+    monkeypatch.setattr(fid, "load_inception", None)
+    line = refused(monkeypatch, capsys, fid, files / "few.npz", "--ref", tmp_path / "plain.npz", "--device", "cpu")
+    assert "24 features" in line and "plain.npz" in line and "--features" in line
+
+
+def test_the_export_of_dinov2_makes_a_network_for_features(files, tmp_path, monkeypatch):
+    """The code of docs/evaluation.md, with a stand-in for the network that it downloads."""
+    class StandIn(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 32, 14, 14)
+
+        def forward(self, x):
+            assert x.shape[1:] == (3, 224, 224)
+            return self.patches(x).relu().mean((2, 3))
+    asked, network = [], fill(StandIn())
+    monkeypatch.setattr(torch.hub, "load", lambda *names: (asked.append(names), network)[1])
+    monkeypatch.chdir(tmp_path)
+    code, = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL | re.MULTILINE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "docs/evaluation.md", "exec"), {"__name__": "export"})
+    assert asked == [("facebookresearch/dinov2", "dinov2_vitl14")]
+    images = torch.from_numpy(data.glyphs(5, 16)[0]).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(images / 255, size=224, mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    found, _, _ = fid.load_features(tmp_path / "dinov2.pt")(images)
+    assert (found - network((resized - mean) / std)).abs().max() < 1e-5
+    assert figures(monkeypatch, tmp_path, "glyphs", "--n", 40, "--ref", files / "few.npz", "--features",
+                   tmp_path / "dinov2.pt")["Frechet distance (dinov2.pt)"] > 0
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda p: p.write_text("text"), "TorchScript"),
     (lambda p: torch.save({}, p), "TorchScript"),
@@ -543,7 +940,7 @@ def test_inception_that_can_not_be_had(files, weights, tmp_path, monkeypatch, ca
     assert "nowhere.pth" in refused(monkeypatch, capsys, fid, *flags, "--inception", "nowhere.pth")
     assert "6726825d" in refused(monkeypatch, capsys, fid, *flags, "--inception", weights)
     monkeypatch.setattr(fid, "INCEPTION_SHA256", "")
-    torch.save(fid.Conv(3, 4, 1).state_dict(), tmp_path / "other.pth")
+    torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), tmp_path / "other.pth")
     assert "other.pth" in refused(monkeypatch, capsys, fid, *flags, "--inception", tmp_path / "other.pth")
 
 

@@ -1,11 +1,12 @@
-"""gcm.py against closed forms: the Gaussian oracle, mutants of the source, densities, steps, MMD, samplers; and runs."""
+"""gcm.py against closed forms: the Gaussian oracle in any shape, mutants of the source, densities, steps, MMD, samplers;
+and as a program."""
 
 import math
 import pathlib
 
 import pytest
 import torch
-from oracle import Gaussian, fused, mutant
+from oracle import SHAPES, Gaussian, fused, loss_and_gradient, mutant
 from test_data import write_shards
 from test_training import (
     assert_same_run,
@@ -24,9 +25,9 @@ from test_training import (
 import data
 import gcm
 import models
-import run
-import weights
-from jvp import JVP, exact, fd, forward_mode
+from common import checkpoints, seeds, weights
+from common.run import ema_gamma
+from jvp import JVP, forward_mode
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
 SIGMA_D = 0.5
@@ -44,15 +45,15 @@ class Reversed:
 
     def flow_map(self, x, t, s):
         (k, tau), (k_s, tau_s) = self.to_oracle(t), self.to_oracle(s)
-        return ORACLE.flow_map(wide(k) * x, tau, tau_s) / wide(k_s)
+        return ORACLE.flow_map(wide(k, x) * x, tau, tau_s) / wide(k_s, x)
 
     def velocity(self, x, t):
         """E[z - x | x_t] = (x_t - E[x | x_t]) / t."""
         k, tau = self.to_oracle(t)
-        return (x - ORACLE.posterior_mean(wide(k) * x, tau)) / wide(t)
+        return (x - ORACLE.posterior_mean(wide(k, x) * x, tau)) / wide(t, x)
 
-    def draw(self, batch, seed=0):
-        x, x0, _ = ORACLE.draw(batch, seed)
+    def draw(self, batch, seed=0, shape=(2, 3, 3)):
+        x, x0, _ = ORACLE.draw(batch, seed, shape)
         return x, SIGMA_D * x0
 
 
@@ -63,29 +64,31 @@ def f_ideal(xt, t, s, y=None):
     """The average velocity from t to s; the velocity where they are equal."""
     same = s == t
     safe = torch.where(same, t + 1e-3, s)              # the other branch's singularity must not leak into a derivative
-    average = (FLOW.flow_map(xt, t, safe) - xt) / wide(safe - t)
-    return torch.where(wide(same), FLOW.velocity(xt, t), average)
+    average = (FLOW.flow_map(xt, t, safe) - xt) / wide(safe - t, xt)
+    return torch.where(wide(same, xt), FLOW.velocity(xt, t), average)
 
 
 def times(variant, batch=64, seed=1):
     u = torch.rand(4, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return gcm.sample_times(u, "gcm", variant, "sine", (1.0, 0.01), 4.0, 0.0, -0.4, 1.0, SIGMA_D)
+    return gcm.sample_times(u, variant=variant)
 
 
-def loss(module, variant="VU", h=1e-3, mode="fd", M=1, sigma=0.1, seed=0, t=None, s=None):
-    """The loss of the ideal network with u its velocity: 0 but for the difference's error. kappa = 1 with w = 2 makes
-    guidance give f(x_t, t, t) itself, so that the guided velocity is exact, too."""
-    x, z = FLOW.draw(64, seed)
+def loss(module, variant="VU", h=1e-3, mode="difference", M=1, sigma=0.1, seed=0, t=None, s=None, f=None, shape=(64, 2, 3, 3)):
+    """The loss of the ideal network, or of f, with u its velocity: 0 but for the difference's error. kappa = 1 with
+    w = 2 makes guidance give f(x_t, t, t) itself, so that the guided velocity is exact as well."""
+    x, z = FLOW.draw(shape[0], seed, shape[1:])
     if t is None:
-        t, s, _ = times(variant)
-    y = torch.ones(64, dtype=torch.int64)
-    return module.gcm_loss(fused(f_ideal), JVP[mode], x, z, t, s, torch.ones_like(t), y, ht="const", k=h,
-                           scheme="meanflow", M=M, sigma=sigma, y_null=0, w=2.0, kappa=1.0).item()
+        t, s, _ = times(variant, shape[0])
+    y = torch.ones(shape[0], dtype=torch.int64)
+    return module.gcm_loss(f or fused(f_ideal), JVP.get(mode), x, z, t, s, torch.ones_like(t), y,
+                           difference=mode == "difference", ht="const", k=h, scheme="meanflow", M=M, sigma=sigma,
+                           w=2.0, kappa=1.0, y_null=0)
 
 
 @pytest.mark.parametrize("variant", ["CU", "VU"])
 def test_oracle_has_zero_residual_with_the_exact_derivative(variant):
     assert max(loss(gcm, variant, mode=mode) for mode in ("exact", "fused")) < 1e-12
+    assert loss(gcm, variant, mode="fd") < 1e-4
     t, _, _ = times(variant)
     assert loss(gcm, t=t, s=t.clone()) < 1e-12                         # s = t: the plain velocity
 
@@ -101,27 +104,30 @@ def test_residual_of_the_difference_falls_linearly_in_h(variant, autocast):
         assert 3.6 < coarse / fine < 4.4
 
 
+PAIR = "target = u + wide(slope, x) * near_far"
+DERIVATIVE = "target = u + wide(s - t, x) * df_dt"
+LINE = "at=(xt, t, s, y), along=(u, 1, 0)"
 MUTANTS = [
-    ("target = u + slope * difference", "target = u - slope * difference", False),           # sign
-    ("target = u + slope * difference", "target = u + 2 * slope * difference", False),       # factor
-    ("r > s, (s - r) / (t - r), 0", "r > s, (s - r) / (t - s), 0", False),                   # another pair
+    (PAIR, "target = u - wide(slope, x) * near_far", False),                       # sign
+    (PAIR, "target = u + 2 * wide(slope, x) * near_far", False),                   # factor
+    ("r > s, (s - r) / (t - r), 0", "r > s, (s - r) / (t - s), 0", False),         # another pair
     ("r > s, (s - r) / (t - r), 0", "r > s, (r - t) / (t - r), 0", False),
-    ("xr = xt + wide(r - t) * u", "xr = xt - wide(r - t) * u", False),                       # step in the wrong direction
+    ("xr = xt + wide(r - t, xt) * u", "xr = xt - wide(r - t, xt) * u", False),     # step in the wrong direction
     ("F - f(xr, r, s, y)", "F - f(xr, t, s, y)", False),                           # its time
     ("F - f(xr, r, s, y)", "F - f(xt, r, s, y)", False),                           # its place
     ("F - f(xr, r, s, y)", "f(xr, r, s, y) - F", False),
-    ("target = u + wide(s - t) * df_dt", "target = u + wide(t - s) * df_dt", True),
-    ("target = u + wide(s - t) * df_dt", "target = u + df_dt", True),
-    ("jvp(f, xt, t, s, y, u, 1, 0)", "jvp(f, xt, t, s, y, u, -1, 0)", True),
-    ("jvp(f, xt, t, s, y, u, 1, 0)", "jvp(f, xt, t, s, y, -u, 1, 0)", True),
-    ("jvp(f, xt, t, s, y, u, 1, 0)", "jvp(f, xt, t, s, y, u, 0, 0)", True),
+    (DERIVATIVE, "target = u + wide(t - s, x) * df_dt", True),
+    (DERIVATIVE, "target = u + df_dt", True),
+    (LINE, "at=(xt, t, s, y), along=(u, -1, 0)", True),
+    (LINE, "at=(xt, t, s, y), along=(-u, 1, 0)", True),
+    (LINE, "at=(xt, t, s, y), along=(u, 0, 0)", True),
 ]
 
 
 @pytest.mark.parametrize("variant", ["CU", "VU"])
 @pytest.mark.parametrize("old, new, exact", MUTANTS)
 def test_mutants_are_caught(old, new, exact, variant):
-    for mode in ("exact", "fused") if exact else ("fd",):
+    for mode in ("exact", "fused") if exact else ("difference",):
         assert loss(mutant(SOURCE, old, new), variant, mode=mode) > 20 * loss(gcm, variant, mode=mode)
         assert loss(mutant(SOURCE, old, new), variant, mode=mode) > 2e-2
 
@@ -137,9 +143,58 @@ def test_without_guidance_the_target_is_right_on_average(variant):
     for offset in (-0.1, 0.1):
         x = mean + offset
         u = (xt - x) / wide(t)                                         # z - x with z = (x_t - (1-t) x) / t
-        targets.append(u + wide(s - t) * forward_mode(f_ideal, xt, t, s, None, u, 1, 0))
+        targets.append(u + wide(s - t) * forward_mode(f_ideal, at=(xt, t, s, None), along=(u, 1, 0)))
     assert (sum(targets) / 2 - f_ideal(xt, t, s)).abs().max() < 1e-11
     assert (targets[0] - f_ideal(xt, t, s)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", ["CU", "VU"])
+@pytest.mark.parametrize("mode", ["difference", "exact", "fused"])
+def test_in_any_shape_the_exact_jump_is_the_minimum(shape, variant, mode):
+    """The pairs lie on the flow, z - x is its velocity at x_t, so that the ideal network has no error without guidance.
+    The norm has a kink at 0: the gradient is 0 where the error is 0 to the last bit, at s = t under guidance."""
+    x, z = FLOW.draw(shape[0], shape=shape[1:])
+    t, s, _ = times(variant, shape[0])
+    xt = x + wide(t, x) * (z - x)
+    u = FLOW.velocity(xt, t)
+    x, z = xt - wide(t, x) * u, xt + wide(1 - t, x) * u
+
+    def beside(theta, t, s, **options):
+        return loss_and_gradient(lambda f: gcm.gcm_loss(f, JVP.get(mode), x, z, t, s, torch.ones_like(t), None, ht="const",
+                                                        k=1e-4, difference=mode == "difference", scheme="meanflow", **options),
+                                 f_ideal, theta)
+    assert beside(0.0, t, s)[0] < (2e-3 if mode == "difference" else 1e-12)
+    same_times = [a.reshape(-1, 4)[:, :1].repeat(1, 4).flatten() for a in (t, s)]      # for the energy distance of 4 jumps
+    for theta in (-0.1, 0.1):
+        value, gradient = beside(theta, t, s)
+        assert value > 2e-2 and gradient * theta > 1e-2
+        assert beside(theta, *same_times, M=4, sigma=math.inf)[0] > beside(0.0, *same_times, M=4, sigma=math.inf)[0] + 2e-3
+    at_equal_times = loss_and_gradient(lambda f: loss(gcm, variant, mode=mode, f=f, shape=shape, t=t, s=t), f_ideal)
+    assert at_equal_times == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["difference", "fd"])
+def test_guidance_needs_labels_and_the_null_label(mode):
+    x, z = FLOW.draw(4)
+    t, s, density = times("VU", 4)
+    for y, y_null in ((None, 5), (torch.ones(4, dtype=torch.int64), None)):
+        with pytest.raises(ValueError, match="guidance"):
+            gcm.gcm_loss(f_ideal, JVP.get(mode), x, z, t, s, density, y, difference=mode == "difference", w=2.0, y_null=y_null)
+
+
+def test_the_loss_takes_any_callable_without_labels():
+    """y = None, and a network without an attribute. With the difference there need not be a jvp."""
+    x, z = FLOW.draw(4)
+    t, s, density = times("VU", 4)
+
+    def net(x, t, s, y):
+        assert s is not None and y is None
+        return x * gcm.wide(t, x)
+    f = gcm.precondition(net, second_time=True)
+    assert gcm.gcm_loss(f, None, x, z, t, s, density, None) > 0
+    for jvp in JVP.values():
+        assert gcm.gcm_loss(f, jvp, x, z, t, s, density, None, difference=False) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -208,7 +263,7 @@ def test_uniform_power_has_the_cdf_of_eq_17(nu):
 
 def test_t_given_s_is_uniform_on_what_is_left_and_on_all_for_s_near_0():
     u = torch.rand(4, 100_000, generator=torch.Generator().manual_seed(0)).double()
-    t, s, density = gcm.sample_times(u, "gcm", "VU", "uniform", (1, 0), 4.0, 0.0, 0, 1, 0.5)
+    t, s, density = gcm.sample_times(u, variant="VU", pt="uniform", ab=(1, 0))
     assert (s >= gcm.T_MIN).all() and (s <= t).all() and (t <= gcm.T_MAX).all() and (density == 1).all()
     near = s < 0.02
     assert 10_000 < near.sum() < 90_000
@@ -218,8 +273,7 @@ def test_t_given_s_is_uniform_on_what_is_left_and_on_all_for_s_near_0():
     tenths = torch.histc(t[near], 10, gcm.T_MIN, gcm.T_MAX) / near.sum()     # E.2: the uniform density as s -> 0
     assert (tenths - 0.1).abs().max() < 0.012, tenths
     u[0] = 0
-    assert torch.allclose(gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)[0],
-                          gcm.sample_times(u, "gcm", "CU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)[0])    # CU is kept
+    assert torch.allclose(gcm.sample_times(u, variant="VU")[0], gcm.sample_times(u, variant="CU")[0])   # CU is kept
 
 
 def test_dividing_by_the_density_keeps_the_effective_weight():
@@ -227,7 +281,7 @@ def test_dividing_by_the_density_keeps_the_effective_weight():
     u = (torch.arange(4 * 50_000).double().reshape(4, -1) % 50_000 + 0.5) / 50_000
     means = []
     for pt, ab in (("uniform", (1, 0)), ("sine", (1, 0.01)), ("cosh", (1.5, 0))):
-        t, s, density = gcm.sample_times(u, "gcm", "CU", pt, ab, 4.0, 0.0, 0, 1, 0.5)
+        t, s, density = gcm.sample_times(u, variant="CU", pt=pt, ab=ab)
         means.append((gcm.WEIGHTS["gcm"](t, s, None, 1.0, 6.0) / density * t.cos()).mean().item())
     assert max(means) - min(means) < 1e-3 * means[0]
 
@@ -247,8 +301,8 @@ def test_the_curriculum_ends_where_float32_would_round_its_difference_off(tmp_pa
 
 def test_times_and_weights_of_the_others():
     u = torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0)).double()
-    drawn = {scheme: gcm.sample_times(u, scheme, "VU", "uniform", (1, 0), 4.0, equal, P_mean, P_std, 0.5) for scheme, equal,
-             P_mean, P_std in (("imm", 0.0, 0, 1), ("meanflow", 0.75, -2, 2), ("facm", 0.5, -1, 1.4), ("ect", 0.0, -1.1, 2))}
+    drawn = {scheme: gcm.sample_times(u, scheme=scheme, variant="VU", equal=equal, P_mean=P_mean, P_std=P_std)
+             for scheme, equal, P_mean, P_std in (("imm", 0.0, 0, 1), ("meanflow", 0.75, -2, 2), ("facm", 0.5, -1, 1.4), ("ect", 0.0, -1.1, 2))}
     for scheme, (t, s, density) in drawn.items():
         assert (gcm.T_MIN <= s).all() and (s <= t).all() and (t <= gcm.T_MAX).all(), scheme
         w = gcm.WEIGHTS[scheme](t, s, torch.full_like(t, 1e-3), 1.0, 6.0)
@@ -270,7 +324,7 @@ def test_times_and_weights_of_the_others():
 
 def test_g2_draws_equal_times_with_probability_three_quarters():
     u = torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0)).double()
-    t, s, density = gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 1.0, 0.75, -0.4, 1.0, 1.0)
+    t, s, density = gcm.sample_times(u, variant="VU", nu=1.0, equal=0.75, sigma_d=1.0)
     same = s == t
     assert abs(same.double().mean() - 0.75) < 0.01 and (density[same] == 1).all()
     assert abs(torch.logit(t[same]).median() + 0.4) < 0.03 and abs(torch.logit(t[same]).std() - 1) < 0.03
@@ -332,7 +386,7 @@ def test_mmd_of_a_set_with_itself_is_0_and_of_others_above():
     ("kernel(a, a, t, t) + kernel(b, b, r, r)", "- kernel(a, a, t, t) - kernel(b, b, r, r)"),
     ("return -apart * torch.exp(-times / sigma)", "return apart * torch.exp(-times / sigma)"),
     ("return -apart * torch.exp(-times / sigma)", "return -apart * torch.exp(times / sigma)"),
-    ("base - wide(h) * part)", "base + wide(h) * part)"),
+    ("base - wide(h, base) * end)", "base + wide(h, base) * end)"),
 ])
 def test_mutants_of_the_mmd_are_caught(old, new):
     honest = gcm.mmd_loss
@@ -349,7 +403,7 @@ def test_oracle_has_almost_no_mmd():
     t, s = (a.reshape(-1, 4)[:, :1].expand(-1, 4).flatten() for a in (t, s))
     exact = loss(gcm, mode="exact", M=4, t=t, s=s, sigma=math.inf)
     assert abs(exact) < 1e-9
-    wrong = mutant(SOURCE, "target = u + wide(s - t) * df_dt", "target = u + wide(t - s) * df_dt")
+    wrong = mutant(SOURCE, DERIVATIVE, "target = u + wide(t - s, x) * df_dt")
     assert loss(wrong, mode="exact", M=4, t=t, s=s, sigma=math.inf) > 1e-2
 
 
@@ -365,10 +419,10 @@ def test_guidance_mixes_as_meanflow_does():
         return torch.ones_like(x) * wide(y.double())                   # velocity = label; null label 0
     t, y = torch.tensor([0.1, 0.5, 0.9, 0.5]).double(), torch.tensor([3, 3, 3, 0])
     x = torch.zeros(4, 2, 3, 3).double()
-    u = gcm.guided_velocity(f, x, x + 2, t, y, y_null=0, w=2.5, kappa=0.92, guide=(0.0, 0.8))
+    u = gcm.guided_velocity(f, x, x + 2, t, y, w=2.5, kappa=0.92, guide=(0.0, 0.8), y_null=0)
     omega = 2.5 * 0.08
     assert torch.allclose(u[:, 0, 0, 0], torch.tensor([omega * 2 + 0.92 * 3] * 2 + [2.0, 2.0]).double())
-    assert gcm.guided_velocity(None, x, x + 2, t, y, y_null=0, w=1.0, kappa=0.0, guide=(0, 1)) is not None                 # no pass
+    assert gcm.guided_velocity(None, x, x + 2, t, y, w=1.0, kappa=0.0, guide=(0, 1), y_null=0) is not None     # no pass
 
 
 def as_network(second_time):
@@ -376,7 +430,7 @@ def as_network(second_time):
     def net(x, c_t, c_s=None, y=None):
         t = torch.log1p(3.5 * c_t) / 3.5
         s = torch.log1p(3.5 * c_s) / 3.5 if second_time else torch.full_like(t, gcm.T_MIN)
-        xt = x * SIGMA_D * wide(((1 - t) ** 2 + t ** 2).sqrt())
+        xt = x * SIGMA_D * wide(((1 - t) ** 2 + t ** 2).sqrt(), x)
         return f_ideal(xt, t, s) / (SIGMA_D * math.sqrt(2))
     return net
 
@@ -433,15 +487,15 @@ def test_times_of_the_samplers_are_one_less_than_the_nfe():
     noise = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
 
     def net(x, t, s, y):
-        return x + gcm.wide(t) - gcm.wide(s)
+        return x + gcm.wide(t, x) - gcm.wide(s, x)
 
     for sampler in gcm.SAMPLERS.values():
         options = SCALING | dict(second_time=True)
-        given = sampler(net, noise, None, 3, mid=(0.6,), times=[0.8, 0.3], **options)
-        assert torch.equal(given, sampler(net, noise, None, 3, mid=(0.8, 0.3), **options))
+        given = sampler(net, noise, None, nfe=3, mid=(0.6,), times=[0.8, 0.3], **options)
+        assert torch.equal(given, sampler(net, noise, None, nfe=3, mid=(0.8, 0.3), **options))
         for nfe, times in ((2, [0.8, 0.3]), (3, [0.5]), (2, [1.2]), (1, [0.6]), (3, [0.3, 0.8])):
-            with pytest.raises(ValueError, match=f"NFE {nfe} wants {nfe - 1}"):
-                sampler(net, noise, None, nfe, mid=(0.6,), times=times, **options)
+            with pytest.raises(ValueError, match=f"NFE {nfe} needs {nfe - 1}"):
+                sampler(net, noise, None, nfe=nfe, mid=(0.6,), times=times, **options)
 
 
 @pytest.mark.parametrize("nfe, mid", [(1, (0.6,)), (2, (0.6,)), (3, (0.8, 0.3)), (4, (0.6,))])
@@ -456,10 +510,22 @@ def test_samplers_follow_the_flow_map(nfe, mid):
         if i + 1 < nfe:
             x = (1 - at[i + 1]) * x + at[i + 1] * SIGMA_D * noise[i + 1]
     options = dict(SCALING, mid=mid)
-    restart = gcm.SAMPLERS["restart"](as_network(False), noise, None, nfe, **options, second_time=False)
+    restart = gcm.SAMPLERS["restart"](as_network(False), noise, None, nfe=nfe, **options, second_time=False)
     assert torch.allclose(restart, x, atol=1e-5)
-    pushforward = gcm.SAMPLERS["pushforward"](as_network(True), noise[:1], None, nfe, **options, second_time=True)
+    pushforward = gcm.SAMPLERS["pushforward"](as_network(True), noise[:1], None, nfe=nfe, **options, second_time=True)
     assert torch.allclose(pushforward, pushed, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_samplers_in_any_shape(shape):
+    noise = torch.randn(3, *shape, dtype=torch.float64)
+    full = lambda t: torch.full((len(noise[0]),), t).double()  # noqa: E731
+    exact = FLOW.flow_map(SIGMA_D * noise[0], full(gcm.T_MAX), full(gcm.T_MIN))
+    for name, second_time in (("restart", False), ("pushforward", True)):
+        def draw(noise, nfe):
+            return gcm.SAMPLERS[name](as_network(second_time), noise, None, nfe=nfe, second_time=second_time, **SCALING)
+        assert torch.allclose(draw(noise, 1), exact, atol=1e-5)
+        assert torch.allclose(draw(noise, 3), draw(noise.flatten(2), 3).reshape(shape), atol=1e-12)
 
 
 def test_samplers_take_their_options_from_the_run():
@@ -469,7 +535,7 @@ def test_samplers_take_their_options_from_the_run():
     assert gcm.default_sampler(2, dict(args, scheme="facm")) == "restart"          # its s is t_0 or t
     noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
     for name, options in gcm.sampler_options(args).items():
-        assert gcm.SAMPLERS[name](as_network(True), noise, None, 2, **options).isfinite().all()
+        assert gcm.SAMPLERS[name](as_network(True), noise, None, nfe=2, **options).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -510,8 +576,8 @@ def test_one_pass_gives_the_derivative_of_the_scaled_network(options, second_tim
         p.data.add_(0.1 * torch.randn_like(p))
     f = gcm.precondition(net, mu=3.5, sigma_d=0.6, second_time=second_time, **options)
     (xt, u), t = torch.randn((2, 3, 3, 8, 8), dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9]).double()
-    F, df_dt = JVP["fused"](f, xt, t, t / 2, None, u, 1, 0)
-    exact = forward_mode(f, xt, t, t / 2, None, u, 1, 0)
+    F, df_dt = JVP["fused"](f, at=(xt, t, t / 2, None), along=(u, 1, 0))
+    exact = forward_mode(f, at=(xt, t, t / 2, None), along=(u, 1, 0))
     assert torch.equal(F, f(xt, t, t / 2, None)) and F.requires_grad and not df_dt.requires_grad
     assert (df_dt - exact).norm() < 1e-11 * exact.norm()
 
@@ -549,15 +615,15 @@ def test_every_option_trains(tmp_path, monkeypatch, flags):
     assert all(math.isfinite(row["grad_norm"]) for row in rows(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("letter", list(gcm.configurations()))
+@pytest.mark.parametrize("letter", list(gcm.ROWS))
 def test_every_row_trains_and_flags_beat_it(tmp_path, monkeypatch, letter):
     call(monkeypatch, gcm, *TINY, "--row", letter, "--mu", 3, "--steps", 1, "--out", tmp_path / "run")
-    args = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]
-    assert args["mu"] == 3 and all(args[k] == v for k, v in gcm.configurations()[letter].items())
+    args = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]
+    assert args["mu"] == 3 and all(args[k] == v for k, v in gcm.ROWS[letter].items())
 
 
 def test_rows_say_what_tables_2_3_and_10_say():
-    rows = gcm.configurations()
+    rows = gcm.ROWS
     baseline = dict(scheme="gcm", ht="const", ct="t", gamma=0.0, lam=0.0, pt="uniform", group=1, equal=0.0, w=1.0, curriculum=0)
     assert rows["A"] == baseline | dict(variant="CU") and rows["G"] == baseline | dict(variant="VU")
     for before, after, change in (("A", "B", {"ht"}), ("B", "C", {"ct"}), ("C", "D", {"gamma", "lam"}), ("D", "E", {"pt"}),
@@ -577,7 +643,7 @@ def test_begins_with_a_velocity_network(tmp_path, monkeypatch, options):
     for row in ("D", "J"):                                             # CU and VU
         out = tmp_path / row
         call(monkeypatch, gcm, *TINY, "--init", tmp_path / "init.pt", "--row", row, "--steps", 1, "--lr", "1e-12", "--out", out)
-        trained, (begin, _) = run.read_checkpoint(out / "ckpt.pt"), weights.read(tmp_path / "init.pt")
+        trained, (begin, _) = checkpoints.read(out / "ckpt.pt"), weights.read(tmp_path / "init.pt")
         assert all(torch.allclose(trained["model"][k], v, atol=1e-6) for k, v in begin.items())
         assert trained["args"]["net"].get("edm_time", False) == options.get("edm_time", False)
         assert gcm.sampler_options(trained["args"])["restart"]["velocity"]
@@ -597,13 +663,13 @@ def test_a_short_run_fits_what_the_oracle_knows(tmp_path, monkeypatch):
     for step in range(800):
         x = 0.3 + 0.4 * torch.randn(256, 1, 1, 1, generator=g)
         z = SIGMA_D * torch.randn(256, 1, 1, 1, generator=g)
-        t, s, density = gcm.sample_times(torch.rand(4, 256, generator=g), "gcm", "CU", "sine", (1, 0.01), 4., 0., 0, 1, 0.5)
-        loss = gcm.gcm_loss(f, fd, x, z, t, s, density, None, k=0.05, lam=3.0)
+        t, s, density = gcm.sample_times(torch.rand(4, 256, generator=g))
+        loss = gcm.gcm_loss(f, None, x, z, t, s, density, None, k=0.05, lam=3.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     noise = torch.randn(1, 4000, 1, 1, 1, generator=g)
-    x = gcm.SAMPLERS["restart"](net, noise, None, 1, **SCALING, mid=(), second_time=False)
+    x = gcm.SAMPLERS["restart"](net, noise, None, nfe=1, **SCALING, mid=(), second_time=False)
     assert abs(x.mean() - 0.3) < 0.06 and abs(x.std() - 0.4) < 0.06
 
 
@@ -613,7 +679,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     call(monkeypatch, gcm, "--device", "cpu", "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--batch", 4,
          "--steps", 3, "--log-every", 1, "--precision", "bf16", "--out", tmp_path / "run",
          "--net", "name=DiT", "patch=2", "width=32", "depth=1", "heads=4")
-    net = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
+    net = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]["net"]
     assert (net["input_size"], net["in_channels"], net["num_classes"], net["second_time"]) == (4, 4, 6, True)
     assert len(rows(tmp_path / "run")) == 3 and all(row["loss"] > 0 for row in rows(tmp_path / "run"))
 
@@ -646,7 +712,7 @@ def test_nan_stops_with_step_and_terms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gcm, "rms", broken)
     with ends_in_one_line(capsys, r"step 2, process 0: loss nan, grad_norm nan;"):
         call(monkeypatch, gcm, *TINY, "--steps", 4, "--save-every", 1, "--out", tmp_path / "run")
-    kept = run.read_checkpoint(tmp_path / "run/ckpt.pt")
+    kept = checkpoints.read(tmp_path / "run/ckpt.pt")
     assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["model"].values())
 
 
@@ -665,11 +731,12 @@ def test_gcms_point_and_direction_and_weight():
     x, z, t, w = *torch.randn(2, 3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([1.0, 2.0, 4.0])
 
     def f(xt, t_, s, y):
-        assert torch.allclose(xt, x + gcm.wide(t) * (z - x), atol=1e-6)
+        assert torch.allclose(xt, x + wide(t) * (z - x), atol=1e-6)
         return z - x + 1
 
-    loss = gcm.gcm_loss(f, exact, x, z, t, t, 1 / w, None, scheme="meanflow")
-    assert torch.allclose(loss, w.mean())
+    for options in (dict(), dict(difference=False)):
+        loss = gcm.gcm_loss(f, JVP["fd"], x, z, t, t, 1 / w, None, scheme="meanflow", **options)
+        assert torch.allclose(loss, w.mean())
 
 
 def test_the_pair_of_the_mmd_ends_at_s(monkeypatch):
@@ -677,10 +744,13 @@ def test_the_pair_of_the_mmd_ends_at_s(monkeypatch):
     seen = []
     monkeypatch.setattr(gcm, "mmd_loss", lambda F, target, base, *a: seen.append((base, a)) or F.mean())
     x, z, t, s = *torch.randn(2, 2, 1, 2, 2), torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.495])
-    gcm.gcm_loss(lambda xt, *_: torch.full_like(xt, 3.0), exact, x, z, t, s, 0 * t + 1, None, ht="const", k=0.01, M=2)
-    (base, (_, r, *_)), = seen
-    assert torch.allclose(r, torch.tensor([0.49, 0.495]))
-    assert torch.allclose(base, (x + z) / 2 + 3 * gcm.wide(s - r), atol=1e-6)
+    for options in (dict(), dict(difference=False)):
+        gcm.gcm_loss(lambda xt, *_: torch.full_like(xt, 3.0), JVP["exact"], x, z, t, s, 0 * t + 1, None, ht="const", k=0.01, M=2,
+                     **options)
+    assert len(seen) == 2
+    for base, (_, r, *_) in seen:
+        assert torch.allclose(r, torch.tensor([0.49, 0.495]))
+        assert torch.allclose(base, (x + z) / 2 + 3 * wide(s - r), atol=1e-6)
 
 
 def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
@@ -696,12 +766,12 @@ def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
          "--warmup", 1, "--lr", 1e-3, "--lr-final", 0.5, "--augment", "--jvp", "fused", "--ema-sigma", 0.2,
          "--ema-beta", 0.9, "--out", tmp_path / "run")
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 8), (7, 8, 8)]
-    assert [a[2:] for a in calls["ema_update"]] == [(k, run.ema_gamma(0.2), 0.9) for k in (1, 2)]
+    assert [a[2:] for a in calls["ema_update"]] == [(k, ema_gamma(0.2), 0.9) for k in (1, 2)]
     assert rates == [1e-3, 0.75e-3]
     assert [a for a in calls["generator"] if "augment" in a] == [("cpu", 7, "augment", k) for k in (0, 1)]
     for step, (u, *rest) in enumerate(calls.pop("sample_times")):
         assert rest == ["gcm", "VU", "sine", [1.0, 0.1], 3.0, 0.25, -1.0, 1.5, 0.6]
-        g = run.generator("cpu", 7, "step", step)
+        g = seeds.generator("cpu", 7, "step", step)
         z, drawn = torch.randn((8, 3, 12, 12), generator=g), torch.rand((5, 8), generator=g)
         assert torch.equal(u, drawn[:4, ::2].repeat_interleave(2, 1))
         _, _, x, noise, t, s, density, y = calls["gcm_loss"][step]
@@ -718,7 +788,7 @@ def spied_step(monkeypatch, **options):
     monkeypatch.setitem(gcm.WEIGHTS, "gcm", lambda t, s, h, gamma, lam: seen.append((t, h)) or torch.ones_like(t))
     x, z = FLOW.draw(64)
     t, s, density = times("CU")
-    gcm.gcm_loss(f_ideal, fd, x, z, t, s, density, None, **options)
+    gcm.gcm_loss(f_ideal, None, x, z, t, s, density, None, **options)
     return seen[0]
 
 
@@ -729,7 +799,7 @@ def test_step_and_weight_are_those_of_the_flags(monkeypatch):
     x, z = FLOW.draw(64)
     t, s, density = times("CU")
     F = torch.zeros_like(x).requires_grad_()
-    gcm.gcm_loss(None, lambda *_: (F, 0 * F), x, z, t, s, density, None, gamma=0.5, lam=2.0).backward()
+    gcm.gcm_loss(None, lambda *_, **__: (F, 0 * F), x, z, t, s, density, None, difference=False, gamma=0.5, lam=2.0).backward()
     share = F.grad.square().sum((1, 2, 3)).sqrt() * 64 * x[0].numel() ** 0.5       # of a sample: its weight
     assert torch.allclose(share, t ** 0.5 * torch.exp(-2 * t) / density)
 

@@ -12,7 +12,7 @@ import torch
 from formula import fill, normal_like, sample, uniform
 
 import models
-import weights
+from common import weights
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 

@@ -17,8 +17,8 @@ from PIL import Image
 import data
 import facm
 import fid
-import imagefiles
 import sample
+from common import imagefiles
 
 
 def picture(k):
@@ -337,7 +337,7 @@ def train(monkeypatch, *argv):
 
 def test_class_names_are_told_and_kept(tmp_path, monkeypatch, capsys):
     path = write_tree(tmp_path, "folder", {f"{name}/{i}.png": None for name in ("cat", "dog") for i in range(3)})
-    imagefiles.say_once.cache_clear()
+    say_once.cache_clear()
     train(monkeypatch, "--data", path, "--out", tmp_path / "run", "--steps", 1)
     assert f"{path}: 6 images, 2 classes: cat ... dog" in capsys.readouterr().err
     for labels, word in (("dog,cat,1", None), ("cow", "list such as 3,3,7 or cat,dog")):

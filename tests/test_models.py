@@ -12,8 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import facm
 import models
-import run
-import weights
+from common import checkpoints, weights
 from jvp import fd, forward_mode, in_one_pass
 
 UNET = dict(name="DDPM++", input_size=8, width=8, mult=(1, 2), blocks=1, attention=(8,), sigma_data=0.5)
@@ -213,7 +212,7 @@ def test_second_time_changes_nothing_before_it_is_trained(name):
     plain = build(name)
     torch.manual_seed(1)
     timed = models.create(**SMALL[name], second_time=True)
-    run.load_weights(timed, plain.state_dict(), "plain", may_lack=["map_second", "r_embedder"])
+    checkpoints.load_weights(timed, plain.state_dict(), "plain", may_lack=["map_second", "r_embedder"])
     x, t, _, _, _ = inputs(plain)
     assert torch.equal(plain(x, t), timed(x, t, torch.rand(3)))
     with pytest.raises(ValueError, match="second_time"):

@@ -3,7 +3,6 @@
 Weights, inputs and times are those of formula.py; the file says in its provenance how their code was run.
 """
 
-import functools
 import json
 import math
 import pathlib
@@ -47,8 +46,7 @@ def loss_terms(case, net, jvp):
     if case["objective"] == "scm":
         phi = torch.tensor([case["a"], 0.0, 0.0], requires_grad=True)
         return dict(loss=baselines.scm_loss(net, jvp, x1, x0, t, y, warm=case["warm"], phi=phi, **options)), phi
-    alpha, beta = (functools.partial(facm.WEIGHTS[name], p=CONFIG["p"]) for name in ("1-t^p", "cos"))
-    terms = facm.facm_loss(net, jvp, x1, x0, t, y, condition=case["condition"], alpha=alpha, beta=beta, **options)
+    terms = facm.facm_loss(net, jvp, x1, x0, t, y, condition=case["condition"], p=CONFIG["p"], **options)
     return dict(zip(("L_fm", "L_cm"), terms)), None
 
 

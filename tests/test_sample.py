@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,21 +20,24 @@ from formula import fill
 from oracle import Gaussian
 from PIL import Image
 from test_data import small_vae
-from test_training import TINY, call, popen, popen_two, refused, run_two, torchrun
+from test_training import FLOW, TINY, call, popen, popen_two, refused, run_two, torchrun
 
 import data
 import facm
+import flow
 import models
-import run
 import sample
-import weights
+from common import checkpoints, seeds, weights
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A folder with a student, ckpt.pt, and its teacher, teacher.pt."""
     out = tmp_path_factory.mktemp("sample") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, facm, *TINY, "--pretrain", 3, "--steps", 3, "--lr", "3e-3", "--out", out)
+        call(patch, flow, *FLOW, "--steps", 3, "--lr", "3e-3", "--out", out.with_name("flow"))
+        call(patch, facm, *TINY, "--teacher", out.with_name("flow"), "--steps", 3, "--lr", "3e-3", "--out", out)
+    shutil.copy(out.with_name("flow") / "ckpt.pt", out / "teacher.pt")
     return out
 
 
@@ -112,13 +116,13 @@ def test_weights_and_samplers_are_the_ones_asked_for(trained, tmp_path, monkeypa
             ([], "ema", "ckpt.pt", facm.sample),
             (["--raw"], "model", "ckpt.pt", facm.sample),
             (["--sampler", "euler"], "ema", "ckpt.pt", facm.sample_euler),
-            ([], "ema", "teacher.pt", facm.sample_euler),
-            (["--cfg", "1.75"], "ema", "teacher.pt", functools.partial(facm.sample_euler, w=1.75, t_low=0.125))):
-        checkpoint = run.read_checkpoint(trained / ckpt)
+            ([], "ema", "teacher.pt", flow.integrate),
+            (["--cfg", "1.75"], "ema", "teacher.pt", functools.partial(flow.integrate, cfg=1.75, y_null=10))):
+        checkpoint = checkpoints.read(trained / ckpt)
         net = models.create(**checkpoint["args"]["net"]).eval()
         net.load_state_dict(checkpoint[part])
         noise = sample.draw_noise(0, range(64), 3, (3, 12, 12))
-        expected = sample.data.to_uint8(sampler(net, noise, labels, 3)).numpy()
+        expected = sample.data.to_uint8(sampler(net, noise, labels, nfe=3)).numpy()
         images, _ = draw(monkeypatch, trained, tmp_path / "x.npz", "--n", 64, "--nfe", 3, *flags, ckpt=ckpt)
         assert np.array_equal(images, expected), flags
 
@@ -126,10 +130,13 @@ def test_weights_and_samplers_are_the_ones_asked_for(trained, tmp_path, monkeypa
 @pytest.mark.parametrize("nfe", [1, 3, 7, 20])
 @pytest.mark.parametrize("w", [1.0, 1.75])
 def test_euler_of_a_teacher_is_facms_to_the_last_bit(trained, nfe, w):
+    """That of a network under FACM's auxiliary condition, whose anchor is F(x_t, t, t), from the same t_low on."""
     net, checkpoint = sample.load(trained / "teacher.pt")
     noise, y = sample.draw_noise(0, range(64), 1, (3, 12, 12)), torch.arange(64) % 10
-    _, _, euler, _ = sample.choose_sampler(net, checkpoint, nfe, cfg=w)
-    assert torch.equal(euler(noise, y), facm.sample_euler(net, noise, y, nfe, "expanded", w, checkpoint["args"]["t_low"]))
+    guidance = dict(cfg=w, cfg_interval=(0.125, 1.0)) if w != 1 else {}
+    euler = sample.choose_sampler(net, checkpoint, nfe, **guidance)
+    expected = facm.sample_euler(lambda x, t, s, y: net(x, t, None, y), noise, y, nfe=nfe, condition="auxiliary", w=w, y_null=10)
+    assert torch.equal(euler.draw(noise, y), expected)
 
 
 def test_guidance_of_the_teacher(trained, tmp_path, monkeypatch):
@@ -144,7 +151,7 @@ def test_orders_of_euler_and_heun_and_their_evaluations():
     noise = torch.randn((1, 16, 2, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = gaussian.flow_map(noise[0], 0.0, 1.0)
 
-    def v(x, t, y):
+    def v(x, t, s, y):
         calls.append(t)
         return gaussian.velocity(x, t)
 
@@ -153,7 +160,7 @@ def test_orders_of_euler_and_heun_and_their_evaluations():
             errors = []
             for nfe in (39, 79):
                 calls.clear()
-                found = sample.FLOW_SAMPLERS[name](v, noise, torch.zeros(16, dtype=torch.int64), nfe, shift=shift)
+                found = flow.SAMPLERS[name](v, noise, torch.zeros(16, dtype=torch.int64), nfe=nfe, shift=shift)
                 errors.append((found - exact).abs().max())
                 assert len(calls) == nfe
             assert 0.7 < (errors[0] / errors[1]).log2() / order < 1.3
@@ -162,12 +169,12 @@ def test_orders_of_euler_and_heun_and_their_evaluations():
 def test_shift_interval_and_channels_of_guidance():
     seen = []
 
-    def v(x, t, y):
+    def v(x, t, s, y):
         seen.append((round(t[0].item(), 6), len(t) > 2))
         return y[:, None, None, None].to(x) * torch.ones_like(x)               # 1: conditional, 9: not
 
     noise, y = torch.zeros(1, 2, 4, 2, 2), torch.ones(2, dtype=torch.int64)
-    x = sample.integrate(v, noise, y, 4, y_null=9, cfg=2.0, cfg_interval=(0.1, 0.5), cfg_channels=3, shift=0.3)
+    x = flow.integrate(v, noise, y, nfe=4, y_null=9, cfg=2.0, cfg_interval=(0.1, 0.5), cfg_channels=3, shift=0.3)
     u = np.arange(4) / 4
     times = 0.3 * u / (1 + (0.3 - 1) * u)                                      # LightningDiT's, noise at 0
     assert [t for t, _ in seen] == times.round(6).tolist()
@@ -191,8 +198,8 @@ def test_a_methods_own_samplers_and_their_options(trained, tmp_path, monkeypatch
     module.DETERMINISTIC, module.default_sampler = ("one",), lambda nfe, args: "one" if nfe == 1 else "restart"
     module.sampler_options = lambda args: {"restart": dict(scale=args["seed"] + 0.25), "one": {}}
     monkeypatch.setitem(sys.modules, "gcm", module)
-    checkpoint = run.read_checkpoint(trained / "ckpt.pt") | dict(method="gcm")
-    run.save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    checkpoint = checkpoints.read(trained / "ckpt.pt") | dict(method="gcm")
+    checkpoints.save(tmp_path / "ckpt.pt", checkpoint)
 
     images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 3, "--nfe", 2, "--times", 0.75)
     noise = sample.draw_noise(0, range(3), 2, (3, 12, 12))
@@ -210,9 +217,9 @@ def test_a_methods_own_samplers_and_their_options(trained, tmp_path, monkeypatch
 
 def test_a_method_without_its_script(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "decm", None)
-    run.save_checkpoint(tmp_path / "ckpt.pt", run.read_checkpoint(trained / "ckpt.pt") | dict(method="decm"))
+    checkpoints.save(tmp_path / "ckpt.pt", checkpoints.read(trained / "ckpt.pt") | dict(method="decm"))
     assert "decm.py" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "x.npz")
-    run.save_checkpoint(tmp_path / "ckpt.pt", run.read_checkpoint(trained / "ckpt.pt") | dict(method="os"))
+    checkpoints.save(tmp_path / "ckpt.pt", checkpoints.read(trained / "ckpt.pt") | dict(method="os"))
     assert "'os'" in refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "ckpt.pt", "--out", tmp_path / "x.npz")
 
 
@@ -244,7 +251,7 @@ def test_latents_of_a_public_network_become_images(tmp_path, monkeypatch, capsys
     images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", *flags, *latents, ckpt="public.pt")
     with torch.no_grad():
         noise, y = sample.draw_noise(0, range(10), 1, (4, 3, 3)), torch.ones(10, dtype=torch.int64)
-        z = sample.integrate(lambda x, t, y: net(x, t, None, y), noise, y, 3, 4, 1.5, heun=True)
+        z = flow.integrate(net, noise, y, nfe=3, y_null=4, cfg=1.5, heun=True)
         expected = data.to_uint8(vae.decode(z * 0.5 + torch.arange(4.0).view(1, 4, 1, 1) / 9)).numpy()
     assert images.shape == (10, 12, 12, 3)
     assert np.abs(images.astype(int) - expected).max() <= 1                    # these saw 10 rows, not 64
@@ -282,7 +289,7 @@ def test_a_public_student_of_facm(tmp_path, monkeypatch):
     net = public(tmp_path, in_channels=3, input_size=12, second_time=True)
     images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 64, "--nfe", 2, "--method", "facm", ckpt="public.pt")
     noise = sample.draw_noise(0, range(64), 2, (3, 12, 12))
-    expected = facm.sample(net, noise, torch.arange(64) % 4, 2, condition="auxiliary")
+    expected = facm.sample(net, noise, torch.arange(64) % 4, nfe=2, condition="auxiliary")
     assert np.array_equal(images, data.to_uint8(expected))
 
 
@@ -293,7 +300,7 @@ def test_options_that_a_public_file_does_not_tell(tmp_path, monkeypatch, capsys)
     flags = ["--n", 64, "--nfe", 2, "--method", "flow", "--net", "prediction=noise", "heads=2"]
     images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", *flags, ckpt="dit.pt")
     noise, y = sample.draw_noise(0, range(64), 1, (3, 12, 12)), torch.arange(64) % 4
-    assert np.array_equal(images, data.to_uint8(sample.integrate(lambda x, t, y: net(x, t, None, y), noise, y, 2)))
+    assert np.array_equal(images, data.to_uint8(flow.integrate(net, noise, y, nfe=2)))
     flags = ["--ckpt", tmp_path / "dit.pt", "--out", tmp_path / "y.npz", *flags[:-2]]
     capsys.readouterr()
     assert "hands" in refused(monkeypatch, capsys, sample, *flags, "hands=2")
@@ -377,7 +384,7 @@ def test_ctrl_c_leaves_what_can_be_continued(trained, tmp_path, monkeypatch, cap
     signal.signal(signal.SIGINT, signal.default_int_handler)   # which a program in the background lacks
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, sample, *flags)
-    assert end.value.code == 130 and "same command goes on" in capsys.readouterr().err
+    assert end.value.code == 130 and "same command continues" in capsys.readouterr().err
     assert sum((tmp_path / "x.npz.partial/done").read_bytes()) == 128
     call(monkeypatch, sample, *flags)
     assert firsts == [0, 64, 128, 128, 192] and len(read(tmp_path / "x.npz")[0]) == 256
@@ -424,7 +431,7 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     """30,000 images of 32x32 are 92 MB, and their noise four times that."""
     net = models.create("DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2).eval()
     args = dict(net=dict(name="DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2))
-    run.save_checkpoint(tmp_path / "ckpt.pt", dict(method="facm", args=args, step=1, model={}, ema=net.state_dict()))
+    checkpoints.save(tmp_path / "ckpt.pt", dict(method="facm", args=args, step=1, model={}, ema=net.state_dict()))
     few, many = (peak_memory(tmp_path, tmp_path / "x.npz", n) for n in (1000, 30_000))
     assert len(read(tmp_path / "x.npz")[0]) == 30_000
     assert many - few < 20_000, (few, many)
@@ -465,8 +472,8 @@ def test_bad_flags_of_a_teacher_and_of_the_output(trained, tmp_path, monkeypatch
                          (["--out", tmp_path / "x.npz", "--times", "0.5"], "--times"),
                          (["--out", tmp_path / "x.npz", "--grid", 1], "NAME.png"),
                          (["--out", tmp_path / "x.npz", "--cfg", "nan"], "finite"),
-                         (["--out", tmp_path / "x.npz", "--cfg-interval", 0, 0.5], "give it, too"),
-                         (["--out", tmp_path / "x.npz", "--cfg-channels", 1], "give it, too"),
+                         (["--out", tmp_path / "x.npz", "--cfg-interval", 0, 0.5], "give --cfg"),
+                         (["--out", tmp_path / "x.npz", "--cfg-channels", 1], "give --cfg"),
                          (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-interval", 0.8, 0.2], "T0 <= T1"),
                          (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-channels", 4], "--cfg-channels 4"),
                          (["--out", trained / "ckpt.pt"], "another --out"),
@@ -479,9 +486,9 @@ def test_bad_flags_of_a_teacher_and_of_the_output(trained, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["x.npz", "x", "x.png"])
 def test_samples_that_are_not_finite_are_not_written_as_black_images(trained, tmp_path, monkeypatch, capsys, name):
-    checkpoint = run.read_checkpoint(trained / "ckpt.pt")
+    checkpoint = checkpoints.read(trained / "ckpt.pt")
     next(iter(checkpoint["ema"].values())).fill_(float("nan"))
-    run.save_checkpoint(tmp_path / "nan.pt", checkpoint)
+    checkpoints.save(tmp_path / "nan.pt", checkpoint)
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, sample, "--ckpt", tmp_path / "nan.pt", "--n", 3, "--device", "cpu", "--out", tmp_path / name)
     assert end.value.code == 2 and "error: samples from number 0 on are not finite" in capsys.readouterr().err
@@ -501,7 +508,7 @@ def test_a_finished_folder_is_left_as_it_is(trained, tmp_path, monkeypatch):
 def test_every_sample_has_a_noise_of_its_own():
     noise = sample.draw_noise(3, [4, 9], 2, (1, 2, 2))
     for k, i in enumerate((4, 9)):
-        assert torch.equal(noise[:, k], torch.randn((2, 1, 2, 2), generator=run.generator("cpu", 3, "sample", i)))
+        assert torch.equal(noise[:, k], torch.randn((2, 1, 2, 2), generator=seeds.generator("cpu", 3, "sample", i)))
     assert not torch.equal(noise[:, 0], noise[:, 1])
 
 
@@ -522,14 +529,15 @@ def test_images_of_another_autoencoder_are_not_mixed_in(tmp_path, monkeypatch, c
 
 
 def test_a_flow_with_a_second_time_is_asked_for_the_velocity():
-    seen = []
+    """F(x_t, t, t), which s None means."""
     net = models.create("DiT", input_size=8, in_channels=3, num_classes=4, patch=4, width=16, depth=1, heads=2,
                         second_time=True)
-    monkey = net.forward
-    net.forward = lambda x, t, s=None, y=None: (seen.append((t, s)), monkey(x, t, s, y))[1]
+    fill(net)
     checkpoint = dict(method="flow", step=1, args=dict(net=weights.options_from_shapes(net.state_dict())))
-    sample.draw(net, checkpoint, 2, torch.arange(3))
-    assert seen and all(torch.equal(t, s) for t, s in seen)
+    images = sample.draw(net, checkpoint, 2, torch.arange(64) % 4)
+    noise = sample.draw_noise(0, range(64), 1, (3, 8, 8))
+    expected = flow.integrate(lambda x, t, s, y: net(x, t, t, y), noise, torch.arange(64) % 4, nfe=2)
+    assert np.array_equal(images, data.to_uint8(expected))
 
 
 def test_nothing_of_others_is_overwritten(trained, tmp_path, monkeypatch, capsys):
@@ -539,7 +547,7 @@ def test_nothing_of_others_is_overwritten(trained, tmp_path, monkeypatch, capsys
     for out in ("mine.npz", "mine"):
         words = refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt", "--n", 2, "--out", tmp_path / out,
                         "--device", "cpu")
-        assert "take another --out" in words
+        assert "another --out" in words
     assert (tmp_path / "mine.npz").read_bytes() == before and [p.name for p in (tmp_path / "mine").iterdir()] == ["cat"]
 
 
@@ -571,7 +579,7 @@ def test_an_exported_network_draws_the_same(trained, tmp_path, monkeypatch, caps
     assert (tmp_path / "small-nfe1.png").exists()
     with pytest.raises(ValueError, match="is not a checkpoint of a training script"):
         safetensors.torch.save_file(dict(w=torch.zeros(1)), tmp_path / "other.safetensors", dict(format="pt"))
-        run.read_checkpoint(tmp_path / "other.safetensors")
+        checkpoints.read(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("name", ["ckpt", "teacher"])
@@ -585,7 +593,7 @@ def test_an_exported_network_is_read_as_its_checkpoint_is(trained, tmp_path, mon
     if name == "teacher":
         assert weights.load(tmp_path / "x.safetensors", velocity=True).num_classes == options["num_classes"]
     else:
-        with pytest.raises(ValueError, match="is a consistency model, no velocity"):
+        with pytest.raises(ValueError, match="is a consistency model and no velocity"):
             weights.load(tmp_path / "x.safetensors", velocity=True)
 
 

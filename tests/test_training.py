@@ -1,10 +1,9 @@
-"""facm.py as a program: resume, kill, processes, failures. A small network on 12x12 glyphs."""
+"""Training runs as programs: resume, kill, processes, failures. A small network on 12x12 glyphs."""
 
-import contextlib
 import copy
 import json
-import math
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -20,17 +19,23 @@ import torch
 from conftest import ROOT
 from test_data import NAMES, PIXELS, write_images, write_shards
 
+import baselines
 import data
 import decm
 import facm
+import flow
 import gcm
 import models
-import run
 import sample
+from common import checkpoints, processes, seeds
+from common.ema import gamma_of
+from common.messages import say_once
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
-        "--batch", "8", "--pretrain-batch", "16", "--warmup", "2", "--lr-final", "1", "--log-every", "1",
+        "--batch", "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1",
         "--preview-every", "1000", "--jvp", "exact"]
+FLOW = TINY[:-2]                           # for flow.py, which needs no derivative
+SCRATCH = ["--teacher", "none", "--w", "1"]
 
 
 def call(monkeypatch, module, *argv):
@@ -45,7 +50,7 @@ def call(monkeypatch, module, *argv):
 
 
 def popen(*argv, script="facm.py", **env):
-    return subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / script), *map(str, argv)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, "-W", "ignore", str(ROOT / script), *map(str, argv)],
                             env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -68,7 +73,7 @@ def run_two(*argv, script="facm.py"):
 def torchrun(*argv, script="facm.py"):
     """The same by torchrun, as a user would."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(ROOT / script), *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*launch, str(ROOT / script), *map(str, argv)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -117,59 +122,136 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def assert_same_run(a, b, names=("ckpt.pt", "teacher.pt")):
-    for name in names:
-        x, y = (run.read_checkpoint(out / name) for out in (a, b))
-        for part in ("model", "ema", "optimizer", "step"):
-            assert same(x[part], y[part]), (name, part)
+def assert_same_run(a, b):
+    x, y = (checkpoints.read(out / "ckpt.pt") for out in (a, b))
+    for part in ("model", "ema", "optimizer", "step"):
+        assert same(x[part], y[part]), part
     timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in rows(out)] for out in (a, b)]
     assert timeless[0] == timeless[1]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted run: 6 steps of flow matching, 6 of distillation."""
+def finished(tmp_path_factory, teacher):
+    """An uninterrupted run of 6 steps of facm.py."""
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, facm, *TINY, "--pretrain", 6, "--steps", 6, "--save-every", 4, "--out", out)
+        call(patch, facm, *TINY, "--teacher", teacher, "--steps", 6, "--save-every", 4, "--out", out)
     return out
 
 
-def test_a_run_leaves_what_it_promises(finished):
-    assert [row["step"] for row in rows(finished)] == list(range(1, 13))
-    assert [row["stage"] for row in rows(finished)] == ["pretrain"] * 6 + ["facm"] * 6
-    assert rows(finished)[0]["L_cm"] == 0 < rows(finished)[-1]["L_cm"]
-    checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
-    assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
-    assert (checkpoint["method"], checkpoint["step"]) == ("facm", 12)
-    assert run.read_checkpoint(finished / "teacher.pt")["step"] == 6
-    assert {p.name for p in (finished / "previews").iterdir()} == {"0000006.png", "0000012.png"}
+def test_a_run_leaves_what_it_promises(finished, teacher):
+    for out, method, figures in ((teacher.parent, "flow", {"L_fm"}), (finished, "facm", {"L_fm", "L_cm"})):
+        assert [row["step"] for row in rows(out)] == list(range(1, 7))
+        assert all(set(row) == {"step", "grad_norm", "images_per_s", *figures} for row in rows(out))
+        checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+        assert set(checkpoint) == {"method", "args", "step", "model", "ema", "optimizer", "torch_version"}
+        assert (checkpoint["method"], checkpoint["step"]) == (method, 6)
+        assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl", "previews"}
+        assert {p.name for p in (out / "previews").iterdir()} == {"0000006.png"}
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "facm"])
-def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path, stage):
-    """Killed at a random step of the stage, with a checkpoint every 4 steps, then run again."""
-    command = [*TINY, "--pretrain", 6, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
-    step = random.randint(1, 5) + (6 if stage == "facm" else 0)
-    kill_and_rerun(*command, step=step, out=tmp_path / "run")
+@pytest.mark.parametrize("script", ["flow.py", "facm.py"])
+def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, teacher, tmp_path, script):
+    """Killed at a random step, with a checkpoint every 4 steps, then run again."""
+    command = [*FLOW, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
+    if script == "facm.py":
+        command += ["--jvp", "exact", "--teacher", teacher]
+    kill_and_rerun(*command, step=random.randint(1, 5), out=tmp_path / "run", script=script)
+    assert_same_run(finished if script == "facm.py" else teacher.parent, tmp_path / "run")
+
+
+def test_resume_is_exact_from_every_step(finished, teacher, tmp_path, monkeypatch):
+    """Stopped after 1, 2, 3, ... steps: --steps grows, all else stays."""
+    for steps in range(1, 7):
+        call(monkeypatch, facm, *TINY, "--teacher", teacher, "--steps", steps, "--save-every", 4, "--out", tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_resume_is_exact_from_every_step(finished, tmp_path, monkeypatch):
-    """Stopped after 1, 2, 3, ... steps of the second stage: --steps grows, all else stays."""
-    for steps in range(7):
-        call(monkeypatch, facm, *TINY, "--pretrain", 6, "--steps", steps, "--save-every", 4, "--out", tmp_path / "run")
-    assert_same_run(finished, tmp_path / "run")
+# The teacher of a student
+
+def test_without_a_teacher_the_default_one_is_trained_first(finished, teacher, tmp_path, monkeypatch, capsys):
+    """From nothing to the student: it is the run of flow.py, then the run with that teacher, to the last bit."""
+    monkeypatch.setitem(flow.PRESETS, "glyphs", flow.PRESETS["glyphs"] | dict(steps=6, batch=8, warmup=2, lr_final=1.0))
+    say_once.cache_clear()
+    command = [*TINY, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
+    call(monkeypatch, facm, *command)
+    said = capsys.readouterr().err
+    assert said.count("the teacher, runs/flow-glyphs/ckpt.pt, is not finished: it is trained first, as by flow.py") == 1
+    a, b = checkpoints.read("runs/flow-glyphs/ckpt.pt"), checkpoints.read(teacher)
+    assert all(same(a[part], b[part]) for part in ("model", "ema", "step"))
+    a, b = checkpoints.read(tmp_path / "run/ckpt.pt"), checkpoints.read(finished / "ckpt.pt")
+    assert all(same(a[part], b[part]) for part in ("model", "ema", "step"))
+    before = pathlib.Path("runs/flow-glyphs/ckpt.pt").read_bytes()
+    call(monkeypatch, decm, *TINY, "--steps", 1, "--out", tmp_path / "decm")       # the teacher is there
+    assert pathlib.Path("runs/flow-glyphs/ckpt.pt").read_bytes() == before
+    assert "trained first" not in capsys.readouterr().err
+
+
+def test_an_unfinished_default_teacher_is_resumed_with_its_own_flags(finished, teacher, tmp_path, monkeypatch):
+    """flow.py was stopped after 2 of 6 steps. The student's flags say nothing of its rate and steps."""
+    folder = pathlib.Path("runs/flow-glyphs")
+    process = popen(*FLOW, "--steps", 6, "--save-every", 4, script="flow.py", STOP_AFTER="2")
+    wait_for_step(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    call(monkeypatch, facm, *TINY, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run")
+    a, b = checkpoints.read(folder / "ckpt.pt"), checkpoints.read(teacher)
+    assert all(same(a[part], b[part]) for part in ("model", "ema", "step"))
+    a, b = checkpoints.read(tmp_path / "run/ckpt.pt"), checkpoints.read(finished / "ckpt.pt")
+    assert all(same(a[part], b[part]) for part in ("model", "ema", "step"))
+
+
+def test_an_unfinished_teacher_is_not_used_silently(teacher, tmp_path, monkeypatch, capsys):
+    checkpoint = checkpoints.read(teacher)
+    checkpoint["args"]["steps"] = 100
+    checkpoints.save(tmp_path / "half.pt", checkpoint)
+    say_once.cache_clear()
+    call(monkeypatch, facm, *TINY, "--teacher", tmp_path / "half.pt", "--steps", 1, "--out", tmp_path / "run")
+    assert "half.pt, is not finished: it has 6 of 100 steps" in capsys.readouterr().err
+
+
+def test_two_runs_that_need_one_teacher_do_not_both_train_it(tmp_path, monkeypatch, capsys):
+    first = popen(*TINY, "--out", tmp_path / "first")                  # its teacher has 2,000 steps
+    wait_for_step(first, pathlib.Path("runs/flow-glyphs"), 1)
+    said = refused(monkeypatch, capsys, decm, *TINY, "--out", tmp_path / "second")
+    assert f"runs/flow-glyphs belongs to a running program, process {first.pid} on " in said
+    assert not (tmp_path / "second/ckpt.pt").exists()
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 128 + signal.SIGTERM
+    first.communicate()
+    held = checkpoints.read("runs/flow-glyphs/ckpt.pt")
+    assert held["step"] == rows(pathlib.Path("runs/flow-glyphs"))[-1]["step"]
+    assert not list(pathlib.Path("runs").glob("**/.owner")) and not (tmp_path / "first/.owner").exists()
+
+
+def test_a_default_teacher_of_other_data_is_refused(teacher, tmp_path, monkeypatch, capsys):
+    checkpoint = checkpoints.read(teacher)
+    checkpoint["args"]["samples"] = "7 (fingerprint of others)"
+    pathlib.Path("runs/flow-glyphs").mkdir(parents=True)
+    checkpoints.save(pathlib.Path("runs/flow-glyphs/ckpt.pt"), checkpoint)
+    assert "was trained on other data, 7 (" in refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_with_another_teacher(finished, teacher, tmp_path, monkeypatch, capsys):
+    """The file has the same name, and another content."""
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = checkpoints.read(teacher)
+    checkpoint["ema"]["map_layer0.weight"] = checkpoint["ema"]["map_layer0.weight"] + 1
+    checkpoints.save(tmp_path / "ckpt.pt", checkpoint)
+    command = [*TINY, "--steps", 7, "--save-every", 4, "--out", tmp_path / "run"]
+    assert "was begun with teacher_id" in refused(monkeypatch, capsys, facm, *command, "--teacher", tmp_path / "ckpt.pt")
+    shutil.copy(teacher, tmp_path / "moved.pt")                        # another name, the same content
+    call(monkeypatch, facm, *command, "--teacher", tmp_path / "moved.pt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path, number):
-    process = popen(*TINY, "--pretrain", 10_000, "--save-every", 10_000, "--out", tmp_path / "run")
+    process = popen(*FLOW, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path / "run", script="flow.py")
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(number)
     assert process.wait() == 128 + number
     process.communicate()
-    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == rows(tmp_path / "run")[-1]["step"]
 
 
 def perturb(monkeypatch):
@@ -186,17 +268,17 @@ def perturb(monkeypatch):
 
 def first_gradient(out):
     """The (clipped) gradient of step 1, from AdamW's first moment: exp_avg = (1 - beta_1) gradient."""
-    state = run.read_checkpoint(out / "ckpt.pt")["optimizer"]["state"]
+    state = checkpoints.read(out / "ckpt.pt")["optimizer"]["state"]
     return torch.cat([entry["exp_avg"].flatten() / 0.1 for entry in state.values()])
 
 
-@pytest.mark.parametrize("flags", [
-    ["--pretrain", 1, "--steps", 0], ["--pretrain", 0, "--steps", 1]], ids=str)
-def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
-    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
-    call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "one")
-    call(monkeypatch, facm, *common, *flags, "--out", tmp_path / "pieces", "--micro-batch", 3)
-    run_two(*common, *flags, "--out", tmp_path / "two", "--micro-batch", 2)
+@pytest.mark.parametrize("module", [flow, facm], ids=lambda m: m.__name__)
+def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, module):
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in FLOW] + ["--steps", 1]
+    common += ["--teacher", "none"] if module is facm else []
+    call(monkeypatch, module, *common, "--out", tmp_path / "one")
+    call(monkeypatch, module, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
+    run_two(*common, "--out", tmp_path / "two", "--micro-batch", 2, script=f"{module.__name__}.py")
     one, (line,) = first_gradient(tmp_path / "one"), rows(tmp_path / "one")
     for other in ("pieces", "two"):
         assert (first_gradient(tmp_path / other) - one).abs().max() < 1e-5 * one.abs().max(), other
@@ -206,11 +288,12 @@ def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeyp
 
 def test_a_process_that_is_done_waits_for_the_others(tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text("""if True:
-        import time, run
-        _, rank, _ = run.start_processes("cpu")
+        import time
+        from common import processes
+        _, rank, _ = processes.start("cpu")
         time.sleep(0 if rank else 1)
         done = time.time()
-        run.end_processes()
+        processes.end()
         print(done, time.time())""")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     said = [process.communicate()[0] for process in popen_two(script=tmp_path / "late.py")]
@@ -219,9 +302,9 @@ def test_a_process_that_is_done_waits_for_the_others(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags, updates", [
-    (facm, ["--pretrain", 1, "--steps", 1], 2), (decm, ["--pretrain", 1, "--steps", 1, "--freq", 1], 3),
-    (gcm, ["--steps", 2], 2)], ids=["facm", "decm", "gcm"])
-def test_pieces_are_averaged_over_the_processes_once_an_update(tmp_path, monkeypatch, script, flags, updates):
+    (flow, [], 2), (facm, SCRATCH, 2), (decm, [*SCRATCH, "--freq", 2], 3), (baselines, SCRATCH, 2), (gcm, [], 2)],
+    ids=["flow", "facm", "decm", "baselines", "gcm"])
+def test_micro_batches_are_averaged_over_the_processes_once_an_update(tmp_path, monkeypatch, script, flags, updates):
     """DDP, in one process that takes itself for the first of two: not with every piece of --micro-batch."""
     averaged = []
 
@@ -236,15 +319,15 @@ def test_pieces_are_averaged_over_the_processes_once_an_update(tmp_path, monkeyp
             super().__init__(*args, **options)
             self.register_comm_hook(None, hook)
 
-    monkeypatch.setattr(run, "DistributedDataParallel", Counted)
-    monkeypatch.setattr(run, "start_processes", lambda *_: (torch.device("cpu"), 0, 2))
+    monkeypatch.setattr(script, "DistributedDataParallel", Counted)
+    monkeypatch.setattr(processes, "start", lambda *_: (torch.device("cpu"), 0, 2))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    call(monkeypatch, script, *TINY[:11], "--micro-batch", 1, *flags, "--out", tmp_path / "run")
+    call(monkeypatch, script, *TINY[:11], "--micro-batch", 1, *flags, "--steps", 2, "--out", tmp_path / "run")
     assert len(averaged) == updates
 
 
 @pytest.mark.parametrize("script, flags", [
-    (facm, "--pretrain 0 --w 1 --condition auxiliary"), (decm, "--pretrain 0 --w 1"),
+    (facm, "--teacher none --w 1 --condition auxiliary"), (decm, "--teacher none --w 1"),
     (gcm, "--optimizer AdamW --betas 0.9 0.99")], ids=["facm", "decm", "gcm"])
 def test_compiled_under_ddp_the_fused_gradient_is_the_eager_one(tmp_path, monkeypatch, script, flags):
     """Dynamo's cuts at the borders of DDP's buckets, of which there are several here, would lose a part of it."""
@@ -255,9 +338,9 @@ def test_compiled_under_ddp_the_fused_gradient_is_the_eager_one(tmp_path, monkey
         def __init__(self, *args, **options):
             super().__init__(*args, bucket_cap_mb=1.5, **options)
 
-    monkeypatch.setattr(run, "DistributedDataParallel", Buckets)
-    monkeypatch.setattr(run, "start_processes", lambda device, *options: (
-        run.set_globals(torch.device("cpu"), *options), (torch.device("cpu"), 0, 2))[1])
+    monkeypatch.setattr(script, "DistributedDataParallel", Buckets)
+    monkeypatch.setattr(processes, "start", lambda device, *options: (
+        processes.set_globals(torch.device("cpu"), *options), (torch.device("cpu"), 0, 2))[1])
     flags = [*flags.split(), *"--device cpu --resolution 12 --batch 4 --steps 1 --warmup 0 --jvp fused".split(),
              *"--net name=DiT patch=2 width=192 depth=2 heads=4".split()]
     perturb(monkeypatch)
@@ -268,11 +351,11 @@ def test_compiled_under_ddp_the_fused_gradient_is_the_eager_one(tmp_path, monkey
     assert (compiled - eager).norm() < 1e-4 * eager.norm()
 
 
-def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monkeypatch):
-    """--fsdp in two processes; its checkpoint goes on in one process, and back, as if nothing had been sharded."""
-    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--pretrain", 1]
+def test_shards_give_the_gradient_and_checkpoints_of_one_process(teacher, tmp_path, monkeypatch):
+    """--fsdp in two processes; its checkpoint is resumed in one process, and back, as if nothing had been sharded."""
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--teacher", teacher]
     one, two = tmp_path / "one", tmp_path / "two"
-    for number, flags in enumerate((["--steps", 0], ["--steps", 1], ["--steps", 2, "--micro-batch", 2])):
+    for number, flags in enumerate((["--steps", 1], ["--steps", 2], ["--steps", 3, "--micro-batch", 2])):
         call(monkeypatch, facm, *common, *flags, "--out", one)
         if number == 1:
             call(monkeypatch, facm, *common, *flags, "--out", two)
@@ -280,21 +363,24 @@ def test_shards_give_the_gradient_and_checkpoints_of_one_process(tmp_path, monke
             run_two(*common, *flags, "--fsdp", "--out", two)
         a, b = first_gradient(one), first_gradient(two)
         assert (a - b).abs().max() < 1e-5 * a.abs().max() > 0, number
-        a, b = (run.read_checkpoint(out / "ckpt.pt") for out in (one, two))
+        a, b = (checkpoints.read(out / "ckpt.pt") for out in (one, two))
         assert a["optimizer"].keys() == b["optimizer"].keys() and a["model"].keys() == b["model"].keys()
         for part in ("model", "ema"):
             # Adam's step is a gradient's sign at first: what rounds otherwise near 0 moves by lr.
             assert max((a[part][k] - b[part][k]).abs().max() for k in a[part]) < 2e-4, (number, part)
-    assert run.read_checkpoint(two / "teacher.pt")["step"] == 1
 
 
 def test_sharded_a_run_goes_from_its_teacher_to_the_method(tmp_path, monkeypatch):
-    """--fsdp through both stages without a stop: the teacher's weights come into a sharded network."""
-    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--pretrain", 1, "--steps", 1]
-    call(monkeypatch, facm, *common, "--out", tmp_path / "one")
-    run_two(*common, "--fsdp", "--out", tmp_path / "two")
-    a, b = (run.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
-    assert max((a["model"][k] - b["model"][k]).abs().max() for k in a["model"]) < 2e-4
+    """--fsdp from nothing: the default teacher, in a sharded network, and the student without a stop."""
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in FLOW]
+    call(monkeypatch, flow, *common, "--steps", 1, "--out", tmp_path / "flow")
+    call(monkeypatch, facm, *common, "--jvp", "fused", "--steps", 1, "--teacher", tmp_path / "flow", "--out", tmp_path / "one")
+    run_two(*common, "--steps", 2, "--save-every", 1, "--out", "runs/flow-glyphs", script="flow.py")
+    checkpoint = checkpoints.read("runs/flow-glyphs/ckpt.pt")          # as if it had been stopped after one step
+    one = checkpoints.read(tmp_path / "flow/ckpt.pt")
+    checkpoints.save(pathlib.Path("runs/flow-glyphs/ckpt.pt"), one | dict(args=checkpoint["args"]))
+    run_two(*common, "--jvp", "fused", "--steps", 1, "--fsdp", "--out", tmp_path / "two")
+    assert checkpoints.read("runs/flow-glyphs/ckpt.pt")["step"] == 2
     assert [row["L_cm"] for row in rows(tmp_path / "two")][-1] > 0
 
 
@@ -305,7 +391,7 @@ def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
         for k in range(2):
             if k == 1 and state:
-                run.load_optimizer(optimizer, state)
+                checkpoints.load_optimizer(optimizer, state)
             weight.grad = torch.cos(weight.detach() + k)
             optimizer.step()
             if k == 0:
@@ -321,69 +407,77 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
     """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
     perturb(monkeypatch)
     for jvp in ("fused", "exact"):
-        call(monkeypatch, facm, *TINY, "--pretrain", 0, "--steps", 1, *flags, "--jvp", jvp, "--out", tmp_path / jvp)
+        call(monkeypatch, facm, *TINY, "--teacher", "none", "--steps", 1, *flags, "--jvp", jvp, "--out", tmp_path / jvp)
     a, b = (first_gradient(tmp_path / jvp) for jvp in ("fused", "exact"))
     assert (a - b).abs().max() < (0.02 if "bf16" in flags else 1e-5) * b.abs().max() > 0
 
 
-@contextlib.contextmanager
-def ends_in_one_line(capsys, pattern):
-    """A loss that is not finite ends the program in one line of this pattern, with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        yield
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and re.search("^error: not finite in " + pattern, said, re.MULTILINE), said
-
-
-def test_nan_stops_with_step_and_terms_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    command = [*TINY, "--pretrain", 2, "--steps", 4, "--save-every", 1, "--out", out]
-    honest = facm.norm_l2
-
-    def broken(F_cm, v_tar, c):
-        loss = honest(F_cm, v_tar, c)
-        return loss * float("nan") if run.read_checkpoint(out / "ckpt.pt")["step"] == 3 else loss
-    monkeypatch.setattr(facm, "norm_l2", broken)
-    with ends_in_one_line(capsys, r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
-        call(monkeypatch, facm, *command)
-    kept = run.read_checkpoint(out / "ckpt.pt")
-    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
-    monkeypatch.setattr(facm, "norm_l2", honest)
-    call(monkeypatch, facm, *command)
-    assert run.read_checkpoint(out / "ckpt.pt")["step"] == 6
-
-
-def test_nan_between_two_lines_of_the_log_is_found_before_it_is_saved(tmp_path, monkeypatch, capsys):
-    """Losses are read when a line is written or a checkpoint is due: here after steps 3 and 6, of which 3 fails."""
+def break_losses(monkeypatch, broken):
+    """facm.norm_l2 is NaN in these steps of a run; returns the calls' list."""
     honest, calls = facm.norm_l2, []
 
-    def broken(*args):
+    def norm_l2(F_cm, v_tar, c):
         calls.append(1)
-        return honest(*args) * (float("nan") if len(calls) == 2 else 1)
-    monkeypatch.setattr(facm, "norm_l2", broken)
-    with ends_in_one_line(capsys, r"step 3, process 0: L_fm 0\.\d+, L_cm nan, grad_norm nan;"):
-        call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 6, "--save-every", 3, "--log-every", 100,
-             "--out", tmp_path / "run")
-    kept = run.read_checkpoint(tmp_path / "run/ckpt.pt")
-    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values()) and len(calls) == 4
+        return honest(F_cm, v_tar, c) * (float("nan") if len(calls) - 1 in broken else 1)
+    monkeypatch.setattr(facm, "norm_l2", norm_l2)
+    return calls
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(teacher, tmp_path, monkeypatch, capsys):
+    """Steps 1 and 3 of 6: neither optimiser nor average moves, the log counts them, and all the rest is finite."""
+    command = [*TINY, "--teacher", teacher, "--save-every", 1]
+    for steps in (1, 2):
+        break_losses(monkeypatch, {1})
+        call(monkeypatch, facm, *command, "--steps", steps, "--out", tmp_path / str(steps))
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    a, b = (checkpoints.read(tmp_path / str(steps) / "ckpt.pt") for steps in (1, 2))
+    assert all(same(a[part], b[part]) for part in ("model", "ema")) and (a["step"], b["step"]) == (1, 2)
+    capsys.readouterr()
+    break_losses(monkeypatch, {1, 3})
+    call(monkeypatch, facm, *command, "--steps", 6, "--log-every", 3, "--save-every", 3, "--out", tmp_path / "run")
+    assert "step 1 is skipped, it is not finite: L_fm 0." in capsys.readouterr().err
+    assert [row.get("skipped") for row in rows(tmp_path / "run")] == [1, 1]
+    assert all(np.isfinite(list(row.values())).all() for row in rows(tmp_path / "run"))
+    assert all(v.isfinite().all() for v in checkpoints.read(tmp_path / "run/ckpt.pt")["model"].values())
+
+
+def test_many_steps_in_a_row_that_are_not_finite_end_the_run(teacher, tmp_path, monkeypatch, capsys):
+    """Twenty; nineteen do not. The checkpoint before is kept, and the same command resumes."""
+    command = [*TINY, "--teacher", teacher, "--steps", 50, "--save-every", 4, "--log-every", 100, "--out", tmp_path / "run"]
+    break_losses(monkeypatch, {*range(2, 21), *range(22, 42)})
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, facm, *command)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.search(r"^error: 20 steps in a row were not finite, the last is step 41: L_fm 0\.\d+, L_cm nan, grad_norm nan;",
+                     said, re.MULTILINE), said
+    kept = checkpoints.read(tmp_path / "run/ckpt.pt")
+    assert kept["step"] == 40 and all(v.isfinite().all() for v in kept["model"].values())
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, facm, *command)
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 50
 
 
 @pytest.mark.parametrize("flags", [
     ["--condition", "auxiliary"], ["--jvp", "fd"], ["--anchor", "0"], ["--precision", "bf16", "--batch", "2"], ["--alpha", "cos", "--beta", "1"],
     ["--w", "1"], ["--w", "1", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2", "num_classes=0"]], ids=str)
 def test_every_option_trains(tmp_path, monkeypatch, flags):
-    call(monkeypatch, facm, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
+    flow_flags = flags[flags.index("--net"):] if "--net" in flags else []
+    call(monkeypatch, flow, *FLOW, *flow_flags, "--steps", 2, "--out", tmp_path / "flow")
+    call(monkeypatch, facm, *TINY, *flags, "--teacher", tmp_path / "flow", "--steps", 2, "--out", tmp_path / "run")
     assert all(0 < row["grad_norm"] < np.inf for row in rows(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
-def test_distils_a_given_teacher(finished, tmp_path, monkeypatch, condition):
+def test_distils_a_given_teacher(teacher, tmp_path, monkeypatch, condition):
     """The student starts as the teacher, also with a second time that the teacher has not."""
     out = tmp_path / "run"
-    call(monkeypatch, facm, *TINY, "--teacher", finished / "teacher.pt", "--condition", condition, "--steps", 1,
-         "--lr", "1e-12", "--out", out)
-    student, teacher = run.read_checkpoint(out / "ckpt.pt"), run.read_checkpoint(finished / "teacher.pt")
-    assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in teacher["ema"].items())
+    call(monkeypatch, facm, *TINY, "--teacher", teacher, "--condition", condition, "--steps", 1, "--lr", "1e-12", "--out", out)
+    student, weights = checkpoints.read(out / "ckpt.pt"), checkpoints.read(teacher)
+    assert all(torch.allclose(student["model"][k], v, atol=1e-6) for k, v in weights["ema"].items())
+    assert not torch.equal(weights["model"]["map_layer0.weight"], weights["ema"]["map_layer0.weight"])
     assert any(k.startswith("map_second") for k in student["model"]) == (condition == "auxiliary")
 
 
@@ -398,22 +492,33 @@ def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, con
     flags = [f"{k}={v}" for k, v in (size | options).items() if k != "second_time"]
     command = [*TINY, "--net", *flags, "--teacher", tmp_path / "public.pt", "--steps", 2, "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--condition", condition, "--lr", "1e-12")
-    student = run.read_checkpoint(tmp_path / "run/ckpt.pt")["model"]
+    student = checkpoints.read(tmp_path / "run/ckpt.pt")["model"]
     assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in net.state_dict().items())
     if options.get("prediction"):
         capsys.readouterr()
         assert "auxiliary" in refused(monkeypatch, capsys, facm, *command, "--fresh")
 
 
-@pytest.mark.parametrize("given", ["time_scale=8.0", "sigma_data=0.6"])
-def test_a_teacher_that_computes_otherwise_is_refused(finished, tmp_path, monkeypatch, capsys, given):
-    """Its names and shapes fit, but the student would not begin as the teacher."""
-    command = [*TINY, "--teacher", finished / "teacher.pt", "--out", tmp_path / "run"]
-    command.insert(command.index("dropout=0.2") + 1, given.replace("8.0", "4.0").replace("0.6", "0.3"))
-    assert given in refused(monkeypatch, capsys, facm, *command)
+@pytest.mark.parametrize("given", ["time_scale=8.0", "sigma_data=0.6", "width=8", "pixelnorm=False"])
+def test_a_network_other_than_the_teachers_is_refused(teacher, tmp_path, monkeypatch, capsys, given):
+    """Also where names and shapes fit, but the student would not begin as the teacher."""
+    command = [*TINY, "--teacher", teacher, "--out", tmp_path / "run"]
+    other = given.replace("8.0", "4.0").replace("0.6", "0.3").replace("False", "True").replace("8", "16")
+    command.insert(command.index("dropout=0.2") + 1, other)
+    line = refused(monkeypatch, capsys, facm, *command)
+    assert f"--net {other}" in line and f"ckpt.pt has a network with {given}" in line
 
 
-DATA = ["--device", "cpu", "--batch", 4, "--pretrain", 2, "--steps", 1, "--warmup", 1, "--jvp", "fd"]
+def test_a_students_network_is_the_teachers(tmp_path, monkeypatch):
+    """The teacher's width is not the preset's, and the student need not repeat it. Dropout is the student's own."""
+    call(monkeypatch, flow, *FLOW, "--steps", 1, "--out", tmp_path / "flow")
+    command = [flag for flag in TINY if flag not in ("--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2")]
+    call(monkeypatch, facm, *command, "--teacher", tmp_path / "flow", "--steps", 1, "--net", "dropout=0.1", "--out", tmp_path / "run")
+    net = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]["net"]
+    assert (net["width"], net["mult"], net["dropout"]) == (8, (1, 1), 0.1)
+
+
+DATA = ["--device", "cpu", "--batch", 4, "--teacher", "none", "--w", 1, "--steps", 2, "--warmup", 1, "--jvp", "fd"]
 UNET = ["--net", "width=8", "mult=1,1", "blocks=1", "attention=()"]
 
 
@@ -421,9 +526,9 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     write_shards(tmp_path / "z")
     call(monkeypatch, facm, *DATA, "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--out", tmp_path / "run",
          "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=4", "qknorm=True")
-    net = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]["net"]
+    net = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]["net"]
     assert (net["input_size"], net["in_channels"], net["num_classes"]) == (4, 4, 6)
-    assert len(rows(tmp_path / "run")) == 2
+    assert rows(tmp_path / "run")[-1]["step"] == 2
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
@@ -434,7 +539,7 @@ def test_trains_on_images_of_ones_own(tmp_path, monkeypatch, capsys, kind):
         np.savez(path, images=PIXELS)
     command = [*DATA, "--data", path, "--resolution", 8, *UNET, "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, "--preset", "cifar10")           # unconditional, w = 1
-    args = run.read_checkpoint(tmp_path / "run/ckpt.pt")["args"]
+    args = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]
     assert args["net"]["num_classes"] == 0 and args["net"]["dropout"] == 0.1 and args["P_mean"] == -1.0
     capsys.readouterr()
     assert "--preset" in refused(monkeypatch, capsys, facm, *command)
@@ -454,27 +559,29 @@ def test_an_image_that_disappears_ends_the_run_and_keeps_the_checkpoint(tmp_path
     monkeypatch.setattr(data.Files, "items", items)
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, facm, *DATA, "--data", path, "--preset", "cifar10", "--resolution", 8, *UNET,
-             "--pretrain", 20, "--save-every", 1, "--out", tmp_path / "run")
+             "--steps", 20, "--save-every", 1, "--out", tmp_path / "run")
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and line.startswith("error: step 3: ") and "no readable image" in line
-    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 3
 
 
-def test_the_learning_rate_rises_and_falls_in_each_stage(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("module, flags", [(flow, []), (facm, SCRATCH), (decm, [*SCRATCH, "--objectives", "fm", "cd"]),
+                                           (baselines, SCRATCH), (gcm, ["--optimizer", "AdamW"])],
+                         ids=lambda a: getattr(a, "__name__", ""))
+def test_the_learning_rate_rises_and_falls(tmp_path, monkeypatch, capsys, module, flags):
     rates = learning_rates(monkeypatch, torch.optim.AdamW)
-    command = [*TINY, "--warmup", 2, "--pretrain-lr", 2, "--lr", 1, "--lr-final", 0.5, "--pretrain", 4,
-               "--out", tmp_path / "run"]
-    call(monkeypatch, facm, *command, "--steps", 2)
-    assert rates == [1.0, 1.75, 1.5, 1.25, 0.5, 0.75]
+    command = [*FLOW, *flags, "--warmup", 2, "--lr", 2, "--lr-final", 0.5, "--out", tmp_path / "run"]
+    call(monkeypatch, module, *command, "--steps", 4)
+    assert rates == [1.0, 1.75, 1.5, 1.25]
     capsys.readouterr()
-    assert "steps" in refused(monkeypatch, capsys, facm, *command, "--steps", 3)   # it would bend the schedule
+    assert "steps" in refused(monkeypatch, capsys, module, *command, "--steps", 5)   # it would bend the schedule
 
 
 def test_fresh_keeps_the_old_run(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    command = [*TINY, "--pretrain", 1, "--steps", 0, "--out", out, "--fresh"]
+    command = [*FLOW, "--steps", 1, "--out", out, "--fresh"]
     for _ in range(3):
-        call(monkeypatch, facm, *command)
+        call(monkeypatch, flow, *command)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
     assert "run.old-2" in capsys.readouterr().out
     assert (tmp_path / "run.old-1" / "ckpt.pt").exists()
@@ -499,8 +606,8 @@ def refused(monkeypatch, capsys, module, *argv):
     (["--resolution", "4"], "legible"),
     (["--micro-batch", "0"], "--micro-batch 0"),
     (["--batch", "0"], "at least 1"),
-    (["--steps", "-1"], "--steps -1: want a finite number, at least 0"),
-    (["--steps", "0", "--pretrain", "0"], "both 0"),
+    (["--steps", "-1"], "--steps -1: expected a finite number, at least 1"),
+    (["--steps", "0"], "--steps 0: expected a finite number, at least 1"),
     (["--steps", "many"], "--steps"),
     (["--learning-rate", "1"], "--learning-rate"),
     (["--net", "width"], "KEY=VALUE"),
@@ -517,29 +624,29 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert words in refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / "run", *flags)
-    assert not (tmp_path / "run" / "ckpt.pt").exists()
+    assert not (tmp_path / "run" / "ckpt.pt").exists() and not pathlib.Path("runs/flow-glyphs/ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "1"], "lr"),
     (["--net", "width=16", "mult=1,1", "blocks=1", "dropout=0.2"], "net"),
     (["--resolution", "16"], "resolution"),
-    (["--pretrain", "7"], "pretrain"),
+    (["--batch", "4"], "batch"),
 ])
-def test_another_run_in_the_same_place_is_refused(finished, monkeypatch, capsys, flags, words):
+def test_another_run_in_the_same_place_is_refused(teacher, monkeypatch, capsys, flags, words):
+    finished = teacher.parent
     before = (finished / "ckpt.pt").read_bytes()
-    line = refused(monkeypatch, capsys, facm, *TINY, "--pretrain", 6, "--steps", 6, "--out", finished, *flags)
+    line = refused(monkeypatch, capsys, flow, *FLOW, "--steps", 6, "--out", finished, *flags)
     assert words in line and "--fresh" in line
     assert (finished / "ckpt.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "text", "other method", "other shape"])
-def test_damaged_checkpoints_end_in_one_line(finished, tmp_path, monkeypatch, capsys, damage):
+def test_damaged_checkpoints_end_in_one_line(finished, teacher, tmp_path, monkeypatch, capsys, damage):
     path = tmp_path / "run" / "ckpt.pt"
     path.parent.mkdir()
-    shutil.copy(finished / "teacher.pt", path.parent)
     good = (finished / "ckpt.pt").read_bytes()
-    checkpoint = run.read_checkpoint(finished / "ckpt.pt")
+    checkpoint = checkpoints.read(finished / "ckpt.pt")
     if damage == "truncated":
         path.write_bytes(good[: len(good) // 2])
     elif damage == "text":
@@ -552,7 +659,7 @@ def test_damaged_checkpoints_end_in_one_line(finished, tmp_path, monkeypatch, ca
         checkpoint["ema"]["map_layer0.weight"] = torch.zeros(1)
         torch.save(checkpoint, path)
     before = path.read_bytes()
-    flags = [*TINY, "--pretrain", 6, "--steps", 6, "--out", path.parent]
+    flags = [*TINY, "--teacher", teacher, "--steps", 6, "--out", path.parent]
     assert re.search("ckpt.pt|gcm", refused(monkeypatch, capsys, facm, *flags))
     assert re.search("ckpt.pt|gcm", refused(monkeypatch, capsys, sample, "--ckpt", path, "--out", tmp_path / "x.png"))
     assert path.read_bytes() == before and not (tmp_path / "x.png").exists()
@@ -571,9 +678,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("flags", [
     [], ["--precision", "bf16"], ["--precision", "bf16", "--compile"], ["--jvp", "fused", "--precision", "bf16", "--compile", "--grad-checkpoint"]], ids=str)
 def test_trains_on_cuda(tmp_path, monkeypatch, flags):
-    on_gpu = ["cuda" if flag == "cpu" else flag for flag in TINY]
-    call(monkeypatch, facm, *on_gpu, *flags, "--pretrain", 3, "--steps", 3, "--out", tmp_path / "run")
-    assert len(rows(tmp_path / "run")) == 6
+    on_gpu = ["cuda" if flag == "cpu" else flag for flag in FLOW]
+    call(monkeypatch, flow, *on_gpu, *(flags[2:] if "--jvp" in flags else flags), "--steps", 3, "--out", tmp_path / "flow")
+    call(monkeypatch, facm, *on_gpu, "--jvp", "exact", *flags, "--teacher", tmp_path / "flow", "--steps", 3, "--out", tmp_path / "run")
+    assert len(rows(tmp_path / "flow")) == len(rows(tmp_path / "run")) == 3
 
 
 def watch(monkeypatch, calls, owner, *names):
@@ -586,50 +694,43 @@ def watch(monkeypatch, calls, owner, *names):
         monkeypatch.setattr(owner, name, spy)
 
 
-def test_facms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
-    """Two steps of each stage: images, noise, times, labels, guidance, weights, EMA, seeds and optimiser."""
+def test_the_loops_give_the_methods_what_the_flags_say(tmp_path, monkeypatch):
+    """Two steps of flow.py and of facm.py: images, noise, times, labels, guidance, weights, EMA, seeds and optimiser."""
     calls = {}
-    watch(monkeypatch, calls, facm, "pretrain_loss", "facm_loss")
-    watch(monkeypatch, calls, run, "ema_update")
+    watch(monkeypatch, calls, flow, "flow_loss")
+    watch(monkeypatch, calls, facm, "facm_loss")
     watch(monkeypatch, calls, models, "seed_dropout")
     watch(monkeypatch, calls, data.Dataset, "batch")
-    call(monkeypatch, facm, *TINY, "--pretrain", 2, "--steps", 2, "--seed", 7, "--lr", "1e-12", "--pretrain-lr", "1e-12",
-         "--jvp", "fd", "--label-drop", 1, "--w", 3, "--t-low", 0.25, "--alpha", "cos", "--beta", "1", "--c", 0.5,
-         "--P-mean", -1, "--P-std", 1.5, "--pretrain-P", 0.5, 1,
-         "--ema-sigma", 0.2, "--ema-beta", 0.9, "--betas", 0.8, 0.95, "--weight-decay", 0.1, "--out", tmp_path / "run")
-    assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 32, 8), (7, 40, 8)]
-    assert [a[2:] for a in calls["ema_update"]] == [(k, run.ema_gamma(0.2), 0.9) for k in (1, 2, 1, 2)]
-    assert len({a[1] for a in calls["seed_dropout"]}) == 4
+    watch(monkeypatch, calls, torch, "_foreach_lerp_")
+    common = [*FLOW, "--steps", 2, "--seed", 7, "--lr", "1e-12", "--ema-sigma", 0.2, "--betas", 0.8, 0.95, "--weight-decay", 0.1]
+    call(monkeypatch, flow, *common, "--batch", 16, "--label-drop", 1, "--P-mean", 0.5, "--P-std", 1, "--out", tmp_path / "flow")
+    call(monkeypatch, facm, *common, "--teacher", tmp_path / "flow", "--jvp", "fd", "--w", 3, "--t-low", 0.25, "--alpha", "cos",
+         "--beta", "1", "--power", 0.3, "--c", 0.5, "--P-mean", -1, "--P-std", 1.5, "--out", tmp_path / "run")
+    assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 0, 8), (7, 8, 8)]
+    gamma = gamma_of(0.2)
+    assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma + 1) for k in (1, 2, 1, 2)]
+    assert len({a[1] for a in calls["seed_dropout"]}) == 2             # of two steps, in either run
     assert [options["rows"] for options in calls["seed_dropout options"]] == [16, 16, 8, 8]
-    for step, P in enumerate([(0.5, 1)] * 2 + [(-1, 1.5)] * 2):
-        g = run.generator("cpu", 7, "step", step)
-        n, stage = (16, "pretrain_loss") if step < 2 else (8, "facm_loss")
-        x0, normal = torch.randn((n, 3, 12, 12), generator=g), torch.randn(n, generator=g)
-        *_, noise, t, y = calls[stage][step % 2]
-        options = calls[f"{stage} options"][step % 2]
-        assert torch.equal(noise, x0) and torch.equal(t, facm.sample_t(normal, *P))
-        if step < 2:
-            assert (y == 10).all()                                     # --label-drop 1, but not with a teacher
-            assert 0 < options["mixed"].sum() < 16                     # c_FM for some
-        else:
-            assert (y < 10).all() and (options["w"], options["t_low"], options["y_null"]) == (3.0, 0.25, 10)
-            assert torch.equal(options["alpha"](t), torch.cos(t * math.pi / 2)) and (options["beta"](t) == 1).all()
-            assert options["c"] == 0.5 and options["teacher"] is not None and options["condition"] == "expanded"
-    checkpoint = run.read_checkpoint(tmp_path / "run/ckpt.pt")
-    begin = models.create(**checkpoint["args"]["net"], seed=run.seed_of(7, "init")).state_dict()
-    assert all(torch.allclose(checkpoint["model"][k], w, atol=1e-6) for k, w in begin.items())
-    group = checkpoint["optimizer"]["param_groups"][0]
-    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.1)
-
-
-@pytest.mark.parametrize("script", [facm, decm], ids=["facm", "decm"])
-def test_the_second_stage_begins_with_the_average_and_a_new_optimiser(tmp_path, monkeypatch, script):
-    call(monkeypatch, script, *TINY, "--jvp", "fd", "--pretrain", 3, "--pretrain-lr", 0.01, "--steps", 1,
-         "--lr", "1e-12", "--out", tmp_path)
-    end, teacher = run.read_checkpoint(tmp_path / "ckpt.pt"), run.read_checkpoint(tmp_path / "teacher.pt")
-    assert all(torch.allclose(end["model"][k], w, atol=1e-6) for k, w in teacher["ema"].items())
-    assert not torch.equal(teacher["model"]["map_layer0.weight"], teacher["ema"]["map_layer0.weight"])
-    assert {int(entry["step"]) for entry in end["optimizer"]["state"].values()} == {1 if script is facm else 2}
+    for step in range(2):
+        for n, stage, P, name in ((16, "flow_loss", (0.5, 1), "flow"), (8, "facm_loss", (-1, 1.5), "facm")):
+            g = seeds.generator("cpu", 7, "step", step)
+            x0, normal = torch.randn((n, 3, 12, 12), generator=g), torch.randn(n, generator=g)
+            *_, noise, t, y = calls[stage][step]
+            options = calls[f"{stage} options"][step]
+            assert torch.equal(noise, x0) and torch.equal(t, facm.sample_t(normal, *P))
+            if name == "flow":
+                assert (y == 10).all()                                 # --label-drop 1
+                assert 0 < options["mixed"].sum() < 16                 # 2 - t for some
+            else:
+                assert (y < 10).all() and (options["w"], options["t_low"], options["y_null"]) == (3.0, 0.25, 10)
+                assert (options["alpha"], options["beta"], options["p"]) == ("cos", "1", 0.3)
+                assert options["c"] == 0.5 and options["teacher"] is not None and options["condition"] == "expanded"
+    for name in ("flow", "run"):
+        checkpoint = checkpoints.read(tmp_path / name / "ckpt.pt")
+        begin = models.create(**checkpoint["args"]["net"], seed=seeds.seed_of(7, "init")).state_dict()
+        assert all(torch.allclose(checkpoint["model"][k], w, atol=1e-6) for k, w in begin.items())
+        group = checkpoint["optimizer"]["param_groups"][0]
+        assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.1)
 
 
 def test_anchor_weighs_its_loss(tmp_path, monkeypatch):
@@ -637,7 +738,7 @@ def test_anchor_weighs_its_loss(tmp_path, monkeypatch):
     g = {}
     for anchor in (0, 1, 3):
         out = tmp_path / str(anchor)
-        call(monkeypatch, facm, *TINY, "--pretrain", 0, "--steps", 1, "--jvp", "fd", "--anchor", anchor, "--clip", 1e9,
+        call(monkeypatch, facm, *TINY, "--teacher", "none", "--steps", 1, "--jvp", "fd", "--anchor", anchor, "--clip", 1e9,
              "--out", out)
         g[anchor] = first_gradient(out)
     fm = g[1] - g[0]
@@ -645,20 +746,21 @@ def test_anchor_weighs_its_loss(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (facm, "--pretrain 0 --w 1"), (decm, "--pretrain 0 --w 1 --objectives fm"), (gcm, "--optimizer AdamW --betas 0.9 0.99")],
-    ids=["facm", "decm", "gcm"])
+    (flow, ""), (facm, "--teacher none --w 1 --jvp fd"), (decm, "--teacher none --w 1 --objectives fm --jvp fd"),
+    (baselines, "--teacher none --w 1 --jvp fd"), (gcm, "--optimizer AdamW --betas 0.9 0.99 --jvp fd")],
+    ids=["flow", "facm", "decm", "baselines", "gcm"])
 def test_clip_bounds_the_gradient(tmp_path, monkeypatch, script, flags):
     perturb(monkeypatch)
-    call(monkeypatch, script, *TINY[:11], *flags.split(), "--jvp", "fd", "--steps", 1, "--clip", 0.01, "--out", tmp_path)
+    call(monkeypatch, script, *TINY[:11], *flags.split(), "--steps", 1, "--clip", 0.01, "--out", tmp_path)
     assert first_gradient(tmp_path).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--ema-sigma 0", "--ema-sigma 0.0: want a finite number, at least 0.001, at most 0.28"),
-    ("--ema-beta 2", "--ema-beta"), ("--clip nan", "--clip nan"), ("--clip 0", "--clip"), ("--lr inf", "--lr inf"),
+    ("--ema-sigma 0", "--ema-sigma 0.0: expected a finite number, at least 0.001, at most 0.28"),
+    ("--clip nan", "--clip nan"), ("--clip 0", "--clip"), ("--lr inf", "--lr inf"),
     ("--w nan", "--w nan"), ("--seed -1", "--seed"), ("--lr-final 2", "--lr-final"),
-    ("--label-drop -1", "--label-drop"), ("--betas 2 0.9", "--betas 2"), ("--pretrain-P nan 1", "--pretrain-P nan"),
-    ("--pretrain-batch 0", "--pretrain-batch"), ("--save-every 0", "--save-every"), ("--net input_size=8", "input_size 8"),
+    ("--label-drop -1", "--label-drop"), ("--betas 2 0.9", "--betas 2"), ("--P-mean nan", "--P-mean nan"),
+    ("--save-every 0", "--save-every"), ("--net input_size=8", "input_size 8"),
     ("--net in_channels=4", "in_channels 4"), ("--net num_classes=2", "num_classes 2"),
     ("--net width=0", "DDPM++ with these options"), ("--net mult=1,x", "mult='1,x': want int"),
     ("--net width=abc", "width='abc': want int"), ("--net blocks=True", "blocks=True: want int"), ("--num-classes -1", "--num-classes")])
@@ -668,41 +770,67 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, f
 
 def test_only_a_velocity_can_be_a_teacher(finished, tmp_path, monkeypatch, capsys):
     common = ["--device", "cpu", "--resolution", 12, "--out", tmp_path / "run"]
-    words = "consistency model, no velocity; its run has a teacher.pt"
+    words = "is a consistency model and no velocity; use its teacher"
     net = TINY[4:9]
     assert words in refused(monkeypatch, capsys, facm, *common, *net, "--teacher", finished / "ckpt.pt")
+    assert words in refused(monkeypatch, capsys, flow, *common, *net, "--init", finished / "ckpt.pt")
     assert words in refused(monkeypatch, capsys, gcm, *common, "--init", finished / "ckpt.pt")
     assert words in refused(monkeypatch, capsys, sample, "--ckpt", finished / "ckpt.pt", "--method", "flow", "--out",
                             tmp_path / "x.npz")
 
 
-def test_steps_may_change_until_the_rate_depends_on_them(tmp_path, monkeypatch, capsys):
-    command = [*TINY, "--jvp", "fd", "--lr-final", 0, "--pretrain", 1, "--out", tmp_path / "run"]
-    call(monkeypatch, facm, *command, "--steps", 0)
-    call(monkeypatch, facm, *command, "--steps", 1)
+def test_checkpoints_of_earlier_versions_are_read(teacher, tmp_path, monkeypatch, capsys):
+    """Theirs had two stages in a run: a teacher.pt of facm.py is a velocity, and their ckpt.pt is not."""
+    checkpoint = checkpoints.read(teacher) | dict(method="facm", step=6)
+    for name, pretrain in (("teacher", 6), ("ckpt", 3)):
+        args = checkpoint["args"] | dict(pretrain=pretrain, t_low=0.125, teacher=None)
+        checkpoints.save(tmp_path / f"{name}.pt", checkpoint | dict(args=args))
+    call(monkeypatch, facm, *TINY, "--teacher", tmp_path / "teacher.pt", "--steps", 1, "--out", tmp_path / "run")
     capsys.readouterr()
-    assert "steps 1, not 2" in refused(monkeypatch, capsys, facm, *command, "--steps", 2)
+    assert "no velocity" in refused(monkeypatch, capsys, facm, *TINY, "--teacher", tmp_path / "ckpt.pt", "--out", tmp_path / "no")
+    for name, sampler in (("teacher", "euler at NFE 3"), ("ckpt", "cm at NFE 3")):
+        call(monkeypatch, sample, "--ckpt", tmp_path / f"{name}.pt", "--nfe", 3, "--n", 4, "--device", "cpu")
+        assert sampler in capsys.readouterr().out
+
+
+def test_flow_fine_tunes_a_public_network_to_both_times(tmp_path, monkeypatch):
+    size = dict(name="LightningDiT", patch=4, width=32, depth=1, heads=4, input_size=12, in_channels=3, num_classes=10)
+    net = models.create(**size)
+    torch.save(dict(model=net.state_dict()), tmp_path / "public.pt")
+    call(monkeypatch, flow, *FLOW[:4], "--batch", 8, "--init", tmp_path / "public.pt", "--steps", 1, "--lr", "1e-12",
+         "--out", tmp_path / "run")
+    held = checkpoints.read(tmp_path / "run/ckpt.pt")
+    assert all(torch.allclose(held["model"][k], v, atol=1e-6) for k, v in net.state_dict().items())
+    assert held["args"]["net"]["width"] == 32 and held["method"] == "flow"
+
+
+def test_steps_may_change_unless_the_rate_depends_on_them(tmp_path, monkeypatch, capsys):
+    for final, out in ((1, tmp_path / "stays"), (0, tmp_path / "falls")):
+        call(monkeypatch, flow, *FLOW, "--lr-final", final, "--steps", 1, "--out", out)
+    call(monkeypatch, flow, *FLOW, "--lr-final", 1, "--steps", 2, "--out", tmp_path / "stays")
+    capsys.readouterr()
+    assert "steps 1, not 2" in refused(monkeypatch, capsys, flow, *FLOW, "--lr-final", 0, "--steps", 2, "--out", tmp_path / "falls")
 
 
 def test_previews_that_cannot_be_written_are_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/previews").touch()                                # no folder
-    call(monkeypatch, facm, *TINY, "--jvp", "fd", "--preview-every", 1, "--pretrain", 3, "--steps", 0, "--out", tmp_path / "run")
-    assert capsys.readouterr().err.count("no previews (File exists); the run goes on") == 1
-    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3
+    say_once.cache_clear()
+    call(monkeypatch, flow, *FLOW, "--preview-every", 1, "--steps", 3, "--out", tmp_path / "run")
+    assert capsys.readouterr().err.count("no previews (File exists); the run continues") == 1
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 3
 
 
 def test_lines_of_the_log_that_are_torn_or_foreign_are_dropped(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    command = [*TINY, "--jvp", "fd", "--pretrain", 2, "--out", out]
-    call(monkeypatch, facm, *command, "--steps", 0)
+    call(monkeypatch, flow, *FLOW, "--steps", 2, "--out", out)
     whole = (out / "log.jsonl").read_text()
     (out / "log.jsonl").write_text("\n[1]\n{}\nhello\n\x00\x01\n" + whole + '{"step": "x"}\n{"step": 1')
-    call(monkeypatch, facm, *command, "--steps", 1)
+    call(monkeypatch, flow, *FLOW, "--steps", 3, "--out", out)
     assert (out / "log.jsonl").read_text().startswith(whole) and [row["step"] for row in rows(out)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("out", ["/proc/self", "file", "file/run"])
 def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, out):
     (tmp_path / "file").touch()
-    assert str(tmp_path / out) in refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / out)
+    assert str(tmp_path / out) in refused(monkeypatch, capsys, flow, *FLOW, "--out", tmp_path / out)

@@ -1,7 +1,7 @@
 """As it is used: what fits into memory, which device a tensor is on, who owns a folder, commands as they stand."""
 
-import contextlib
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -13,18 +13,17 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_data import small_vae
-from test_training import call, first_gradient, popen, refused
+from test_training import SCRATCH, call, first_gradient, popen, refused
 
 import baselines
 import decm
-import dryrun
 import encode
 import facm
+import flow
 import gcm
 import models
-import run
 import sample
-from dryrun import DryRun
+from common import checkpoints, dryrun, processes, seeds
 
 TINY = ["--batch", "4", "--micro-batch", "2", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "attention=6,"]
 
@@ -35,47 +34,44 @@ def cuda_claimed(monkeypatch):
     backward engine wants a real device: gradients are zeros instead. main() then runs, but for its files."""
     jobs = []
 
-    class OnCuda(DryRun):
+    class OnCuda(dryrun.DryRun):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             jobs.append(self)
             self.device = torch.device("cuda:0")
 
-        def clip_gradient(self):
-            for p in [*self.net.parameters(), *self.extra]:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
-            return super().clip_gradient()
+    def backward(loss):
+        assert loss.device.type == "cuda"
+        for p in [*jobs[-1].net.parameters(), *jobs[-1].extra]:
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
 
-    def on_cuda(**options):
+    def on_cuda(*args, device=None, **options):
         with torch.device("cuda:0"):
-            return create(**options)
+            return create(*args, **options)
 
     def uncounted(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            return True
         return func(*args, **(kwargs or {}))
 
-    for counter in (dryrun.LivingBytes, dryrun.FlopCounterMode):       # they take most of the time
-        monkeypatch.setattr(counter, "__torch_dispatch__", uncounted, raising=False)
-    create, honest = models.create, run.generator
-    monkeypatch.setattr(torch.nn.Module, "to", torch.nn.Module.to)     # DryRun changes it
+    create, honest = models.create, seeds.generator
+    monkeypatch.setattr(dryrun.LivingBytes, "__torch_dispatch__", uncounted)   # counting takes most of the time
+    monkeypatch.setattr(dryrun, "DryRun", OnCuda)
     monkeypatch.setattr(models, "create", on_cuda)
-    monkeypatch.setattr(run, "generator", lambda device, *key: honest("cpu", *key))    # there is no CUDA generator
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda self: self.device.type == "cuda" or 1 / 0)
-    for module in (facm, decm, gcm, baselines):
-        monkeypatch.setattr(module, "DryRun", OnCuda)
-    yield jobs
-    for job in jobs:
-        for mode in (job.flops, job.living, job.fake):
-            with contextlib.suppress(Exception):
-                mode.__exit__(None, None, None)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    for module in (flow, facm, decm, gcm, baselines):                  # there is no CUDA generator
+        monkeypatch.setattr(module, "generator", lambda device, *key: honest("cpu", *key))
+    return jobs
 
 
 CONFIGURATIONS = [
+    (flow, "--precision bf16"), (flow, "--net edm_time=True"),
     *[(facm, flags) for flags in (
-        "--jvp fused --condition auxiliary --precision bf16", "--jvp exact --precision tf32", "--jvp fd --pretrain 0 --precision bf16",
-        "--jvp fused --pretrain 0 --w 1", "--steps 0 --condition auxiliary --precision bf16")],
+        "--jvp fused --condition auxiliary --precision bf16", "--jvp exact --precision tf32",
+        "--jvp fd --teacher none --precision bf16", "--jvp fused --teacher none --w 1")],
     *[(decm, flags) for flags in (
-        "--jvp fused --freq 1 --precision bf16", "--jvp exact --freq 3", "--jvp fd --freq 1 --pretrain 0 --w 1")],
+        "--jvp fused --freq 1 --precision bf16", "--jvp exact --freq 3", "--jvp fd --freq 1 --teacher none --w 1")],
     *[(gcm, flags) for flags in (
         "--precision bf16", "--jvp fused", "--jvp exact --precision bf16", "--row A --w 1", "--row F --group 2 --w 1 --augment",
         "--variant CU --w 1 --equal 0")],
@@ -85,45 +81,58 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize("module, flags", CONFIGURATIONS, ids=lambda a: getattr(a, "__name__", a))
 def test_a_step_leaves_no_tensor_on_the_cpu(cuda_claimed, monkeypatch, capsys, module, flags):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--device", "cpu", *TINY, "--dry-run", "1", *flags.split()])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 0, capsys.readouterr().err
+    before = torch.nn.Module.to
+    words = flags.split()
+    net = TINY[TINY.index("--net"):] + words[words.index("--net") + 1:] if "--net" in words else TINY[TINY.index("--net"):]
+    words = words[:words.index("--net")] if "--net" in words else words
+    call(monkeypatch, module, "--device", "cpu", *TINY[:TINY.index("--net")], *net, "--dry-run", 1, *words)
+    assert "memory" in capsys.readouterr().out
     assert {p.device.type for p in cuda_claimed[0].net.parameters()} == {"cuda"}
+    assert torch.nn.Module.to is before and not list(pathlib.Path().iterdir())     # nothing is changed or written
+
+
+def test_a_dry_run_opens_a_teacher_that_is_there(teacher, tmp_path, monkeypatch, capsys):
+    """It takes the network from the file, and refuses what the run would refuse."""
+    flags = ["--resolution", 12, "--dry-run", "--teacher"]
+    call(monkeypatch, facm, *flags, teacher)
+    assert "'width': 8" in capsys.readouterr().out
+    assert "width=16" in refused(monkeypatch, capsys, facm, *flags, teacher, "--net", "width=16")
+    (tmp_path / "torn.pt").write_bytes(teacher.read_bytes()[:1000])
+    assert "torn.pt is no readable checkpoint" in refused(monkeypatch, capsys, facm, *flags, tmp_path / "torn.pt")
 
 
 # Memory.
 
 def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     """CUDA's error, in the second step."""
-    honest = run.Run.clip_gradient
+    honest, calls = torch.nn.utils.clip_grad_norm_, []
 
-    def full(self):
-        if self.step:
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return honest(self)
+        return honest(*args)
 
-    monkeypatch.setattr(run.Run, "clip_gradient", full)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
     with pytest.raises(SystemExit) as end:
-        call(monkeypatch, facm, "--device", "cpu", *TINY, "--pretrain", 0, "--steps", 2, "--w", 1, "--save-every", 1,
-             "--out", tmp_path / "run")
+        call(monkeypatch, facm, "--device", "cpu", *TINY, *SCRATCH, "--steps", 2, "--save-every", 1, "--out", tmp_path / "run")
     said = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and said.startswith("error: out of memory")
     assert "Tried to allocate 20.00 GiB" in said and all(flag in said for flag in (
         "--micro-batch", "--grad-checkpoint", "--precision", "--fsdp"))
-    assert run.read_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 1
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 1
     assert not (tmp_path / "run/.owner").exists()
 
 
 @pytest.mark.parametrize("words", [
-    "facm.py --device cpu --pretrain 0 --steps 2 --batch 10000000 --out RUN",
+    "flow.py --device cpu --steps 2 --batch 10000000 --out RUN",
     "sample.py --device cpu --ckpt RUN --n 10000000000 --out RUN/x.npz"], ids=["train", "sample"])
 def test_the_cpus_refusal_is_one_line(tmp_path, monkeypatch, words):
     """The CPU's allocator, under a limit of the process: 4 GB of address space."""
     out = tmp_path / "run"
-    call(monkeypatch, facm, "--device", "cpu", *TINY, "--pretrain", 0, "--steps", 1, "--out", out)
+    call(monkeypatch, flow, "--device", "cpu", *TINY, "--steps", 1, "--out", out)
     kept, words = (out / "ckpt.pt").read_bytes(), words.replace("RUN", str(out)).split()
-    flags = TINY[4:] if words[0] == "facm.py" else []
+    flags = TINY[4:] if words[0] == "flow.py" else []
     done = subprocess.run([sys.executable, "-W", "ignore", ROOT / words[0], *flags, *words[1:], *["--fresh"] * bool(flags)],
                           capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"),
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 10 ** 9,) * 2))
@@ -133,19 +142,19 @@ def test_the_cpus_refusal_is_one_line(tmp_path, monkeypatch, words):
     assert checkpoint.read_bytes() == kept
 
 
-@pytest.mark.parametrize("module", [facm, decm, gcm], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [flow, facm, decm, gcm], ids=lambda m: m.__name__)
 def test_a_resume_with_another_micro_batch_sees_the_same_samples(tmp_path, monkeypatch, module):
     """The second step in pieces of 4, 3 and 1 images: the same batch, times and noise, and a gradient that agrees."""
     seen, gradients = {}, {}
-    honest = run.to_device
+    honest = processes.to_device
     for pieces in (4, 3, 1):
-        out, common = tmp_path / str(pieces), ["--device", "cpu", *TINY[4:], "--batch", 4, "--save-every", 1, "--optimizer", "AdamW"]
-        common += [] if module is gcm else ["--pretrain", 0, "--w", 1]
+        out, common = tmp_path / str(pieces), ["--device", "cpu", *TINY[4:], "--batch", 4, "--save-every", 1]
+        common += {flow: [], gcm: ["--optimizer", "AdamW"]}.get(module, SCRATCH)
         call(monkeypatch, module, *common, "--steps", 1, "--lr-final", 1, "--out", out)
         parts = []
-        monkeypatch.setattr(run, "to_device", lambda tensors, device: (parts.append(tensors[0]), honest(tensors, device))[1])
+        monkeypatch.setattr(processes, "to_device", lambda tensors, device: (parts.append(tensors[0]), honest(tensors, device))[1])
         call(monkeypatch, module, *common, "--steps", 2, "--lr-final", 1, "--micro-batch", pieces, "--out", out)
-        monkeypatch.setattr(run, "to_device", honest)
+        monkeypatch.setattr(processes, "to_device", honest)
         assert [len(x) for x in parts] == {4: [4], 3: [2, 2], 1: [1] * 4}[pieces]
         seen[pieces], gradients[pieces] = torch.cat(parts), first_gradient(out)
     for pieces in (3, 1):
@@ -172,7 +181,7 @@ def wait_for(condition, process):
 
 @pytest.mark.parametrize("kind", ["run", "run --fresh", "samples", "npz", "latents"])
 def test_a_folder_has_one_owner_and_a_killed_one_is_taken_over(tmp_path, monkeypatch, capsys, kind):
-    out, train = tmp_path / "out", ["--device", "cpu", *TINY, "--pretrain", 0, "--w", 1, "--lr-final", 1]
+    out, train = tmp_path / "out", ["--device", "cpu", *TINY, *SCRATCH, "--lr-final", 1]
     if kind.startswith("run"):
         module, begun = facm, lambda: (out / "ckpt.pt").exists()
         words = [*train, "--save-every", 1, "--out", out]
@@ -203,13 +212,13 @@ def test_a_folder_has_one_owner_and_a_killed_one_is_taken_over(tmp_path, monkeyp
         monkeypatch.setattr(sample, "draw_batch", lambda *a: torch.zeros(len(a[-1]), 3, 12, 12))
     call(monkeypatch, module, *then)
     assert not list(tmp_path.glob("**/.owner"))
-    assert kind != "run --fresh" or (tmp_path / "out.old-1/ckpt.pt").exists() and run.read_checkpoint(out / "ckpt.pt")["step"] == 1
+    assert kind != "run --fresh" or (tmp_path / "out.old-1/ckpt.pt").exists() and checkpoints.read(out / "ckpt.pt")["step"] == 1
 
 
 # The commands of README.md, as they stand there.
 
-SHORT = {"facm.py": "--pretrain 2 --steps 2", "decm.py": "--pretrain 2 --steps 2 --freq 1", "gcm.py": "--steps 2",
-         "baselines.py": "--pretrain 2 --steps 2"}
+SHORT = {"flow.py": "--steps 2", "facm.py": "--steps 2", "decm.py": "--steps 2 --freq 1", "gcm.py": "--steps 2",
+         "baselines.py": "--steps 2"}
 
 
 def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
@@ -218,13 +227,15 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, cap
              if "python " in line.split("#")[0] and ".py" in line and "needs" not in line and not line.startswith(("|", "-", "`"))]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(flow.PRESETS, "glyphs", flow.PRESETS["glyphs"] | dict(steps=2, batch=4))
     ran = []
     for words in lines:
         script = words[1]
         if words[0] != "python" or "/" in script:          # benchmarks and examples have tests of their own
             continue
         more = f"--device cpu {SHORT[script]} --batch 4 --preview-every 100" if script in SHORT else "--device cpu"
-        module = {"facm.py": facm, "decm.py": decm, "gcm.py": gcm, "baselines.py": baselines, "sample.py": sample}[script]
+        module = {"flow.py": flow, "facm.py": facm, "decm.py": decm, "gcm.py": gcm, "baselines.py": baselines,
+                  "sample.py": sample}[script]
         call(monkeypatch, module, *words[2:], *more.split(), *(["--n", "8"] if "--n" in words else []))
         ran.append(script)
     assert ran.count("sample.py") >= 2 and "facm.py" in ran
@@ -240,7 +251,7 @@ def test_headline_commands_without_their_data_say_what_to_do(tmp_path, monkeypat
 
 
 def test_samples_go_beside_the_checkpoint(tmp_path, monkeypatch, capsys):
-    call(monkeypatch, facm, "--device", "cpu", *TINY, "--pretrain", 0, "--w", 1, "--steps", 1, "--out", tmp_path)
+    call(monkeypatch, facm, "--device", "cpu", *TINY, *SCRATCH, "--steps", 1, "--out", tmp_path)
     for ckpt, nfe in ((tmp_path, 1), (tmp_path / "ckpt.pt", 2)):
         call(monkeypatch, sample, "--ckpt", ckpt, "--nfe", nfe, "--n", 4, "--device", "cpu")
         assert (tmp_path / f"nfe{nfe}.png").exists()
@@ -254,5 +265,5 @@ def test_a_network_that_memory_does_not_hold_is_no_wrong_option(tmp_path, monkey
         raise error
 
     monkeypatch.setitem(models.NETWORKS, "DDPM++", network)
-    said = refused(monkeypatch, capsys, facm, "--device", "cpu", "--out", tmp_path / "run")
+    said = refused(monkeypatch, capsys, flow, "--device", "cpu", "--out", tmp_path / "run")
     assert said.startswith("error: out of memory (") and "--micro-batch" in said

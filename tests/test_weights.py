@@ -15,8 +15,7 @@ from formula import normal_like, sample, uniform
 from test_golden import GOLDEN, golden
 
 import models
-import run
-import weights
+from common import checkpoints, weights
 
 NET = dict(name="LightningDiT", input_size=8, in_channels=3, num_classes=4, patch=2, width=32, depth=2, heads=4)
 
@@ -56,7 +55,7 @@ def test_safetensors(tmp_path):
 def test_our_own_checkpoint_keeps_what_no_shape_tells(tmp_path):
     options = dict(name="DDPM++", input_size=8, width=8, mult=(1, 1), blocks=1, attention=(), time_scale=8.0, sigma_data=0.6)
     net = models.create(**options).eval()
-    run.save_checkpoint(tmp_path / "ckpt.pt", dict(method="facm", args=dict(net=options), step=1, model={},
+    checkpoints.save(tmp_path / "ckpt.pt", dict(method="facm", args=dict(net=options), step=1, model={},
                                                    ema=net.state_dict()))
     loaded = weights.load(tmp_path / "ckpt.pt", sigma_data=0.5)                      # what the file says goes before
     assert (loaded.time_scale, loaded.sigma_data) == (8.0, 0.6)

@@ -12,12 +12,12 @@ import io
 import json
 import os
 import pathlib
-import sys
 import zipfile
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from common.messages import say_once
 
 # Files with these endings are images, and an error if they are not; others are looked into
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".ppm", ".pgm",
@@ -25,13 +25,6 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp
 MACHINES = ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val",
               test="test", testing="test")
-
-
-@cache
-def say_once(text):
-    """Prints a line on stderr, by one process of a machine, the first time that it is asked to."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     load(path)            the network of a checkpoint, with its weights
     read(path)            its tensors, {name: tensor}, and its options, if it tells them
     options_from_shapes   the options of models.create that names and shapes tell
-    load_teacher          a run's teacher, whose student begins with its weights
+    read_start            what a run begins with: its tensors and options
 
 Files: .pt, .pth, .ckpt, .bin, .safetensors, and the .pkl of NVlabs/edm and edm2. Layouts:
 facebookresearch's DiT, SiT, LightningDiT, FACM's release, NVlabs/edm and edm2, CompVis' and
@@ -12,6 +12,7 @@ diffusers' AutoencoderKL.
 
 import argparse
 import collections
+import inspect
 import io
 import pickle
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 import models
-import run
+from common import checkpoints
 
 # --------------------------------------------------------------------------------------------------
 # Reading.
@@ -123,7 +124,7 @@ def read(path, velocity=False, key=None):
     """
     try:
         if str(path).endswith(".safetensors"):
-            held = run.read_safetensors(path)
+            held = checkpoints.read_safetensors(path)
         elif str(path).endswith(".pkl"):
             with open(path, "rb") as f:
                 held = _flatten(_Unpickler(f).load()["ema"])
@@ -139,8 +140,9 @@ def read(path, velocity=False, key=None):
                          f"({type(e).__name__}: {reason})") from None
     args = held.get("args") if isinstance(held, dict) else None
     options = args.get("net") if isinstance(args, dict) else None
-    if velocity and options and held.get("step", 0) > args.get("pretrain", 0):
-        raise ValueError(f"{path} is a consistency model, no velocity; its run has a teacher.pt")
+    if velocity and options and not is_velocity(held):
+        raise ValueError(f"{path} is a consistency model and no velocity; use its teacher, such as "
+                         "runs/flow-DATA/ckpt.pt")
     if isinstance(held, dict) and not str(path).endswith(".pkl"):
         held = choose(held, path, key)
         averaged = {AVERAGE.sub("", k): v for k, v in held.items() if AVERAGE.match(str(k))}
@@ -255,46 +257,55 @@ def load(path, velocity=False, key=None, **options):
 
     options: what no shape tells of public weights (NOT_IN_SHAPES), such as prediction="noise" for
     facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser.
-    velocity, key, and the ValueErrors: see read and run.load_weights.
+    velocity, key, and the ValueErrors: see read and checkpoints.load_weights.
     """
     weights, own = read(path, velocity, key)
     try:
         net = models.create(**(own or options_from_shapes(weights) | options))
     except (KeyError, ValueError) as e:
         raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
-    run.load_weights(net, weights, path)
+    checkpoints.load_weights(net, weights, path)
     return net.eval()
 
 
-def read_start(path, options, key=None):
-    """The tensors of a velocity network that a run begins with, and the options of a network with
-    them: the file's own, but for those of `options` that no file tells. ValueError as from read."""
-    weights, own = read(path, velocity=True, key=key)
-    names = *NOT_IN_SHAPES, "dropout", "dropout_res"
-    kept = {k: v for k, v in options.items() if k in names}
-    return weights, (own or options_from_shapes(weights)) | kept
+def is_velocity(checkpoint):
+    """Whether a checkpoint of ours holds a flow-matching network: one of flow.py, or of a run that
+    began with flow matching, as those of earlier versions did, and had not gone beyond it."""
+    steps_of_flow = checkpoint["args"].get("pretrain", 0)
+    return checkpoint["method"] == "flow" or checkpoint["step"] <= steps_of_flow
 
 
-def load_teacher(path, net, args, device):
-    """The network of a checkpoint, as from `load`, frozen, on the device, sharded and compiled as
-    the flags say; None for the path None. Its student net, made with the options args.net, gets the
-    same weights; it may have a second time in addition, and no labels of augmentation.
-    Raises ValueError also where they fit by name and shape but mean something else."""
-    if path is None:
-        return None
-    if args.dry_run:
-        return models.create(**args.net).eval().requires_grad_(False)
-    told = {k: v for k, v in args.net.items() if k in NOT_IN_SHAPES}
-    teacher = load(path, velocity=True, key=args.weights, **told)
-    for k in NOT_IN_SHAPES:
-        theirs, own = (getattr(network, k, None) for network in (teacher, net))
-        if theirs != own:
-            raise ValueError(f"{path} has {k}={theirs}, its student {own}: take --net {k}={theirs}")
-    teacher.to(device).requires_grad_(False)
-    kept = {k: w for k, w in teacher.state_dict().items() if not k.startswith("map_augment")}
-    run.load_weights(net, kept, path, MAY_BEGIN_ANEW)
-    if args.fsdp:
-        models.shard(teacher)
-    if args.compile:
-        teacher.compile()
-    return teacher
+def read_start(path, args):
+    """The tensors of the velocity network that a run begins with, and the options of its network.
+
+    The options are those of the file. Only what no file tells is taken from args.net: dropout, and
+    for a public file what no shape tells. args: the flags of a training script. Raises ValueError
+    as read does, and if --net contradicts the file.
+    """
+    tensors, own = read(path, velocity=True, key=args.weights)
+    options = own or options_from_shapes(tensors)
+    held = models.expand(options)
+    wanted = args.net
+    if models.expand(args.net)["name"] != held["name"]:
+        wanted = args.net_given            # the preset's are those of another network
+    names = ("dropout", "dropout_res") if own else ("dropout", "dropout_res", *NOT_IN_SHAPES)
+    options = options | {k: v for k, v in wanted.items() if k in names}
+    held = models.expand(options)
+    defaults = inspect.signature(models.NETWORKS[held["name"]]).parameters
+    for key, given in models.expand(dict(name=held["name"]) | args.net_given).items():
+        implied = key not in args.net_given            # by the name of a network
+        if implied and key in ("input_size", "in_channels", "num_classes"):
+            continue                       # these are the data's
+        if key not in held and key in defaults:
+            held[key] = defaults[key].default
+        if key not in held:
+            options[key] = given           # of no network: models.create says so
+        elif as_tuple(held[key]) != as_tuple(given) and key != "second_time":
+            raise ValueError(f"--net {key}={given}: {path} has a network with {key}={held[key]}, "
+                             "which the run takes over; leave the option out")
+    return tensors, options
+
+
+def as_tuple(value):
+    """A list as a tuple; another value as it is."""
+    return tuple(value) if isinstance(value, list) else value

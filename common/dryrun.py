@@ -1,0 +1,194 @@
+"""What a run needs, without data or GPU: --dry-run [PROCESSES] of the training scripts.
+
+One step of the script's own training function runs on fake tensors, which have shapes and no
+content, so that the figures follow the code. Memory is the sum of the living tensors at its
+highest. The allocator's own reserve, CUDA's context (about 0.5 GiB) and NCCL's buffers come on top.
+"""
+
+import copy
+import gc
+import math
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.processes import split_batch
+from common.run import Run
+
+GIB = 2 ** 30
+SHARE = 0.4                                # of a GPU's rate, which well-run training reaches
+H100 = {"bf16": 989e12, "tf32": 495e12, "float32": 67e12}              # dense FLOPs a second
+
+
+class FakeTensors(FakeTensorMode):
+    """Makes all tensors fake. A copy of a network shares the mode of the original."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the bytes of the living tensors: now, and at most. Fake tensors have no content, so a
+    question such as "is the gradient finite?" is answered with yes."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.collected = math.inf          # the bytes at the last collection of garbage
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            return True
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor.untyped_storage())
+        return result
+
+    def see(self, storage):
+        """Counts a storage, unless it is known, until it dies."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        weakref.finalize(storage, self.forget, key, size)
+        self.now += size
+        if self.now > 1.05 * self.collected:               # fake tensors hold each other
+            gc.collect()
+            self.collected = max(self.collected, self.now)
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key, size):
+        """A storage has died."""
+        self.known.discard(key)
+        self.now -= size
+
+
+def size(tensors):
+    """The bytes of tensors."""
+    return sum(a.numel() * a.element_size() for a in tensors)
+
+
+class NoData:
+    """Stands in for a data set: zeros in the shape of the preset's data."""
+
+    def __init__(self, args):
+        grey = args.preset == "mnist"
+        side = args.resolution or (28 if grey else 32)
+        self.shape = (1 if grey else 3, side, side)
+        if args.preset == "imagenet_latents":              # the VA-VAE's, or the SD-VAE's
+            light = args.net["name"].startswith("LightningDiT")
+            self.shape = (32, 16, 16) if light else (4, 32, 32)
+        classes = 1000 if args.preset.startswith("imagenet") else 10
+        self.num_classes = 0 if args.uncond else args.num_classes or classes
+
+    def batch(self, seed, first, batch, rows=slice(None)):
+        """Images float32 [b, C, H, W] and labels int64 [b] of a slice of a batch."""
+        n = len(range(batch)[rows])
+        return torch.zeros((n, *self.shape)), torch.zeros(n, dtype=torch.int64)
+
+
+class DryRun(Run):
+    """A run of one step, of one micro-batch, in one process. It reads and writes no run folder, and
+    notes memory and work."""
+
+    def __init__(self, args, method, living, flops):
+        super().__init__(args, method, torch.device("cpu"), rank=0, world=1)
+        self.living, self.flops = living, flops
+        self.passes = 0                    # the bytes that forward and backward pass need
+
+    def open_folder(self):
+        """There is none."""
+
+    def close(self):
+        """Nothing is open."""
+
+    def resume(self, net, ema, optimizer, extra=()):
+        """The networks are there: memory and work are counted from here on."""
+        self.net, self.ema, self.optimizer, self.extra = net, ema, optimizer, extra
+        self.begun = True
+        gc.freeze()                        # what is there now need not be looked at again
+        self.networks = self.base = self.living.now
+        self.living.peak = self.living.collected = self.living.now
+        optimizer.register_step_pre_hook(self.after_passes)
+        optimizer.register_step_post_hook(self.after_update)
+        self.flops.__enter__()
+
+    def after_passes(self, *_):
+        """The forward and backward passes of an update are over."""
+        self.passes = max(self.passes, self.living.peak - self.base)
+
+    def after_update(self, *_):
+        """A step may have a second update. What the optimiser has made now belongs to its base."""
+        gradient = size(p.grad for p in self.net.parameters() if p.grad is not None)
+        self.base = self.living.now - gradient
+        self.living.peak = self.living.now
+
+    def log(self, step, **figures):
+        """Nothing is logged."""
+
+    def preview_is_due(self):
+        """Nothing is drawn."""
+        return False
+
+    def save(self):
+        """Nothing is saved."""
+
+
+def report(train, method, args):
+    """Runs one step of train(args, run) on fake tensors and prints what the run needs."""
+    fake, living, flops = FakeTensors(), LivingBytes(), FlopCounterMode(display=False)
+    slices = split_batch(args.batch, 0, args.dry_run, args.micro_batch, getattr(args, "group", 1))
+    one = copy.copy(args)
+    one.steps, one.batch, one.micro_batch = 1, slices[0].stop - slices[0].start, None
+    one.compile = one.fsdp = False
+    run = DryRun(one, method, living, flops)
+    with fake, living:
+        run.call(train)
+        flops.__exit__(None, None, None)
+    print_report(args, run, one, len(slices))
+
+
+def print_report(args, run, one, count):
+    """Prints the figures, a line each. one: the flags of the step; count: its micro-batches."""
+    world = args.dry_run
+    moments = size(a for entry in run.optimizer.state.values() for a in entry.values()
+                   if torch.is_tensor(a))
+    gradient = size(p for p in run.net.parameters() if p.requires_grad)
+    passes = run.passes
+    if count > 1:                          # the gradient is kept between micro-batches
+        passes += gradient
+    kept = run.networks + moments
+    buckets = ""
+    if args.fsdp:                          # gradients are sharded, and one block is gathered
+        blocks = [size(m.parameters()) for m in run.net.modules() if m is not run.net]
+        passes += 2 * max(b for b in blocks if b < gradient) - gradient * (1 - 1 / world)
+        kept = kept / world
+    elif world > 1:
+        kept += gradient
+        buckets = ", buckets of DDP"
+    flops = run.flops.get_total_flops() * count * world
+    rate = world * SHARE * H100[args.precision]
+    parameters = sum(p.numel() for p in run.net.parameters())
+    options = " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())
+                       if v is not None and k not in ("dry_run", "out", "net", "net_given"))
+    print(f"{run.method}.py, {args.data}, {world} processes, fake tensors of PyTorch "
+          f"{torch.__version__}")
+    for name, text in (
+            ("options", f"{options} net={one.net}"),
+            ("parameters", f"{parameters / 1e6:.1f} M"),
+            ("images", f"{args.batch} in a step, {args.batch // world} of a process, {one.batch} "
+             "in a micro-batch"),
+            ("memory", f"{(kept + passes) / GIB:.3g} GiB a process: {kept / GIB:.3g} kept "
+             f"(weights, EMA, teacher, optimiser{buckets}), {passes / GIB:.3g} in the passes "
+             "(activations, gradient)"),
+            ("work", f"{flops / 1e12:.4g} TFLOP a step; {rate * args.batch / flops:.4g} images/s "
+             f"at {SHARE:.0%} of an H100's {args.precision} rate"),
+            ("time", f"{args.steps * flops / rate / 3600:.4g} hours for {args.steps:,} steps at "
+             "this rate")):
+        print(f"{name:12}{text}")

@@ -1,0 +1,179 @@
+"""Flags: those that all training scripts have, and how a preset fills them in.
+
+The bounds of a flag, and whether it may change when a run is resumed, stand beside the flag. What
+is wrong with a command line is printed in one line, with exit code 2.
+"""
+
+import argparse
+import ast
+import math
+import os
+import pathlib
+
+from common.messages import fail
+
+LARGE = 1e15
+# What may change when a run is resumed: the flags that are added with resume=True, the path of the
+# teacher, whose content is compared instead, and what says how other flags were given.
+MAY_CHANGE = {"class_names", "net_given", "teacher"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message):
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(":", "", 1)
+        fail(f"{message} (see --help)")
+
+
+def number(kind, low=-LARGE, high=LARGE):
+    """A type for argparse: int or float within bounds."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: expected {kind.__name__}") from None
+        if not low <= value <= high:                                   # or NaN
+            message = f"{value}: expected a finite number"
+            if low > -LARGE:
+                message += f", at least {low:g}"
+            if high < LARGE:
+                message += f", at most {high:g}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+    return parse
+
+
+def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options):
+    """Adds a flag to a group of a parser.
+
+    kind: int or float, with bounds, or None for what `options` say. resume: the flag may change
+    when a run is resumed.
+    """
+    if resume:
+        MAY_CHANGE.add(name.lstrip("-").replace("-", "_"))
+    if kind:
+        options["type"] = number(kind, low, high)
+    group.add_argument(name, **options)
+
+
+def add_flags(parser, presets, teacher=False):
+    """Adds the flags that all training scripts have. teacher: also the flag that names one."""
+    g = parser.add_argument_group("run")
+    flag(g, "--out", resume=True, help="run folder; the same command resumes the run in it "
+         "(default: runs/SCRIPT-DATA)")
+    flag(g, "--fresh", action="store_true", resume=True, help="start over; the old run is renamed, "
+         "never deleted")
+    flag(g, "--preset", choices=list(presets), help="hyper-parameters (default: those of the data)")
+    flag(g, "--steps", int, 1, resume=True, help="training steps")
+    flag(g, "--seed", int, 0, default=0, help="everything random follows from it")
+    flag(g, "--dry-run", int, 1, resume=True, nargs="?", const=1, metavar="PROCESSES",
+         help="print what the run needs, with so many processes, and end")
+    flag(g, "--device", resume=True, help="cpu, cuda, cuda:N or mps (default: cuda if there is "
+         "one)")
+    flag(g, "--batch", int, 1, help="images in a step, of all processes together")
+    flag(g, "--micro-batch", int, 1, resume=True, help="the largest number of images in one pass "
+         "of a process; less needs less memory (default: the preset's, or all)")
+    flag(g, "--precision", choices=["float32", "tf32", "bf16"], help="precision of "
+         "matrix products and convolutions; times stay float32")
+    flag(g, "--compile", action="store_true", help="torch.compile the network and the derivative")
+    flag(g, "--fsdp", action="store_true", resume=True, help="shard networks and optimiser over "
+         "the processes")
+    flag(g, "--grad-checkpoint", action="store_true", resume=True, help="compute blocks again in "
+         "the backward pass, which needs less memory")
+    flag(g, "--save-every", int, 1, resume=True, default=200, help="steps between checkpoints")
+    flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
+    flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
+
+    g = parser.add_argument_group("data")
+    flag(g, "--data", resume=True, default="glyphs", help="glyphs, mnist, fashion, cifar10, "
+         "imagenet_latents, or a path")
+    flag(g, "--data-dir", resume=True, help="folder of mnist, fashion, cifar10 (default: data) or "
+         "imagenet_latents (default: data/imagenet_latents)")
+    flag(g, "--resolution", int, 1, help="height and width; images are cropped and scaled to it")
+    flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
+    flag(g, "--uncond", action=argparse.BooleanOptionalAction, help="leave labels out")
+    flag(g, "--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images "
+         "(never glyphs)")
+    flag(g, "--channels", type=int, choices=[1, 3], help="channels of image files: 3 is RGB, "
+         "the default, and 1 is grey")
+    flag(g, "--skip-broken", action="store_true", resume=True, help="list and leave out images "
+         "that do not decode")
+
+    g = parser.add_argument_group("network")
+    flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "
+         "dropout=0.1")
+    flag(g, "--weights", metavar="KEY", help="key of the weights in a public file (default: an "
+         "average of them, or the model)")
+    if teacher:
+        flag(g, "--teacher", metavar="FILE", help="checkpoint of the teacher, or none to train "
+             "from scratch (default: runs/flow-DATA/ckpt.pt, which flow.py trains first if it is "
+             "not there)")
+
+    g = parser.add_argument_group("optimiser")
+    flag(g, "--lr", float, 0, help="learning rate")
+    flag(g, "--betas", float, 0, 1, nargs=2, help="beta_1 and beta_2 of the optimiser")
+    flag(g, "--weight-decay", float, 0, default=0.0, help="weight decay of the optimiser")
+    flag(g, "--warmup", int, 0, help="steps in which the learning rate rises")
+    flag(g, "--lr-final", float, 0, 1, help="the learning rate falls linearly to this times --lr; "
+         "1: it stays")
+    flag(g, "--clip", float, 1e-9, math.inf, default=1.0, help="largest norm of the gradient")
+    flag(g, "--ema-sigma", float, 0.001, 0.28, help="relative width sigma_rel of the EMA")
+
+
+def parse_net_options(items):
+    """{"width": 64, ...} from the words of --net, such as width=64 mult=1,2,2."""
+    options = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or "=" in text:
+            fail(f"--net {' '.join(items)}: expected KEY=VALUE, as in width=64 mult=1,2,2")
+        try:
+            options[key] = ast.literal_eval(text)      # a number, a tuple, ... of Python
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return options
+
+
+def parse(parser, method, presets, argv=None):
+    """The flags of a training script; the preset fills in those that were not given.
+
+    argv: the words of the command line (None: the program's own).
+    """
+    args = parser.parse_args(argv)
+    return fill_in(args, method, choose_preset(args, presets))
+
+
+def choose_preset(args, presets):
+    """The preset of these flags, a dict; ends the program if there is none."""
+    args.preset = args.preset or dict(fashion="mnist").get(args.data, args.data)
+    if args.preset not in presets and pathlib.Path(args.data).exists():
+        fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
+    if args.preset not in presets:
+        fail(f"--data {args.data}: no such file or folder, nor one of {', '.join(presets)}")
+    return presets[args.preset]
+
+
+def fill_in(args, method, preset):
+    """The flags with the preset's values where none was given."""
+    for name, value in (dict(precision="float32") | preset).items():
+        if name != "net" and getattr(args, name) is None:
+            setattr(args, name, value)
+    # The preset's options belong to its network. Another network begins with its own defaults
+    args.net_given = parse_net_options(args.net)
+    if args.net_given.get("name", preset["net"]["name"]) == preset["net"]["name"]:
+        args.net = preset["net"] | args.net_given
+    else:
+        args.net = dict(args.net_given)
+    args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
+    if args.data == "imagenet_latents":
+        args.data_dir = args.data_dir or "data/imagenet_latents"
+    processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % processes:
+        fail(f"--batch {args.batch} is no multiple of {processes}, the number of processes")
+    if args.fsdp and "WORLD_SIZE" not in os.environ and not args.dry_run:
+        fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
+    if args.fsdp and getattr(args, "jvp", None) == "exact":
+        fail("--fsdp: torch.func.jvp does not see sharded parameters; use another --jvp")
+    return args

@@ -1,0 +1,80 @@
+"""Folders with one owner, and files that can be written."""
+
+import contextlib
+import os
+import socket
+
+from common.messages import fail
+
+LOCKS = []                                 # (file, its path); a lock ends with its file
+
+
+def own(folder):
+    """Makes a folder, unless it is there, and makes this program its owner until the program ends,
+    even by a kill. One process of a torchrun does it.
+
+    Returns the folders that it has made, the innermost first. Raises ValueError if another program
+    owns the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; use another --out")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:                    # Windows has none: its folders have no owner
+        return made
+    path = folder / ".owner"
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ValueError(f"{folder} belongs to a running program, {file.read().strip()}; wait for "
+                         "it, stop it, or use another --out") from None
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        own(folder)                        # its last owner has just removed this file
+        return made
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    LOCKS.append((file, path))
+    return made
+
+
+def remove_empty(made):
+    """Removes folders, the innermost first, up to one that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in made:
+            folder.rmdir()
+
+
+def disown(folder):
+    """Gives up a folder that this program owns."""
+    for file, path in [lock for lock in LOCKS if lock[1].parent == folder]:
+        LOCKS.remove((file, path))
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def disown_all():
+    """Gives up all folders that this program owns."""
+    for _, path in list(LOCKS):
+        disown(path.parent)
+
+
+def check_output(*paths):
+    """Makes the folders of these files (pathlib.Path or None), and ends the program, before its
+    work, if one of the files cannot be written. Process 0 does both."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            new = not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open(path, "ab").close()
+            if new:
+                path.unlink()
+        except OSError as e:
+            fail(f"{path} cannot be written ({type(e).__name__})")

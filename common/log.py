@@ -1,0 +1,118 @@
+"""log.jsonl and the progress bar."""
+
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.messages import fail
+
+TOO_MANY = 20                              # so many skipped steps in a row end a run
+
+
+def line_step(line):
+    """The step of a line of log.jsonl; infinite for a line that is torn or foreign."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+class Log:
+    """log.jsonl and the progress bar. A line has the means of the figures since the line before.
+
+    step: the steps that are done. Lines past it, of a run that was killed, are dropped. total: the
+    steps of the run. every: steps between two lines. quiet: this process writes and shows nothing.
+    """
+
+    def __init__(self, path, step, total, every, quiet=False):
+        self.path, self.every, self.quiet = path, every, quiet
+        self.window = []                   # (step, number of images, figures) since the last line
+        self.tick = time.perf_counter()
+        self.skipped_in_a_row = 0
+        self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
+        if not quiet:
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in old if line_step(line) <= step))
+            self.file = open(path, "a", buffering=1)
+
+    def add(self, step, images, figures, signals, now=False):
+        """Adds what a step has brought: its number of images, its figures {name: tensor []}, and
+        the signals that this process has received.
+
+        Only when a line is due, or `now`, does the program wait for the device: it writes the line
+        and returns the number of signals of all processes. Otherwise it returns 0. Raises
+        FloatingPointError after TOO_MANY steps in a row whose figures are not finite.
+        """
+        self.bar.update()
+        self.window.append((step, images, figures))
+        alone = not dist.is_initialized()
+        if not (now or step % self.every == 0 or (alone and signals)):
+            return 0
+        means, votes = self.average(len(signals))
+        finite = self.without_skipped(means)
+        self.write(step, finite, len(means) - len(finite))
+        return votes
+
+    def average(self, votes):
+        """[(step, {name: mean over the processes}), ...] of the window, and the sum of the votes,
+        from one reduction."""
+        own = torch.stack([a.float() for _, _, figures in self.window for a in figures.values()])
+        both = torch.cat([own, own.new_tensor([votes])])
+        if dist.is_initialized():
+            dist.all_reduce(both)
+            both[:-1] /= dist.get_world_size()
+        *values, votes = both.tolist()
+        values = iter(values)
+        means = [(step, {name: next(values) for name in figures})
+                 for step, _, figures in self.window]
+        return means, int(votes)
+
+    def without_skipped(self, means):
+        """The figures of the steps that were made. A step that has a figure which is not finite was
+        skipped; it is printed."""
+        made = []
+        for step, figures in means:
+            if all(math.isfinite(value) for value in figures.values()):
+                self.skipped_in_a_row = 0
+                made.append(figures)
+                continue
+            terms = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == TOO_MANY:
+                raise FloatingPointError(
+                    f"{TOO_MANY} steps in a row were not finite, the last is step {step - 1}: "
+                    f"{terms}; the checkpoints before stay in {self.path.parent}; use a smaller "
+                    "--lr or a longer --warmup")
+            if not self.quiet:
+                self.bar.write(f"step {step - 1} is skipped, it is not finite: {terms}", sys.stderr)
+        return made
+
+    def write(self, step, made, skipped):
+        """A line of the file: the means over the steps since the last one."""
+        row = {}
+        for name in dict.fromkeys(name for figures in made for name in figures):
+            values = [figures[name] for figures in made if name in figures]
+            row[name] = round(float(np.mean(values)), 6)
+        if skipped:
+            row["skipped"] = skipped
+        images = sum(images for _, images, _ in self.window)
+        row["images_per_s"] = round(images / (time.perf_counter() - self.tick), 1)
+        self.window, self.tick = [], time.perf_counter()
+        if self.quiet:
+            return
+        try:
+            self.file.write(json.dumps(dict(step=step) | row) + "\n")
+        except OSError as e:
+            fail(f"{self.path}: {e}; the checkpoints stay, and the same command resumes the run",
+                 always=True)
+        self.bar.set_postfix(row)
+
+    def close(self):
+        """Ends the bar. The file is written through at each line."""
+        self.bar.close()

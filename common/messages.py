@@ -1,0 +1,23 @@
+"""What a program prints for its user: errors in one line, and notes."""
+
+import os
+import sys
+from functools import cache
+
+
+def fail(message, always=False):
+    """Ends the program because of a user's mistake: one line on stderr and exit code 2. One process
+    of each machine prints the line; with `always` each process does, below a progress bar."""
+    if always:
+        print(f"\nerror: {message}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@cache
+def say_once(text):
+    """Prints a line on stderr, by one process of a machine, the first time that it is called with
+    this text."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr)

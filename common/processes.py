@@ -1,0 +1,176 @@
+"""Processes: the device and torchrun's processes, the share of each, and how a program ends."""
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from common import folders
+from common.messages import fail
+
+# --------------------------------------------------------------------------------------------------
+# Beginning and end of a program.
+
+def start(device, compile=False, precision=None):
+    """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
+
+    device: "cpu", "cuda", "cuda:N", "mps", or None for the best there is. Returns (device, rank,
+    world). Ends the program in one line if the device does not exist.
+    """
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except RuntimeError:
+        fail(f"--device {device}: choose cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: there is no Apple GPU here; use --device cpu")
+    if device.type == "mps" and (compile or precision not in (None, "float32")):
+        fail("--device mps needs --precision float32, and runs without --compile")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {device}: there is no such CUDA GPU here; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        fail(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} processes",
+             always=True)
+    set_globals(device, compile, precision)
+    if "WORLD_SIZE" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def set_globals(device, compile=False, precision=None):
+    """Everything that this project sets for the whole process. Ctrl-C ends it in one line.
+
+    compile: Dynamo does not cut graphs at DDP's buckets, because that loses gradients of a fused
+    pass. precision: "tf32" switches TF32 on, another one switches it off, and None leaves it as
+    PyTorch has it.
+    """
+    def report(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name is not in 2.11
+    if compile:
+        torch._dynamo.config.optimize_ddp = False
+    if precision:
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Lets glibc keep the memory that is freed: new pages cost a tenth or more of a training step
+    on a CPU. Does nothing with another C library."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3   # glibc's names for the three options
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2 ** 31 - 1)
+        mallopt(top_pad, 2 ** 26)
+        mallopt(mmap_threshold, 2 ** 25)
+
+
+def barrier():
+    """All processes meet here. One that has ended, and has said why, ends the others as well."""
+    try:
+        if dist.is_initialized():
+            dist.barrier()
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        print(f"process {dist.get_rank()}: another process is gone ({reason})", file=sys.stderr)
+        sys.exit(2)
+
+
+def end():
+    """All processes leave torchrun's group together. One that leaves alone may crash."""
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def program(advice):
+    """Decorates the main function of a program, which then ends in one line and with exit code 2 if
+    memory runs out or numbers are not finite, and gives up the folders that it owns.
+
+    advice: what the line for short memory recommends, after torch's own words.
+    """
+    def decorate(main):
+        @functools.wraps(main)
+        def wrapped(*args):
+            try:
+                main(*args)
+            except FloatingPointError as e:
+                fail(e, always=True)
+            except BrokenPipeError:        # as in `... | head -1`, which has read enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
+            except (MemoryError, RuntimeError) as e:
+                if not is_out_of_memory(e):
+                    raise
+                words = " ".join(str(e).split("\n")[0].split("Allocator: ")[-1].split())
+                fail(f"out of memory ({words[:200]}); {advice}", always=True)
+            finally:
+                folders.disown_all()
+        return wrapped
+    return decorate
+
+
+def is_out_of_memory(error):
+    """Whether an error says that memory is short: Python's, CUDA's, or that of torch on a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)
+
+
+# --------------------------------------------------------------------------------------------------
+# The share of a process.
+
+@contextlib.contextmanager
+def one_process_first():
+    """One process of each machine runs the body alone, then the others, who find its download."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def split_batch(batch, rank, world, micro_batch=None, group=1):
+    """The micro-batches of a process: slices of the global batch.
+
+    Each process has batch / world consecutive samples. They are split into micro-batches of at most
+    micro_batch samples (None: all at once), whose sizes differ by one group at most. group: so many
+    consecutive samples stay in one micro-batch. Raises ValueError if they cannot.
+    """
+    own = batch // world
+    most = min(micro_batch or own, own)
+    if own % group or most < group:
+        raise ValueError(f"--group {group}: a process has {own} samples in a step, and {most} in a "
+                         "micro-batch; use at least one group, and whole groups")
+    most = most // group * group
+    groups = own // group
+    count = math.ceil(own / most)
+    ends = [rank * own + groups * i // count * group for i in range(count + 1)]
+    return [slice(first, end) for first, end in zip(ends, ends[1:])]
+
+
+def to_device(tensors, device):
+    """Copies of CPU tensors on the device. The program does not wait for a GPU's copies."""
+    if device.type == "cuda":
+        tensors = [a.pin_memory() for a in tensors]
+    return [a.to(device, non_blocking=True) for a in tensors]

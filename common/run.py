@@ -1,0 +1,217 @@
+"""A run: its folder, its checkpoints, its log, and what happens between two steps.
+
+    launch(train, method, args)    starts the processes and calls train(args, run)
+    Run                            what a training function calls: resume, batch, log, save
+"""
+
+import itertools
+import pathlib
+import signal
+import sys
+
+import torch
+
+from common import checkpoints, folders, processes
+from common.flags import MAY_CHANGE
+from common.log import Log
+from common.messages import fail, say_once
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What a training function puts into the flags, from the data and from the teacher
+FILLED_IN = {"net", "samples", "class_names", "teacher_id"}
+
+
+@processes.program("--micro-batch, --grad-checkpoint, --precision bf16 and --fsdp need less "
+                   "memory; the checkpoints are kept")
+def launch(train, method, args):
+    """Runs a training script: joins torchrun's processes, opens the run folder, and calls
+    train(args, run). With --dry-run it prints what the run needs instead.
+
+    method: the script's name, which the checkpoints keep.
+    """
+    device, rank, world = processes.start(args.device, args.compile, args.precision)
+    if args.dry_run:
+        from common.dryrun import report  # here: it needs this module
+        report(train, method, args)
+        return
+    run = Run(args, method, device, rank, world)
+    run.call(train)
+    processes.end()
+    if rank == 0:
+        path = run.folder / "ckpt.pt"
+        vae = "" if args.net["in_channels"] in (1, 3) else " --vae VAE"
+        print(f"{path}, step {run.step}; now: python sample.py --ckpt {path}{vae} --nfe 1")
+
+
+class Run:
+    """A training run in this process.
+
+    device, rank, world    the device, the number of this process, the number of processes
+    step                   the steps that are done
+    folder, checkpoint     the run folder, and what its newest checkpoint held, or None
+    """
+
+    def __init__(self, args, method, device, rank, world, announcement=None):
+        self.args, self.method = args, method
+        self.announcement = announcement   # printed when the first step comes
+        self.device, self.rank, self.world = device, rank, world
+        self.folder = pathlib.Path(args.out)
+        self.step, self.checkpoint, self.begun = 0, None, False
+        self.made = []                     # the folders that did not exist before
+
+    def call(self, train):
+        """Opens the folder and calls train(args, run). What is wrong before the first step is the
+        user's mistake, which ends the program in one line."""
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            self.open_folder()
+            train(self.args, self)
+        except (ValueError, OSError) as e:
+            e.in_a_step = self.begun or getattr(e, "in_a_step", False)
+            if e.in_a_step:
+                raise
+            fail(e)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.close()
+
+    def close(self):
+        """Ends the log and gives up the folder, which goes again if the run has not begun."""
+        if self.begun:
+            self.log_file.close()
+        folders.disown(self.folder)
+        if not self.begun:
+            folders.remove_empty(self.made)
+
+    def open_folder(self):
+        """Becomes the owner of the run folder and reads its newest checkpoint.
+
+        Raises ValueError if the run belongs to another method, was begun with other flags, or is
+        running in another program.
+        """
+        if self.rank == 0:
+            self.made = folders.own(self.folder)
+        processes.barrier()
+        path = self.folder / "ckpt.pt"
+        if self.args.fresh or not path.exists():
+            return
+        checkpoint = checkpoints.read(path)
+        if checkpoint["method"] != self.method:
+            raise ValueError(f"{self.folder} is a run of {checkpoint['method']}.py; use --out or "
+                             "--fresh")
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{path} has no optimiser to resume with; use --out or --fresh")
+        self.checkpoint, self.step = checkpoint, checkpoint["step"]
+        self.check_flags(set(checkpoint["args"]) - FILLED_IN)
+
+    def check_flags(self, names):
+        """Raises ValueError if a flag that changes the result is not what the run began with."""
+        falls = self.args.lr_final < 1     # the learning rate then depends on --steps
+        for name in names:
+            old, new = self.checkpoint["args"][name], getattr(self.args, name, None)
+            old, new = as_list(old), as_list(new)
+            if new == old:
+                continue
+            if name == "samples" and self.args.skip_broken:
+                say_once(f"{self.folder} was begun with samples {old}, now they are {new}: from "
+                         "here on the images come in another order")
+            elif name not in MAY_CHANGE or (name == "steps" and falls):
+                raise ValueError(f"{self.folder} was begun with {name} {old}, not {new}; use --out "
+                                 "or --fresh")
+
+    def resume(self, net, ema, optimizer, extra=()):
+        """Brings network, average and optimiser to the newest checkpoint, if there is one, and
+        begins the log. From here on SIGTERM and SIGINT wait for the end of a step.
+
+        extra: parameters outside of the network that are trained as well. Raises ValueError if the
+        run was begun with other flags, or if the checkpoint does not fit.
+        """
+        self.net, self.ema, self.optimizer, self.extra = net, ema, optimizer, extra
+        if self.checkpoint:
+            self.check_flags(FILLED_IN & set(self.checkpoint["args"]))
+            path = self.folder / "ckpt.pt"
+            checkpoints.load_weights(net, self.checkpoint["model"], path)
+            checkpoints.load_weights(ema, self.checkpoint["ema"], path)
+            for p, saved in zip(extra, self.checkpoint.get("extra", ())):
+                p.data.copy_(saved)
+            checkpoints.load_optimizer(optimizer, self.checkpoint["optimizer"])
+            self.checkpoint = None
+        if self.args.fresh:
+            self.begin_anew()
+        self.signals, self.stopped = [], False
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: self.signals.append(number))
+        self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
+                            self.args.log_every, quiet=self.rank > 0)
+        self.begun = True
+        if self.announcement:
+            say_once(self.announcement)
+
+    def begin_anew(self):
+        """--fresh: renames the old folder to NAME.old-K, after everything that may refuse the run.
+        """
+        if self.rank == 0 and {p.name for p in self.folder.iterdir()} - {".owner"}:
+            names = (self.folder.with_name(f"{self.folder.name}.old-{k}")
+                     for k in itertools.count(1))
+            folders.disown(self.folder)
+            old = self.folder.rename(next(name for name in names if not name.exists()))
+            print(f"--fresh: the old run is now {old}")
+            folders.own(self.folder)
+        processes.barrier()
+
+    def batch(self, dataset, step, samples):
+        """The images x [b, ...] and the labels y [b] of a slice of a step's batch, on the device.
+        An image that cannot be read ends the program in one line, which names the step."""
+        size = self.args.batch
+        try:
+            tensors = dataset.batch(self.args.seed, step * size, size, samples)
+        except ValueError as e:
+            self.log_file.close()
+            fail(f"step {step}: {e}; the checkpoints before stay in {self.folder}", always=True)
+        return processes.to_device(tensors, self.device)
+
+    def log(self, step, **figures):
+        """Adds a step's figures, tensors of one number each, to the log."""
+        self.step = step + 1
+        self.stopped = self.log_file.add(
+            self.step, self.args.batch, figures, self.signals, now=self.save_is_due())
+
+    def save_is_due(self):
+        """Whether a checkpoint is due after the step that was just logged."""
+        return self.step == self.args.steps or self.step % self.args.save_every == 0
+
+    def preview_is_due(self):
+        """Whether this process draws a preview now. With --fsdp all processes draw together."""
+        due = self.step == self.args.steps or self.step % self.args.preview_every == 0
+        return due and (self.rank == 0 or self.args.fsdp)
+
+    def preview_path(self):
+        """The PNG of the step that was just logged; None in processes that write none."""
+        return self.folder / "previews" / f"{self.step:07d}.png" if self.rank == 0 else None
+
+    def save(self):
+        """Writes a checkpoint if it is time. After SIGTERM or SIGINT it is time, and the program
+        ends."""
+        if self.save_is_due() or self.stopped:
+            self.write_checkpoint()
+        if self.stopped:
+            processes.end()
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[-1])
+
+    def write_checkpoint(self):
+        """Writes ckpt.pt, as checkpoints.read returns it. All processes call it and put together
+        what FSDP has sharded; the first one writes."""
+        checkpoint = checkpoints.whole(dict(
+            method=self.method, args=vars(self.args), step=self.step, model=self.net.state_dict(),
+            ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
+            torch_version=str(torch.__version__)))
+        if self.extra:
+            checkpoint["extra"] = [p.detach() for p in self.extra]
+        if self.rank == 0:
+            checkpoints.save(self.folder / "ckpt.pt", checkpoint)
+
+
+def as_list(value):
+    """A tuple as a list, as a checkpoint may keep it; another value as it is."""
+    return list(value) if isinstance(value, tuple) else value
