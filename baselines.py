@@ -167,8 +167,8 @@ def preview(net, noise, args):
 
 def check(args, net):
     """Raises ValueError for flags that do not go together. net: the network's options."""
-    if args.w != 1 and not net["num_classes"]:
-        raise ValueError(f"--w {args.w}: guidance needs a network with classes; use --w 1")
+    if args.w != 1 and (args.uncond or not net["num_classes"]):
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
     if args.objective == "scm" and args.w != 1 and args.teacher == "none":
         raise ValueError("--objective scm from scratch knows no velocity to guide; use --w 1")
 
@@ -189,7 +189,7 @@ def train(args, run):
     net.grad_checkpoint = args.grad_checkpoint
     phi = torch.zeros(8, device=device, requires_grad=True)            # sCM's a(t)
     if teacher is not None:
-        net.load_state_dict(teacher.state_dict(), strict=False)
+        flow.load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 

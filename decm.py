@@ -287,11 +287,20 @@ def adaptive(F_theta, v_tar, p, c):
 
 
 def fm_loss(F_fm, v, p, c):
-    """Squared error plus cosine distance [B]: that of a pixel's channels, mean over the pixels.
-    paper: Eq. 17 has no weight, 4.4 one for losses in general; here: the adaptive weight on the
-    error as well, because the jumps' losses drown it otherwise (docs/decm.md)."""
-    cosine = cosine_similarity(F_fm, v, dim=1).reshape(len(v), -1).mean(dim=1)
-    return adaptive(F_fm, v, p, c) + 1 - cosine                        # Eq. 17
+    """Squared error plus cosine distance [B]. paper: Eq. 17 has no weight, 4.4 one for losses in
+    general; here: the adaptive weight on the error as well, because the jumps' losses drown it
+    otherwise (docs/decm.md)."""
+    distance = 1 - cosine(F_fm, v)
+    return adaptive(F_fm, v, p, c) + distance                          # Eq. 17
+
+
+def cosine(a, b):
+    """The cosine of the angle between a and b [B]. paper: not said over what; here: over the
+    channels of a pixel, and the mean over the pixels, because FACM's authors have it so. One
+    channel has no direction, there it is the cosine of whole samples."""
+    if a.shape[1] == 1:
+        a, b = a.flatten(1), b.flatten(1)
+    return cosine_similarity(a, b, dim=1).reshape(len(a), -1).mean(dim=1)
 
 
 WEIGHTS = {
@@ -386,8 +395,8 @@ def preview(net, noise, args):
 
 def check(args, net):
     """Raises ValueError for flags that do not go together. net: the network's options."""
-    if args.w != 1 and not net["num_classes"]:
-        raise ValueError(f"--w {args.w}: guidance needs a network with classes; use --w 1")
+    if args.w != 1 and (args.uncond or not net["num_classes"]):
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
     if args.w != 1 and args.teacher == "none":
         raise ValueError(f"--w {args.w}: there is no guidance from scratch; use --w 1")
     if args.lam + args.gam <= 0:
@@ -414,7 +423,7 @@ def train(args, run):
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
     if teacher is not None:
-        net.load_state_dict(teacher.state_dict(), strict=False)
+        flow.load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 

@@ -249,11 +249,19 @@ def norm_l2(F_cm, v_tar, c):
 
 
 def fm_loss(F_fm, v):
-    """The anchor's loss [B]. paper: norms and cosine of whole samples; here: the mean over pixels
-    of both, the cosine being that of a pixel's channels, because the authors' code does so."""
+    """The anchor's loss [B]. paper: the squared norm is a sum; here: the mean over all but the
+    batch, because the authors' code does so."""
     mse = mean((F_fm - v).square())
-    cosine = cosine_similarity(F_fm, v, dim=1).reshape(len(v), -1).mean(dim=1)
-    return mse + 1 - cosine                                            # Eq. 10
+    return mse + 1 - cosine(F_fm, v)                                   # Eq. 10
+
+
+def cosine(a, b):
+    """The cosine of the angle between a and b [B]. paper: of whole samples; here: of the channels
+    of a pixel, and the mean over the pixels, because the authors' code does so. One channel has no
+    direction, there it is the cosine of whole samples."""
+    if a.shape[1] == 1:
+        a, b = a.flatten(1), b.flatten(1)
+    return cosine_similarity(a, b, dim=1).reshape(len(a), -1).mean(dim=1)
 
 
 WEIGHTS = {                                                            # Table 4, Figure 3(a)
@@ -325,8 +333,8 @@ def preview(net, noise, args):
 
 def check(args, net):
     """Raises ValueError for flags that do not go together. net: the network's options."""
-    if args.w != 1 and not net["num_classes"]:
-        raise ValueError(f"--w {args.w}: guidance needs a network with classes; use --w 1")
+    if args.w != 1 and (args.uncond or not net["num_classes"]):
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
 
 
 def train(args, run):
@@ -346,7 +354,7 @@ def train(args, run):
     if args.condition == "expanded" and not net.expandable:
         raise ValueError("this network's time ends at 1; use --condition auxiliary")
     if teacher is not None:
-        net.load_state_dict(teacher.state_dict(), strict=False)
+        flow.load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 

@@ -316,11 +316,10 @@ def _check_moments(name, mu, mean, sigma, covariance):
                          f"{list(covariance.shape)}; expected [D] and [D, D]")
     if not mean.isfinite().all() or not covariance.isfinite().all():
         raise ValueError(f"{name}: {mu} or {sigma} is not finite")
-    slack = ROUNDING * covariance.diagonal().abs().max()
+    slack = ROUNDING * covariance.diagonal().abs().max() + 1e-300      # a covariance may be 0
     if (covariance - covariance.T).abs().max() > slack:
         raise ValueError(f"{name}: {sigma} is not symmetric, so it is no covariance")
-    tiny = 1e-300                          # so that a covariance of zeros passes
-    _, failed = torch.linalg.cholesky_ex(covariance + (slack + tiny) * torch.eye(d))
+    _, failed = torch.linalg.cholesky_ex(covariance + slack * torch.eye(d, dtype=torch.float64))
     if failed:
         raise ValueError(f"{name}: {sigma} has negative eigenvalues, so it is no covariance")
 
@@ -581,7 +580,7 @@ def add_scores(sums, logits, i, n):
     p = log_p.exp()
     rows = torch.cat([p, (p * log_p).sum(1, keepdim=True)], 1)
     part = torch.arange(i, i + len(rows), device=rows.device) // SCORE_PART
-    count = -(-n // SCORE_PART)            # rounded up
+    count = math.ceil(n / SCORE_PART)
     parts = rows.new_zeros(count, rows.shape[1]).index_add_(0, part, rows)
     sums["parts"] = sums.get("parts", 0) + parts
 
@@ -807,8 +806,8 @@ def choose_network(args, sources, needs_network, device):
     for source in sources:
         held = source.statistics
         if held.get("features", name) != name:
-            raise ValueError(f"{source.name}: statistics of {held['features']}, not of {name}; both "
-                             "sides need the same network, and --features FILE exchanges it")
+            raise ValueError(f"{source.name}: statistics of {held['features']}, not of {name}; "
+                             "both sides need one network, and --features FILE exchanges it")
         if needs_network and name == INCEPTION and "mu" in held and len(held["mu"]) != FEATURES:
             raise ValueError(f"{source.name}: statistics of {len(held['mu'])} features, but "
                              f"Inception has {FEATURES}; --features FILE exchanges the network")

@@ -334,6 +334,12 @@ def find_or_train(args, dataset, run):
     return teacher.eval().requires_grad_(False), options
 
 
+def load_into(net, teacher):
+    """Copies the teacher's weights into its student. The student may have a second time that the
+    teacher does not have, and keeps its own weights there. ValueError if it lacks anything."""
+    checkpoints.load_weights(net, teacher.state_dict(), "the teacher", weights.MAY_BEGIN_ANEW)
+
+
 def default_teacher(args, run):
     """The path of the default teacher, which is now finished."""
     own = parse_args(["--preset", args.preset, "--data", args.data])

@@ -556,8 +556,8 @@ def check(args, net):
         other_ends = args.equal or args.scheme in ("imm", "meanflow", "facm")
         if args.w != 1 or other_ends:
             raise ValueError("--variant CU needs --w 1, --equal 0, and --scheme gcm or ect")
-    if args.w != 1 and not net["num_classes"]:
-        raise ValueError(f"--w {args.w}: guidance needs a network with classes; use --w 1")
+    if args.w != 1 and (args.uncond or not net["num_classes"]):
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab: a and b must differ")
     times = [T_MAX, *args.t_mid, T_MIN]

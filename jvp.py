@@ -18,7 +18,6 @@ F goes through net's own forward pass, so DDP and FSDP see it. dF never has a gr
 nothing to average for it. torch.func.jvp does not work with FSDP; `fused` and `fd` do.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -26,6 +25,7 @@ import operator
 
 import torch
 import torch.nn.functional as F
+from torch._C._dynamo import eval_frame
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -76,21 +76,10 @@ def fused(net, at, along, also=None):
     return value, derivative, net(*also)
 
 
-@contextlib.contextmanager
-def _plain_attention():
-    """Attention in PyTorch's plain form, because its fused kernels have no forward mode."""
-    fast = torch.backends.mha.get_fastpath_enabled()       # of nn.TransformerEncoderLayer
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 @torch.no_grad()
 def forward_mode(net, at, along):
-    """dF alone, by torch.func.jvp; at and along as at the top of this file."""
+    """dF alone, by torch.func.jvp; at and along as at the top of this file. Attention runs in
+    PyTorch's plain form, because its fused kernels have no forward mode."""
     x, t, s, y = at
     dx, dt, ds = _direction(at, along)
     if s is None:
@@ -101,16 +90,22 @@ def forward_mode(net, at, along):
     def output(x, t, s=None):
         return net(x, t, s, y)
 
-    with _plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(output, point, direction)[1]
 
 
 def exact(net, at, along, also=None, derivative=forward_mode):
     """F, dF and perhaps F_other (see the top of this file), with dF by torch.func.jvp.
 
-    derivative(net, at, along) computes dF; `select` passes a compiled forward_mode here."""
+    derivative(net, at, along) computes dF; `select` passes a compiled forward_mode here. It runs
+    without the fast path of nn.MultiheadAttention, which has no forward mode."""
     value, *others = _outputs(net, at, also)
-    return value, derivative(net, at, along), *others
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return value, derivative(net, at, along), *others
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def fd(net, at, along, also=None, h=5e-3):
@@ -179,6 +174,15 @@ def duals(values, tangents):
     return result
 
 
+def _compiled_only_inside(function):
+    """Tells torch.compile to compile the function as a part of the code that calls it, but never on
+    its own: then torch.compile (2.14) would not notice that func, a method of a tensor, is another
+    one than before, and repeat the former operation."""
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
+
+
 def _operator(function):
     """The method of Dual for an operator of Python, for example x * y."""
     def method(self, *others):
@@ -205,6 +209,7 @@ class Dual:
     tangent: torch.Tensor
 
     @classmethod
+    @_compiled_only_inside
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """PyTorch calls this in place of its function func if a Dual is among the arguments."""
         return _apply(func, *args, **(kwargs or {}))
@@ -265,6 +270,7 @@ class Dual:
 torch.export.register_dataclass(Dual)      # FSDP's hooks look for the tensors in their arguments
 
 
+@_compiled_only_inside
 def _apply(func, *args, **kwargs):
     """func(*args, **kwargs) with Duals among the arguments. Tensors of floating-point numbers in
     the result are Duals; the rest of it, for example indices or a shape, is as it is."""
@@ -377,7 +383,7 @@ def _fall_back(func, value, args, kwargs):
     point = tuple(dual.value for dual in moving)
     direction = tuple(dual.tangent for dual in moving)
     try:
-        with _plain_attention(), _Watch(func.__name__, arguments):
+        with sdpa_kernel(SDPBackend.MATH), _Watch(func.__name__, arguments):
             tangents = torch.func.jvp(continuous_outputs, point, direction)[1]
     except NotImplementedError as error:
         if "forward AD" not in str(error):

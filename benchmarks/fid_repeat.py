@@ -3,10 +3,11 @@
     python benchmarks/fid_repeat.py runs/facm-glyphs/ckpt.pt --ref glyphs:2 --features net.pt
     python benchmarks/fid_repeat.py CKPT --ref cifar10-32x32.npz --n 50000 --nfe 1 2 --seeds 3
 
-For each NFE and each seed, --n samples (labels in turn, as sample.py draws them by default) are
-measured by fid.py: FID, or with --features the Frechet distance of a TorchScript network's
-features. The reference is read once. The deviation is over seeds, with n - 1; it tells what a
-difference between two checkpoints has to exceed. The bias of few samples is in all of them alike.
+For each NFE and each seed, fid.py measures --n samples, with labels in turn, as sample.py draws them
+by default. The figure is the FID, or with --features the Frechet distance of the features of a
+TorchScript network. The reference is read once. The deviation is over seeds, with n - 1. A
+difference between two checkpoints that does not exceed it means nothing. All figures have the same
+bias, because the samples are few.
 """
 
 import json
@@ -30,12 +31,18 @@ def distances(args, device):
 
     Raises ValueError for a checkpoint, reference or network that cannot be read.
     """
+    if args.features and args.inception:
+        raise ValueError("--features replaces Inception; leave out --inception")
+    if args.ref_n is not None and not fid.is_glyphs(args.ref):
+        raise ValueError(f"--ref-n is the number of glyphs, but the reference is {args.ref}; leave it out")
     net, checkpoint = sample.load(args.ckpt, device)
     labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
     size = checkpoint["args"]["net"]["input_size"]
-    if checkpoint["args"]["net"]["in_channels"] != 3:
+    if checkpoint["args"]["net"]["in_channels"] not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents; sample them by sample.py --vae, and compare by fid.py")
-    reference = fid.open_source(args.ref, args.ref_n, size)
+    part = "fd_dinov2" if args.features else "fid"         # of EDM2's statistics
+    ref_n = 20_000 if args.ref_n is None else args.ref_n
+    reference = fid.open_source(args.ref, ref_n, size, part=part)
     extract, name = fid.load_extractor(args, device)
     moments = reference.statistics
     if "mu" not in moments:
@@ -53,20 +60,21 @@ def distances(args, device):
     return found, "FID" if name == fid.INCEPTION else f"Frechet distance ({name})"
 
 
+@processes.program("use fewer images at once by --batch")
 def main():
     p = flags.Parser(description="Mean and deviation of a checkpoint's FID over the seeds of its samples.")
     p.add_argument("ckpt", type=pathlib.Path, help="checkpoint of a script here")
-    p.add_argument("--ref", required=True, help="reference, as fid.py takes it")
-    p.add_argument("--ref-n", type=int, default=20_000, help="number of glyphs, if they are the reference")
+    p.add_argument("--ref", required=True, help="reference, as for fid.py")
+    p.add_argument("--ref-n", type=int, help="number of glyphs, if they are the reference (default: 20000)")
     p.add_argument("--features", type=pathlib.Path, help="TorchScript file in place of Inception; it is executed")
     p.add_argument("--inception", type=pathlib.Path, help="file of Inception's weights")
     p.add_argument("--n", type=int, default=2000, help="samples for each figure")
-    p.add_argument("--nfe", type=int, nargs="+", default=[1, 2], help="function evaluations")
-    p.add_argument("--seeds", type=int, default=3, help="how many")
-    p.add_argument("--seed", type=int, default=0, help="the first of them")
+    p.add_argument("--nfe", type=int, nargs="+", default=[1, 2], help="numbers of function evaluations")
+    p.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    p.add_argument("--seed", type=int, default=0, help="the first seed")
     p.add_argument("--batch", type=int, default=250, help="images at once in the network of the features")
-    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    p.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
+    p.add_argument("--json", type=pathlib.Path, help="file to which the figures are also written")
     args = p.parse_args()
     folders.check_output(args.json)
     if min(args.n, args.seeds, args.batch, *args.nfe) < 1 or args.seeds < 2:

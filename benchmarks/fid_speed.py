@@ -1,14 +1,14 @@
-"""How fast is fid.py? Images a second, and seconds for the distance, beside what is in common use.
+"""How fast is fid.py? Images a second, and seconds for the distance, beside code in common use.
 
     python benchmarks/fid_speed.py
     python benchmarks/fid_speed.py --size 256 --json fid_speed.json
 
-Features: fid.py's Inception beside pytorch-fid's class where that is installed, else beside
-torchvision's inception_v3 as a stand-in (nearly the same work, other weights); random weights, which
-take the same time as the public ones. Distance: fid.frechet_distance beside
-scipy.linalg.sqrtm, on two covariances of 2,048 features with a spectrum that falls. The two
-sides alternate, on the same device, after a warm-up; the figures are medians, with the range, and
-the ratios medians of the ratios of neighbours.
+Features: fid.py's Inception is compared with pytorch-fid's class if that is installed, and else with
+torchvision's inception_v3, which does nearly the same work. The weights are random, which changes no
+time. Distance: fid.frechet_distance is compared with scipy.linalg.sqrtm, on two covariances of 2,048
+features with a falling spectrum. Neighbours: fid.distances is compared with distances by
+differences, for precision and recall. The two sides alternate, on the same device, after a warm-up.
+The figures are medians, with the range, and the ratios are medians of the ratios of neighbours.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import quickstart
 
 import fid
 from common import flags, folders, processes
+from common.messages import fail
 
 
 def other_network(device):
@@ -76,16 +77,25 @@ def with_sqrtm(mu1, sigma1, mu2, sigma2):
     return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
 
 
+def by_differences(a, b):
+    """Euclidean distances from differences, which leaves none between exact copies."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def main():
     p = flags.Parser(description="Speed of fid.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--batch", type=int, default=16, help="images at once")
     p.add_argument("--size", type=int, default=32, help="height and width of the images")
     p.add_argument("--repeats", type=int, default=5, help="calls of each side")
-    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    p.add_argument("--json", type=pathlib.Path, help="file to which the figures are also written")
     args = p.parse_args()
     folders.check_output(args.json)
+    if min(args.batch, args.size, args.repeats) < 1:
+        fail("--batch, --size and --repeats must be at least 1")
     device, _, _ = processes.start(args.device)
+    if device.type == "mps":
+        fail("--device mps has no float64, which the distances need; use cpu or cuda")
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
 
@@ -96,21 +106,28 @@ def main():
         taken = alternate([lambda: ours(images), lambda: theirs(images)], args.repeats, device)
     rates = [sorted(args.batch / s for s in side) for side in taken]
     ratios = dict(features=statistics.median(b / a for a, b in zip(*taken)))
-    moments = [a for seed in (0, 1) for a in (np.full(2048, 0.1 * seed), spectrum(seed))]
+    moments = [np.zeros(2048), spectrum(0), np.full(2048, 0.1), spectrum(1)]
     distances = []
     taken = alternate([lambda: distances.append(fid.frechet_distance(*moments)),
                        lambda: distances.append(with_sqrtm(*moments))], min(args.repeats, 3), torch.device("cpu"))
     seconds = [sorted(side) for side in taken]
     ratios["distance"] = statistics.median(a / b for a, b in zip(*taken))
+    a, b = (torch.rand(n, 2048, dtype=torch.float64, device=device) for n in (500, 1000))
+    taken = alternate([lambda: fid.distances(a, b), lambda: by_differences(a, b)], args.repeats, device)
+    neighbours = [sorted(1000 * s for s in side) for side in taken]
+    ratios["neighbours"] = statistics.median(a / b for a, b in zip(*taken))
 
     figures = {}
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; median (least to most)")
     for label, side, unit in (("features, fid.py", rates[0], "images/s"), (f"features, {name}", rates[1], "images/s"),
-                              ("distance, fid.py", seconds[0], "s"), ("distance, sqrtm", seconds[1], "s")):
+                              ("distance, fid.py", seconds[0], "s"), ("distance, sqrtm", seconds[1], "s"),
+                              ("neighbours, fid.py", neighbours[0], "ms"),
+                              ("neighbours, differences", neighbours[1], "ms")):
         figures[label] = statistics.median(side)
         print(f"{label:48}{figures[label]:8.2f} {unit} ({side[0]:.2f} to {side[-1]:.2f})")
     print(f"features: {ratios['features']:.2f} times the speed; distance: {ratios['distance']:.3f} of the time, "
-          f"and they differ by {abs(distances[0] / distances[1] - 1):.1e} of it")
+          f"and they differ by {abs(distances[0] / distances[1] - 1):.1e} of it; "
+          f"neighbours: {ratios['neighbours']:.3f} of the time")
     if args.json:
         args.json.write_text(json.dumps(dict(
             figures=figures, ratios=ratios, batch=args.batch, size=args.size, device=str(device),

@@ -7,9 +7,9 @@ is wrong with a command line is printed in one line, with exit code 2.
 import argparse
 import ast
 import math
-import os
 import pathlib
 
+from common import torchrun
 from common.messages import fail
 
 LARGE = 1e15
@@ -169,10 +169,10 @@ def fill_in(args, method, preset):
     args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
     if args.data == "imagenet_latents":
         args.data_dir = args.data_dir or "data/imagenet_latents"
-    processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
+    processes = args.dry_run or torchrun.world_size()
     if args.batch % processes:
         fail(f"--batch {args.batch} is no multiple of {processes}, the number of processes")
-    if args.fsdp and "WORLD_SIZE" not in os.environ and not args.dry_run:
+    if args.fsdp and not torchrun.started() and not args.dry_run:
         fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
     if args.fsdp and getattr(args, "jvp", None) == "exact":
         fail("--fsdp: torch.func.jvp does not see sharded parameters; use another --jvp")

@@ -1,10 +1,12 @@
 """Folders with one owner, and files that can be written."""
 
 import contextlib
+import errno
 import os
 import socket
 
-from common.messages import fail
+from common import torchrun
+from common.messages import fail, say_once
 
 LOCKS = []                                 # (file, its path); a lock ends with its file
 
@@ -28,7 +30,13 @@ def own(folder):
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as e:
+        if e.errno not in (errno.EAGAIN, errno.EACCES):    # as some cluster's file systems
+            say_once(f"{folder} lies on a file system without locks ({e.strerror}): nothing keeps "
+                     "a second program from writing into it")
+            file.close()
+            path.unlink(missing_ok=True)
+            return made
         file.seek(0)
         raise ValueError(f"{folder} belongs to a running program, {file.read().strip()}; wait for "
                          "it, stop it, or use another --out") from None
@@ -65,7 +73,7 @@ def disown_all():
 def check_output(*paths):
     """Makes the folders of these files (pathlib.Path or None), and ends the program, before its
     work, if one of the files cannot be written. Process 0 does both."""
-    if os.environ.get("RANK", "0") != "0":
+    if torchrun.rank() != 0:
         return
     for path in paths:
         if path is None:

@@ -1,8 +1,9 @@
 """What a program prints for its user: errors in one line, and notes."""
 
-import os
 import sys
 from functools import cache
+
+from common import torchrun
 
 
 def fail(message, always=False):
@@ -10,7 +11,7 @@ def fail(message, always=False):
     of each machine prints the line; with `always` each process does, below a progress bar."""
     if always:
         print(f"\nerror: {message}", file=sys.stderr)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
+    elif torchrun.local_rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -19,5 +20,5 @@ def fail(message, always=False):
 def say_once(text):
     """Prints a line on stderr, by one process of a machine, the first time that it is called with
     this text."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if torchrun.local_rank() == 0:
         print(text, file=sys.stderr)

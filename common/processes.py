@@ -11,14 +11,15 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from common import folders
+from common import folders, torchrun
 from common.messages import fail
 
 # --------------------------------------------------------------------------------------------------
 # Beginning and end of a program.
 
 def start(device, compile=False, precision=None):
-    """Joins torchrun's processes, if it started this one: NCCL on CUDA, gloo on the CPU.
+    """Joins torchrun's processes, if it started this one: by NCCL on CUDA, by gloo on the CPU and
+    where there is no NCCL.
 
     device: "cpu", "cuda", "cuda:N", "mps", or None for the best there is. Returns (device, rank,
     world). Ends the program in one line if the device does not exist.
@@ -35,17 +36,25 @@ def start(device, compile=False, precision=None):
         fail("--device mps needs --precision float32, and runs without --compile")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {device}: there is no such CUDA GPU here; use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = torchrun.local_rank()
     if device.type == "cuda" and local >= torch.cuda.device_count():
         fail(f"process {local} has no GPU of its own; start {torch.cuda.device_count()} processes",
              always=True)
     set_globals(device, compile, precision)
-    if "WORLD_SIZE" not in os.environ:
+    if not torchrun.started():
         return device, 0, 1
+    backend = "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.is_nccl_available():       # not on Windows
+            backend = "nccl"
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        fail(f"process {torchrun.rank()} cannot join the others ({reason[:200]}); is the port of "
+             "MASTER_PORT in use, or another process not started?", always=True)
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -142,7 +151,7 @@ def is_out_of_memory(error):
 @contextlib.contextmanager
 def one_process_first():
     """One process of each machine runs the body alone, then the others, who find its download."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = torchrun.local_rank() == 0
     if not first:
         barrier()
     yield

@@ -16,7 +16,9 @@ from common.flags import MAY_CHANGE
 from common.log import Log
 from common.messages import fail, say_once
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# After these a run saves and ends: Slurm warns by SIGUSR1, and a terminal that closes by SIGHUP
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]       # Windows has the first two
 # What a training function puts into the flags, from the data and from the teacher
 FILLED_IN = {"net", "samples", "class_names", "teacher_id"}
 
@@ -122,7 +124,7 @@ class Run:
 
     def resume(self, net, ema, optimizer, extra=()):
         """Brings network, average and optimiser to the newest checkpoint, if there is one, and
-        begins the log. From here on SIGTERM and SIGINT wait for the end of a step.
+        begins the log. From here on SIGNALS wait for the end of a step.
 
         extra: parameters outside of the network that are trained as well. Raises ValueError if the
         run was begun with other flags, or if the checkpoint does not fit.
@@ -141,7 +143,8 @@ class Run:
             self.begin_anew()
         self.signals, self.stopped = [], False
         for number in SIGNALS:
-            signal.signal(number, lambda number, frame: self.signals.append(number))
+            if signal.getsignal(number) != signal.SIG_IGN:             # as nohup has it
+                signal.signal(number, lambda number, frame: self.signals.append(number))
         self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
                             self.args.log_every, quiet=self.rank > 0)
         self.begun = True
@@ -169,7 +172,10 @@ class Run:
         except ValueError as e:
             self.log_file.close()
             fail(f"step {step}: {e}; the checkpoints before stay in {self.folder}", always=True)
-        return processes.to_device(tensors, self.device)
+        x, y = processes.to_device(tensors, self.device)
+        if self.args.uncond:               # the network may have classes all the same
+            y = torch.full_like(y, self.net.num_classes)
+        return x, y
 
     def log(self, step, **figures):
         """Adds a step's figures, tensors of one number each, to the log."""
@@ -191,8 +197,8 @@ class Run:
         return self.folder / "previews" / f"{self.step:07d}.png" if self.rank == 0 else None
 
     def save(self):
-        """Writes a checkpoint if it is time. After SIGTERM or SIGINT it is time, and the program
-        ends."""
+        """Writes a checkpoint if it is time. After one of SIGNALS it is time, and the program ends.
+        """
         if self.save_is_due() or self.stopped:
             self.write_checkpoint()
         if self.stopped:

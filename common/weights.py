@@ -22,6 +22,7 @@ import torch
 
 import models
 from common import checkpoints
+from common.messages import say_once
 
 # --------------------------------------------------------------------------------------------------
 # Reading.
@@ -29,12 +30,19 @@ from common import checkpoints
 # What no shape tells of public weights
 NOT_IN_SHAPES = "heads head_channels prediction sigma_data edm_time time_scale pixelnorm".split()
 
+# Heads of the published DiTs and LightningDiTs, by width
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
+
 # The field's names for averaged weights: DiT, SiT, LightningDiT; k-diffusion, CompVis; lucidrains;
 # FACM's training, by ema_pytorch; timm, OpenTAD; diffusers. They go before the weights themselves.
 AVERAGES = ("ema", "model_ema", "ema_model", "emas", "state_dict_ema", "ema_state_dict")
 
 # ema_pytorch keeps the network itself beside it; of two averages FACM's authors take the second
 AVERAGE = re.compile(r"^(ema_model|ema|model_ema|ema_models\.1\.ema_model)\.(?!decay$|num_)")
+
+# What wrappers put before the names
+PREFIX = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.)|"
+                    r"unet\.)+")
 
 # Parameters that a student may have and the network that it begins with may lack
 MAY_BEGIN_ANEW = ("map_second", "r_embed", "map_augment")
@@ -93,26 +101,62 @@ def _flatten(state, prefix=""):
     return weights
 
 
+def find_weights(held, place=()):
+    """[(place, weights), ...]: every dict of tensors in a checkpoint, at any depth, with the keys
+    that lead to it."""
+    found = []
+    if any(torch.is_tensor(value) for value in held.values()):
+        found.append((place, held))
+    for key, value in held.items():
+        if isinstance(value, dict):
+            found += find_weights(value, (*place, str(key)))
+        elif isinstance(value, (list, tuple)):
+            for number, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    found += find_weights(entry, (*place, str(key), str(number)))
+    return found
+
+
+def layout(weights):
+    """The names and shapes of a dict of tensors, without the prefixes of wrappers."""
+    return {(PREFIX.sub("", str(name)), tuple(w.shape)) for name, w in weights.items()
+            if torch.is_tensor(w)}
+
+
 def has_tensors(value):
     """Whether a value of a checkpoint is a dict or list that holds tensors, at any depth."""
-    inner = value.values() if isinstance(value, dict) else value
-    return isinstance(value, (dict, list, tuple)) and any(
-        torch.is_tensor(v) or has_tensors(v) for v in inner)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    return any(torch.is_tensor(entry) or has_tensors(entry) for entry in value)
 
 
 def choose(held, path, key=None):
-    """The entry of a checkpoint's dict that holds its weights: `key`, else an average of them, else
-    the model. Raises ValueError with the file's keys if that is a guess."""
-    keys = f"{path} has the keys {', '.join(map(str, held))}"
-    if key and not isinstance(held.get(key), dict):
-        raise ValueError(f"{keys}; --weights {key} names no weights there")
-    there = (k for k in (*AVERAGES, "model", "state_dict") if isinstance(held.get(k), dict))
-    chosen = key or next(there, None)
-    others = [k for k, v in held.items() if "ema" in str(k).lower() and k != chosen
-              and has_tensors(v)]
-    if others and not key:
-        raise ValueError(f"{keys}; --weights KEY says which are the weights")
-    return held[chosen] if chosen else held
+    """The dict in a checkpoint that holds its weights: that of `key`, else the only average of the
+    weights, else the model.
+
+    Raises ValueError with the places of the candidates if that would be a guess: if several dicts
+    have the names and shapes of the weights, and not exactly one is known as an average, or if the
+    file has another entry with tensors whose name says EMA.
+    """
+    found = {".".join(place): weights for place, weights in find_weights(held)}
+    if key:
+        if key not in found:
+            raise ValueError(f"{path} has the keys {', '.join(found)}; --weights {key} names no "
+                             "weights there")
+        return found[key]
+    names = [name for name in (*AVERAGES, "model", "state_dict", *found) if name in found]
+    if not names:
+        return {}
+    chosen = names[0]
+    alike = [name for name in found if layout(found[name]) == layout(found[chosen])]
+    averages = [str(name) for name, value in held.items()
+                if "ema" in str(name).lower() and has_tensors(value)]
+    if averages not in ([], [chosen]) or (len(alike) > 1 and averages != [chosen]):
+        places = ", ".join(dict.fromkeys([*found, *averages]))
+        raise ValueError(f"{path} has the keys {places}; --weights KEY says which are the weights")
+    return found[chosen]
 
 
 def read(path, velocity=False, key=None):
@@ -149,9 +193,10 @@ def read(path, velocity=False, key=None):
         held = averaged or held
     if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
         raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
-    prefix = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.)|"
-                        r"unet\.)+")
-    weights = {prefix.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
+    weights = {PREFIX.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
+    if any(k.startswith("projectors.") for k in weights):
+        say_once(f"{path}: its projectors.*, which REPA needs in training alone, are left out")
+        weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
     if "emb_noise.weight" in weights:              # EDM2's: ours has gains [1], and no uncertainty
         weights = {k: v.reshape(1) if k.endswith("_gain") else v for k, v in weights.items()
                    if not k.startswith("logvar_")}
@@ -200,7 +245,7 @@ def options_from_shapes(weights):
     count = lambda pattern: len({m[1] for k in shape if (m := re.match(pattern, k))})  # noqa: E731
     if "x_embedder.proj.weight" in shape:
         width, channels, patch, _ = shape["x_embedder.proj.weight"]
-        heads = 16 if width == 1152 else max(width // 64, 1)
+        heads = HEADS.get(width, max(width // 64, 1))
         if "feat_rope.freqs_cos" in shape:
             heads = width // shape["feat_rope.freqs_cos"][1]
         mlp, gated = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight"
@@ -252,6 +297,21 @@ def options_from_shapes(weights):
     raise ValueError(f"weights of an unknown network; the first name is {next(iter(shape))}")
 
 
+def say_guesses(path, options, given):
+    """Prints, once for a file, what neither its shapes nor --net say of a public network, and is
+    therefore a guess."""
+    if "z_channels" in options:            # an autoencoder
+        return
+    defaults = inspect.signature(models.NETWORKS[options["name"]]).parameters
+    guesses = []
+    for key in ("heads", "head_channels", "prediction", "sigma_data"):
+        known = key in given or (key == "heads" and options.get("width") in HEADS)
+        if key in defaults and not known:
+            guesses.append(f"{key}={options.get(key, defaults[key].default)}")
+    if guesses:
+        say_once(f"{path} does not say {' '.join(guesses)}, which is assumed; --net changes it")
+
+
 def load(path, velocity=False, key=None, **options):
     """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
 
@@ -261,7 +321,10 @@ def load(path, velocity=False, key=None, **options):
     """
     weights, own = read(path, velocity, key)
     try:
-        net = models.create(**(own or options_from_shapes(weights) | options))
+        if own is None:
+            given, own = options, options_from_shapes(weights) | options
+            say_guesses(path, own, given)
+        net = models.create(**own)
     except (KeyError, ValueError) as e:
         raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
     checkpoints.load_weights(net, weights, path)
@@ -302,7 +365,9 @@ def read_start(path, args):
             options[key] = given           # of no network: models.create says so
         elif as_tuple(held[key]) != as_tuple(given) and key != "second_time":
             raise ValueError(f"--net {key}={given}: {path} has a network with {key}={held[key]}, "
-                             "which the run takes over; leave the option out")
+                             "which the run uses; leave the option out, or name another file")
+    if own is None:
+        say_guesses(path, held, wanted)
     return tensors, options
 
 

@@ -9,6 +9,7 @@ import torch
 from oracle import SHAPES, fused, loss_and_gradient, mutant
 from test_facm import ORACLE, OracleNet
 from test_training import (
+    FLOW,
     TINY,
     assert_same_run,
     call,
@@ -22,8 +23,9 @@ from test_training import (
 
 import baselines
 import facm
+import flow
 import sample
-from common import checkpoints
+from common import checkpoints, seeds
 from jvp import JVP, forward_mode
 
 SOURCE = pathlib.Path(baselines.__file__).read_text()
@@ -186,19 +188,19 @@ def test_meanflow_is_sampled_by_jumps():
 # ----------------------------------------------------------------------------------------------------------------------
 # As a program.
 
-def test_scm_resumes_with_its_learned_weight(tmp_path, monkeypatch):
-    flags = [*TINY, "--objective", "scm", "--pretrain", 2, "--tangent-warmup", 3]
+def test_scm_resumes_with_its_learned_weight(teacher, tmp_path, monkeypatch):
+    flags = [*TINY, "--objective", "scm", "--teacher", teacher, "--tangent-warmup", 3]
     call(monkeypatch, baselines, *flags, "--steps", 4, "--out", tmp_path / "whole")
-    for steps in range(5):
+    for steps in range(1, 5):
         call(monkeypatch, baselines, *flags, "--steps", steps, "--out", tmp_path / "run")
-    assert_same_run(tmp_path / "whole", tmp_path / "run", ["ckpt.pt"])
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
     whole, part = (checkpoints.read(tmp_path / name / "ckpt.pt")["extra"][0] for name in ("whole", "run"))
     assert torch.equal(whole, part) and whole.abs().min() > 0
 
 
-@pytest.mark.parametrize("number, flags", [(0, []), (3, ["--equal", 0.75]), (6, ["--pretrain", 0])], ids=str)
-def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, number, flags):
-    """0 when distilling, 0.75 from scratch, or as asked for; of the whole batch, whatever its pieces."""
+@pytest.mark.parametrize("number, flags", [(0, []), (3, ["--equal", 0.75]), (6, ["--teacher", "none"])], ids=str)
+def test_meanflow_has_exactly_its_share_of_equal_times(teacher, tmp_path, monkeypatch, number, flags):
+    """0 when distilling, 0.75 from scratch, or as asked for; of the whole batch, whatever its micro-batches."""
     seen, honest = [], baselines.meanflow_loss
 
     def watched(net, jvp, x1, x0, t, r, *more, **options):
@@ -206,24 +208,24 @@ def test_meanflow_has_exactly_its_share_of_equal_times(tmp_path, monkeypatch, nu
         return honest(net, jvp, x1, x0, t, r, *more, **options)
     monkeypatch.setattr(baselines, "meanflow_loss", watched)
     batch = 8 if number == 6 else 4
-    call(monkeypatch, baselines, *TINY, "--objective", "meanflow", "--pretrain", 1, "--steps", 2, "--batch", batch,
+    call(monkeypatch, baselines, *TINY, "--objective", "meanflow", "--teacher", teacher, "--steps", 2, "--batch", batch,
          "--micro-batch", batch // 2, *flags, "--out", tmp_path / "run")
     assert [sum(pair) for pair in zip(seen[::2], seen[1::2])] == [number] * 2
     assert checkpoints.read(tmp_path / "run" / "ckpt.pt")["args"]["net"]["second_time"]
 
 
-def test_scm_counts_the_warm_up_of_its_tangent_from_the_second_stage_on(tmp_path, monkeypatch):
+def test_scm_counts_the_warm_up_of_its_tangent_from_the_first_step_on(teacher, tmp_path, monkeypatch):
     calls = {}
     watch(monkeypatch, calls, baselines, "scm_loss")
-    call(monkeypatch, baselines, *TINY, "--objective", "scm", "--jvp", "fd", "--pretrain", 2, "--steps", 3,
+    call(monkeypatch, baselines, *TINY, "--objective", "scm", "--jvp", "fd", "--teacher", teacher, "--steps", 3,
          "--tangent-warmup", 2, "--out", tmp_path)
     assert [options["warm"] for options in calls["scm_loss options"]] == [0.5, 1, 1]
 
 
 @pytest.mark.parametrize("flags", [
     ["--objective", "scm", "--w", "1", "--tangent-warmup", "1"], ["--objective", "meanflow", "--equal", "0.5"]], ids=str)
-def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
-    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--pretrain", 0, "--steps", 1, *flags]
+def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--teacher", "none", "--steps", 1, *flags]
     call(monkeypatch, baselines, *common, "--out", tmp_path / "one")
     call(monkeypatch, baselines, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
     run_two(*common, "--out", tmp_path / "two", "--micro-batch", 2, script="baselines.py")
@@ -238,7 +240,7 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
     """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
     perturb(monkeypatch)
     for jvp in ("fused", "exact"):
-        call(monkeypatch, baselines, *TINY, "--pretrain", 0, "--steps", 1, "--jvp", jvp, "--out", tmp_path / jvp)
+        call(monkeypatch, baselines, *TINY, "--teacher", "none", "--steps", 1, "--jvp", jvp, "--out", tmp_path / jvp)
     a, b = (first_gradient(tmp_path / jvp) for jvp in ("fused", "exact"))
     assert (a - b).abs().max() < 1e-5 * b.abs().max() > 0
 
@@ -248,17 +250,47 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
     ["--objective", "scm", "--net", "width=8", "mult=1,1", "blocks=1", "adaptive_scale=True", "pixelnorm=True"],
     ["--objective", "meanflow", "--precision", "bf16"]], ids=str)
 def test_every_option_trains_and_samples(tmp_path, monkeypatch, flags):
-    call(monkeypatch, baselines, *TINY, *flags, "--pretrain", 2, "--steps", 2, "--out", tmp_path / "run")
+    net = flags[flags.index("--net"):] if "--net" in flags else []
+    call(monkeypatch, flow, *FLOW, *net, "--steps", 2, "--out", tmp_path / "flow")
+    call(monkeypatch, baselines, *TINY, *flags, "--teacher", tmp_path / "flow", "--steps", 2, "--out", tmp_path / "run")
     assert all(0 < row["grad_norm"] < math.inf for row in rows(tmp_path / "run"))
-    for name in ("ckpt", "teacher"):
-        call(monkeypatch, sample, "--ckpt", tmp_path / "run" / f"{name}.pt", "--nfe", 2, "--n", 2, "--device", "cpu",
+    for name in ("run", "flow"):
+        call(monkeypatch, sample, "--ckpt", tmp_path / name, "--nfe", 2, "--n", 2, "--device", "cpu",
              "--out", tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--objective", "scm", "--pretrain", "0"], "--w 1"), (["--objective", "facm"], "facm"),
+    (["--objective", "scm", "--teacher", "none"], "--w 1"), (["--objective", "facm"], "facm"),
     (["--w", "2", "--net", "num_classes=0"], "--w")])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, baselines, *TINY, "--out", tmp_path / "run", *flags)
-    assert not (tmp_path / "run/ckpt.pt").exists()
+    assert not (tmp_path / "run/ckpt.pt").exists() and not pathlib.Path("runs").exists()
+
+
+@pytest.mark.parametrize("objective", ["scm", "meanflow"])
+def test_the_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monkeypatch, objective):
+    """Noise, times, labels, guidance and weights of two steps, with a teacher and from scratch."""
+    name = f"{objective}_loss"
+    common = [*TINY, "--objective", objective, "--jvp", "fd", "--steps", 2, "--seed", 7, "--label-drop", 1, "--t-low", 0.25,
+              "--c", 0.05, "--equal", 0.25, "--tangent-warmup", 0, "--P-mean", -1, "--P-std", 1.5]
+    for w, source in ((3.0, teacher), (1.0, "none")):
+        calls = {}
+        with monkeypatch.context() as patch:
+            watch(patch, calls, baselines, name)
+            call(patch, baselines, *common, "--teacher", source, "--w", w, "--out", tmp_path / str(w))
+        for step in range(2):
+            g = seeds.generator("cpu", 7, "step", step)
+            x0, normal = torch.randn((8, 3, 12, 12), generator=g), torch.randn(8, generator=g)
+            torch.rand((2, 8), generator=g)
+            times = torch.stack([normal, torch.randn(8, generator=g)])
+            args, options = calls[name][step], calls[f"{name} options"][step]
+            y = args[-1]
+            assert torch.equal(args[3], x0) and (y == 10).all() == (w == 1) and (y < 10).all() == (w != 1)
+            assert options.items() >= dict(w=w, t_low=0.25, y_null=10).items() and (options["teacher"] is None) == (w == 1)
+            if objective == "scm":
+                assert torch.equal(args[4], facm.sample_t(normal, -1, 1.5))
+                assert options["warm"] == 1 and len(options["phi"]) == 8
+            else:
+                expected = baselines.sample_t_r(times, torch.arange(8) < 2, -1, 1.5)
+                assert all(torch.equal(a, b) for a, b in zip(args[4:6], expected)) and options["c"] == 0.05

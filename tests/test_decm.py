@@ -390,7 +390,7 @@ def test_the_student_starts_as_its_teacher(teacher, tmp_path, monkeypatch):
 
     net = models.create("DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=(), sigma_data=0.6,
                         adaptive_scale=True, time_scale=8.0, second_time=True)
-    torch.nn.init.normal_(net.map_second.weight)
+    torch.nn.init.normal_(net.map_second[2].weight)
     torch.save(dict(model=net.state_dict()), tmp_path / "two_times.pt")
     call(monkeypatch, decm, *command, "--teacher", tmp_path / "two_times.pt", "--out", tmp_path / "two")
     student = checkpoints.read(tmp_path / "two/ckpt.pt")["model"]
@@ -420,8 +420,8 @@ def test_samples_by_the_sampler_that_suits_the_nfe(finished, teacher, tmp_path, 
     call(monkeypatch, sample, *command, "--ckpt", teacher, "--nfe", 3, "--cfg", 1.75)
 
 
-@pytest.mark.parametrize("name, updates", [("cm_target", 1), ("n2n_target", 2)])
-def test_an_update_that_is_not_finite_is_skipped(teacher, tmp_path, monkeypatch, capsys, name, updates):
+@pytest.mark.parametrize("name", ["cm_target", "n2n_target"])
+def test_an_update_that_is_not_finite_is_skipped(teacher, tmp_path, monkeypatch, capsys, name):
     """Steps 0 and 2 of 3 have both updates, step 1 the first alone. The terms of the step are printed."""
     honest = getattr(decm, name)
     monkeypatch.setattr(decm, name, lambda F, *rest, **weights: honest(F, *rest, **weights) * float("nan"))
@@ -440,7 +440,7 @@ def test_an_update_that_is_not_finite_is_skipped(teacher, tmp_path, monkeypatch,
 def test_updates_that_are_never_finite_end_the_run_with_their_terms(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decm, "n2n_target", lambda F_n2n, *rest, **weights: F_n2n * float("nan"))
     with pytest.raises(SystemExit) as end:
-        call(monkeypatch, decm, *TINY, "--teacher", teacher, "--freq", 1, "--steps", 30, "--out", tmp_path / "run")
+        call(monkeypatch, decm, *TINY, "--jvp", "fd", "--teacher", teacher, "--freq", 1, "--steps", 30, "--out", tmp_path / "run")
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert re.search(r"^error: 20 steps in a row were not finite, the last is step 19: L_fm 0\.\d+, L_cm 0\.\d+, grad_norm "

@@ -1,15 +1,12 @@
 """examples/: the losses in other people's code."""
 
-import pathlib
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 
 sys.path.insert(0, str(ROOT / "examples"))
-import one_dimension
 import own_network
 
 

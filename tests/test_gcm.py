@@ -3,6 +3,7 @@ and as a program."""
 
 import math
 import pathlib
+import re
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from test_data import write_shards
 from test_training import (
     assert_same_run,
     call,
-    ends_in_one_line,
     first_gradient,
     kill_and_rerun,
     learning_rates,
@@ -19,6 +19,7 @@ from test_training import (
     refused,
     rows,
     run_two,
+    same,
     watch,
 )
 
@@ -26,7 +27,7 @@ import data
 import gcm
 import models
 from common import checkpoints, seeds, weights
-from common.run import ema_gamma
+from common.ema import gamma_of
 from jvp import JVP, forward_mode
 
 SOURCE = pathlib.Path(gcm.__file__).read_text()
@@ -564,7 +565,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, tmp_path):
     command = [*TINY, *VU, "--steps", 6, "--save-every", 2, "--out", tmp_path / "run"]
     kill_and_rerun(*command, step=3, out=tmp_path / "run", script="gcm.py")
-    assert_same_run(finished, tmp_path / "run", ["ckpt.pt"])
+    assert_same_run(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize("second_time", [False, True])
@@ -593,8 +594,8 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--augment", "--row", "E"], VU], ids=str)
-def test_processes_and_pieces_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
-    """Augmentation and groups, too: their random numbers and members are those of the global batch."""
+def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
+    """Also augmentation and groups: their random numbers and members are those of the global batch."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
     call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
@@ -692,7 +693,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     (["--epsilon", "0"], "--epsilon"), (["--t-mid", "0.6", "1.2"], "--t-mid"), (["--init", "nowhere.pt"], "nowhere.pt"),
     (["--init", "SMALL"], "num_classes 3, the data 10"), (["--init", "SMALL", "--resolution", "24"], "input_size 12"),
     (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
-    (["--steps", "0"], "both 0"), (["--teacher", "x.pt"], "--teacher"),
+    (["--steps", "0"], "--steps 0"), (["--teacher", "x.pt"], "--teacher"),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     if "SMALL" in flags:
@@ -703,17 +704,43 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
-def test_nan_stops_with_step_and_terms(tmp_path, monkeypatch, capsys):
+def break_losses(monkeypatch, broken):
+    """gcm.rms is NaN in these of its calls, one a step; their number is the length of the list."""
     honest, calls = gcm.rms, []
 
-    def broken(a, dim):
+    def rms(a, dim):
         calls.append(1)
-        return honest(a, dim) * (float("nan") if len(calls) == 3 else 1)
-    monkeypatch.setattr(gcm, "rms", broken)
-    with ends_in_one_line(capsys, r"step 2, process 0: loss nan, grad_norm nan;"):
-        call(monkeypatch, gcm, *TINY, "--steps", 4, "--save-every", 1, "--out", tmp_path / "run")
+        return honest(a, dim) * (float("nan") if len(calls) in broken else 1)
+    monkeypatch.setattr(gcm, "rms", rms)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys):
+    command = [*TINY, "--save-every", 1, "--out", tmp_path / "run"]
+    break_losses(monkeypatch, {3})
+    call(monkeypatch, gcm, *command, "--steps", 2)
+    before = checkpoints.read(tmp_path / "run/ckpt.pt")
+    before = {part: {k: v.clone() for k, v in before[part].items()} for part in ("model", "ema")}
+    call(monkeypatch, gcm, *command, "--steps", 3)
+    assert "step 2 is skipped, it is not finite: loss nan, grad_norm nan\n" in capsys.readouterr().err
     kept = checkpoints.read(tmp_path / "run/ckpt.pt")
-    assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["model"].values())
+    assert kept["step"] == 3 and all(same(kept[part], before[part]) for part in before)
+    call(monkeypatch, gcm, *command, "--steps", 4)
+    kept = checkpoints.read(tmp_path / "run/ckpt.pt")
+    assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["model"].values())
+    assert not same(kept["model"], before["model"])
+    assert [row.get("skipped") for row in rows(tmp_path / "run")] == [None, None, 1, None]
+
+
+def test_losses_that_are_never_finite_end_the_run_with_step_and_terms(tmp_path, monkeypatch, capsys):
+    break_losses(monkeypatch, range(3, 99))
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, gcm, *TINY, "--steps", 40, "--save-every", 1, "--out", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.search("^error: 20 steps in a row were not finite, the last is step 21: loss nan, grad_norm nan;", said,
+                     re.MULTILINE), said
+    kept = checkpoints.read(tmp_path / "run/ckpt.pt")
+    assert kept["step"] == 21 and all(v.isfinite().all() for v in kept["model"].values())
 
 
 @pytest.mark.cuda
@@ -757,8 +784,8 @@ def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
     calls, rates = {}, learning_rates(monkeypatch, torch.optim.RAdam)
     watch(monkeypatch, calls, gcm, "sample_times", "gcm_loss")
     watch(monkeypatch, calls, data.Dataset, "batch")
-    watch(monkeypatch, calls, gcm, "augment")
-    watch(monkeypatch, calls, run, "generator", "ema_update")
+    watch(monkeypatch, calls, gcm, "augment", "generator")
+    watch(monkeypatch, calls, torch, "_foreach_lerp_")
     call(monkeypatch, gcm, *TINY, "--variant", "VU", "--steps", 2, "--seed", 7, "--label-drop", 1, "--w", 3,
          "--kappa", 0.4, "--guide", 0.1, 0.8, "--group", 2, "--kernel-sigma", 0.3, "--share-time", "--curriculum", 0,
          "--ht", "exp", "--epsilon", 0.02, "--mu", 2, "--pt", "sine", "--pt-ab", 1, 0.1, "--nu-s", 3, "--equal", 0.25,
@@ -766,20 +793,31 @@ def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
          "--warmup", 1, "--lr", 1e-3, "--lr-final", 0.5, "--augment", "--jvp", "fused", "--ema-sigma", 0.2,
          "--ema-beta", 0.9, "--out", tmp_path / "run")
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 8), (7, 8, 8)]
-    assert [a[2:] for a in calls["ema_update"]] == [(k, ema_gamma(0.2), 0.9) for k in (1, 2)]
+    assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - 0.9] * 2
     assert rates == [1e-3, 0.75e-3]
     assert [a for a in calls["generator"] if "augment" in a] == [("cpu", 7, "augment", k) for k in (0, 1)]
-    for step, (u, *rest) in enumerate(calls.pop("sample_times")):
-        assert rest == ["gcm", "VU", "sine", [1.0, 0.1], 3.0, 0.25, -1.0, 1.5, 0.6]
+    for step, (u,) in enumerate(calls.pop("sample_times")):
+        times = calls["sample_times options"][step]
+        assert times == dict(scheme="gcm", variant="VU", pt="sine", ab=[1.0, 0.1], nu=3.0, equal=0.25, P_mean=-1.0, P_std=1.5,
+                             sigma_d=0.6)
         g = seeds.generator("cpu", 7, "step", step)
         z, drawn = torch.randn((8, 3, 12, 12), generator=g), torch.rand((5, 8), generator=g)
         assert torch.equal(u, drawn[:4, ::2].repeat_interleave(2, 1))
         _, _, x, noise, t, s, density, y = calls["gcm_loss"][step]
         options = calls["gcm_loss options"][step]
-        assert all(torch.equal(a, b) for a, b in zip((t, s, density), gcm.sample_times(u, *rest)))
+        assert all(torch.equal(a, b) for a, b in zip((t, s, density), gcm.sample_times(u, **times)))
         assert torch.equal(noise, 0.6 * z) and (y == 10).all()
-        assert options == dict(ht="exp", k=0.02, mu=2.0, scheme="gcm", gamma=0.5, lam=2.0, M=2, sigma=0.3, y_null=10, w=3.0,
-                               kappa=0.4, guide=[0.1, 0.8])
+        assert options == dict(difference=False, ht="exp", k=0.02, mu=2.0, scheme="gcm", gamma=0.5, lam=2.0, M=2, sigma=0.3,
+                               y_null=10, w=3.0, kappa=0.4, guide=[0.1, 0.8])
+
+
+def test_without_a_constant_rate_the_average_is_the_power_function(tmp_path, monkeypatch):
+    calls = {}
+    watch(monkeypatch, calls, torch, "_foreach_lerp_")
+    watch(monkeypatch, calls, gcm, "gcm_loss")
+    call(monkeypatch, gcm, *TINY, "--steps", 2, "--ema-sigma", 0.2, "--jvp", "fd", "--out", tmp_path / "run")
+    assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma_of(0.2) + 1) for k in (1, 2)]
+    assert all(options["difference"] for options in calls["gcm_loss options"])             # --jvp fd is the paper's
 
 
 def spied_step(monkeypatch, **options):

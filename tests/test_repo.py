@@ -21,11 +21,11 @@ import fid
 import flow
 import gcm
 import sample
-from common import flags
+from common import flags, torchrun
 
 SCRIPTS = [ROOT / name for name in ("flow.py", "facm.py", "decm.py", "gcm.py", "baselines.py")]
 TOP = "flow facm decm gcm baselines models jvp data encode sample fid".split()
-COMMON = "augment checkpoints dryrun ema flags folders imagefiles log messages processes run seeds weights".split()
+COMMON = "augment checkpoints dryrun ema flags folders imagefiles log messages processes run seeds torchrun weights".split()
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")])
 
 
@@ -156,9 +156,9 @@ def test_a_loss_needs_torch_alone(path):
 def test_imports_run_one_way():
     """Floor by floor: what a file may import of ours. common/ knows nothing of the methods, and nothing of data sets."""
     inside = {
-        "__init__": set(), "augment": set(), "ema": set(), "messages": set(), "seeds": set(), "folders": {"messages"},
-        "checkpoints": {"messages"}, "log": {"messages"}, "flags": {"messages"}, "imagefiles": {"messages"},
-        "processes": {"folders", "messages"}, "weights": {"checkpoints"},
+        "__init__": set(), "augment": set(), "ema": set(), "torchrun": set(), "messages": {"torchrun"}, "seeds": set(),
+        "folders": {"messages", "torchrun"}, "checkpoints": {"messages"}, "log": {"messages"}, "flags": {"messages", "torchrun"},
+        "imagefiles": {"messages"}, "processes": {"folders", "messages", "torchrun"}, "weights": {"checkpoints", "messages"},
         "run": {"checkpoints", "dryrun", "flags", "folders", "log", "messages", "processes"}, "dryrun": {"processes", "run"}}
     everything = set(COMMON)
     allowed = {name: inside[name] | ({"models"} if name == "weights" else set()) for name in inside}
@@ -277,5 +277,6 @@ def test_every_command_parses(command, monkeypatch):
     if script in PROGRAMS:
         monkeypatch.setattr(sys, "argv", words[words.index(script):])
         if words[0] == "torchrun":
-            monkeypatch.setenv("WORLD_SIZE", "8")
+            for name in torchrun.NAMES:
+                monkeypatch.setenv(name, "8")
         assert PROGRAMS[script].parse_args()

@@ -244,7 +244,7 @@ def test_a_run_is_not_resumed_with_another_teacher(finished, teacher, tmp_path, 
     call(monkeypatch, facm, *command, "--teacher", tmp_path / "moved.pt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_exits(tmp_path, number):
     process = popen(*FLOW, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path / "run", script="flow.py")
     wait_for_step(process, tmp_path / "run", 2)

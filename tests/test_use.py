@@ -23,7 +23,7 @@ import flow
 import gcm
 import models
 import sample
-from common import checkpoints, dryrun, processes, seeds
+from common import checkpoints, dryrun, processes, seeds, torchrun
 
 TINY = ["--batch", "4", "--micro-batch", "2", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "attention=6,"]
 
@@ -163,7 +163,8 @@ def test_a_resume_with_another_micro_batch_sees_the_same_samples(tmp_path, monke
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name in torchrun.NAMES:
+        monkeypatch.setenv(name, "3" if name == "WORLD_SIZE" else "0")
     said = refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / "run")
     assert "--batch 4 is no multiple of 3, the number of processes" in said
 

@@ -16,6 +16,7 @@ from test_golden import GOLDEN, golden
 
 import models
 from common import checkpoints, weights
+from common.messages import say_once
 
 NET = dict(name="LightningDiT", input_size=8, in_channels=3, num_classes=4, patch=2, width=32, depth=2, heads=4)
 
@@ -217,15 +218,52 @@ def test_an_average_goes_before_the_weights_under_every_name(tmp_path, file):
     assert options is None and held.keys() == average.keys() and all(torch.equal(held[k], average[k]) for k in held)
 
 
-@pytest.mark.parametrize("file", [
-    dict(model={"a": torch.ones(2)}, my_ema={"a": torch.zeros(2)}), dict(net={"a": torch.ones(2)}, EMA_1={"a": torch.zeros(2)}),
-    dict(model={"a": torch.ones(2)}, ema_params=[torch.zeros(2)]),
-    dict(ema={"a": torch.ones(2)}, ema_slow={"x": {"a": torch.zeros(2)}})], ids=range(4))
-def test_an_average_of_an_unknown_name_is_not_passed_over(tmp_path, file):
+ONE, OTHER = {"a": torch.ones(2)}, {"a": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("file, places", [
+    (dict(model=ONE, my_ema=OTHER), "model, my_ema"), (dict(net=ONE, EMA_1=OTHER), "net, EMA_1"),
+    (dict(model=ONE, ema_params=[torch.zeros(2)]), "model, ema_params"),
+    (dict(ema=ONE, ema_slow={"x": OTHER}), "ema, ema_slow.x, ema_slow"),
+    (dict(model=ONE, avg_model=OTHER), "model, avg_model"), (dict(model=ONE, swa=dict(params=OTHER)), "model, swa.params"),
+    (dict(nets=dict(student=ONE, target={"module.a": torch.zeros(2)})), "nets.student, nets.target"),
+    (dict(state_dict=ONE, shadow=[dict(step=1), OTHER]), "state_dict, shadow.1"),
+    (dict(model=ONE, polyak={"_orig_mod.module.a": torch.zeros(2)}), "model, polyak")], ids=range(9))
+def test_an_average_of_an_unknown_name_is_not_passed_over(tmp_path, file, places):
+    """Under whatever name and at whatever depth: two dicts of the same names and shapes are a question."""
     torch.save(file, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=f"has the keys {', '.join(file)}; --weights KEY says which"):
+    with pytest.raises(ValueError, match=f"has the keys {places}; --weights KEY says which"):
         weights.read(tmp_path / "x.pt")
-    key = next(iter(file))
+    key = places.split(", ")[0]
     assert torch.equal(weights.read(tmp_path / "x.pt", key=key)[0]["a"], torch.ones(2))
+    if len(places.split(", ")) == 2 and "params" not in places.split(".")[0]:
+        other = places.split(", ")[1]
+        assert torch.equal(weights.read(tmp_path / "x.pt", key=other)[0]["a"], torch.zeros(2))
     with pytest.raises(ValueError, match="--weights nothing names no weights there"):
         weights.read(tmp_path / "x.pt", key="nothing")
+
+
+def test_what_looks_alike_but_is_no_copy_of_the_weights_is_no_question(tmp_path):
+    torch.save(dict(model=ONE, discriminator={"b": torch.zeros(2)}, optimizer=dict(state={0: dict(exp_avg=torch.zeros(2))})),
+               tmp_path / "x.pt")
+    assert torch.equal(weights.read(tmp_path / "x.pt")[0]["a"], torch.ones(2))
+
+
+def test_what_no_shape_tells_is_said_when_it_is_assumed(tmp_path, capsys):
+    """The heads of a width that is in no published table, and what the output means; not what --net says."""
+    options = dict(name="DiT", input_size=8, in_channels=3, num_classes=4, patch=4, depth=1)
+    for width, given, assumed in ((32, {}, "heads=1 prediction=velocity"), (384, {}, "prediction=velocity"),
+                                  (32, dict(heads=4, prediction="noise"), None)):
+        say_once.cache_clear()
+        torch.save(models.create(**options, width=width, heads=given.get("heads", width // 64 or 1)).state_dict(), tmp_path / "x.pt")
+        weights.load(tmp_path / "x.pt", **given)
+        said = capsys.readouterr().err
+        assert said == (f"{tmp_path}/x.pt does not say {assumed}, which is assumed; --net changes it\n" if assumed else "")
+
+
+def test_what_repa_needs_in_training_alone_is_left_out(tmp_path, capsys):
+    net = models.create("DiT", input_size=8, in_channels=3, num_classes=4, patch=4, depth=1, width=32, heads=2)
+    say_once.cache_clear()
+    torch.save(dict(ema=net.state_dict() | {"projectors.0.0.weight": torch.zeros(2, 2)}), tmp_path / "x.pt")
+    weights.load(tmp_path / "x.pt", heads=2)
+    assert "its projectors.*, which REPA needs in training alone, are left out" in capsys.readouterr().err
