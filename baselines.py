@@ -71,6 +71,12 @@ def parse_args():
     flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
          "is trained from scratch and learns its own guidance")
     args = flags.parse(parser, METHOD, PRESETS)
+    flags.check_effect(
+        args,
+        ("t-low", args.w != 1, "guidance, --w other than 1"),
+        ("c equal", args.objective == "meanflow", "--objective meanflow"),
+        ("tangent-warmup", args.objective == "scm", "--objective scm"),
+        ("label-drop", args.teacher == "none", "--teacher none"))
     if args.equal is None:
         args.equal = 0.75 if args.teacher == "none" else 0.0
     return args
@@ -168,7 +174,8 @@ def preview(net, noise, args):
 def check(args, net):
     """Raises ValueError for flags that do not go together. net: the network's options."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
+        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+                         "--w 1")
     if args.objective == "scm" and args.w != 1 and args.teacher == "none":
         raise ValueError("--objective scm from scratch knows no velocity to guide; use --w 1")
 

@@ -144,7 +144,16 @@ def parse_args():
     flag("--c", float, 0, help="the constant in the adaptive weight")
     flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
          "is trained from scratch")
-    return flags.parse(parser, METHOD, PRESETS)
+    args = flags.parse(parser, METHOD, PRESETS)
+    flags.check_effect(
+        args,
+        ("P-mean P-std", args.times != "nseg", "--times arctan or lognorm"),
+        ("segments", args.times == "nseg", "--times nseg"),
+        ("vel-norm", args.w != 1, "guidance, --w other than 1"),
+        ("freq lam gam vpsi r-max w2", "n2n" in args.objectives, "n2n among --objectives"),
+        ("w1", "cd" in args.objectives, "cd among --objectives"),
+        ("label-drop", args.teacher == "none", "--teacher none"))
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,7 +405,8 @@ def preview(net, noise, args):
 def check(args, net):
     """Raises ValueError for flags that do not go together. net: the network's options."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
+        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+                         "--w 1")
     if args.w != 1 and args.teacher == "none":
         raise ValueError(f"--w {args.w}: there is no guidance from scratch; use --w 1")
     if args.lam + args.gam <= 0:

@@ -130,7 +130,13 @@ def parse_args():
     flag("--anchor", float, 0, default=1.0, help="weight of L_FM; 0: no anchor (Eq. 8)")
     flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
          "is trained from scratch and learns its own guidance")
-    return flags.parse(parser, METHOD, PRESETS)
+    args = flags.parse(parser, METHOD, PRESETS)
+    flags.check_effect(
+        args,
+        ("t-low", args.w != 1, "guidance, --w other than 1"),
+        ("power", "1-t^p" in (args.alpha, args.beta), "--alpha or --beta 1-t^p"),
+        ("label-drop", args.teacher == "none", "--teacher none"))
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,7 +340,8 @@ def preview(net, noise, args):
 def check(args, net):
     """Raises ValueError for flags that do not go together. net: the network's options."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
+        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+                         "--w 1")
 
 
 def train(args, run):

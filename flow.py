@@ -5,6 +5,7 @@ The network learns the velocity v(x_t, t) of the flow that turns noise into data
 along it draw a sample; FACM, DE-CM and the baselines distil it into a network that needs one.
 
     L     = |F(x_t, t) - (x_1 - x_0)|^2                   `flow_loss`                FACM's Eq. 1
+            and on ImageNet 1 - cos(F, x_1 - x_0) in addition, as FACM's authors have it
     dx/dt = v(x_t, t), guided: v_uncond + w (v_cond - v_uncond)    `integrate`       FACM's Eq. 9
 
 Half of the samples are trained at the time 2 - t in place of t, where the network has to give the
@@ -28,6 +29,7 @@ import math
 import pathlib
 
 import torch
+from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -40,8 +42,8 @@ from common.seeds import generator, seed_of
 
 METHOD = "flow"
 
-# The presets, one for each data set. A flag on the command line overrides its value. FACM says
-# little of its teachers: what is not marked is from its Tables 3 and 5, or as in its own presets.
+# The presets, one for each data set. A flag on the command line overrides its value. FACM's paper
+# says little of its teachers: what is not marked is as for its students (Table 5).
 PRESETS = {
     "glyphs": dict(                        # ours
         resolution=16,
@@ -55,8 +57,10 @@ PRESETS = {
         net=dict(
             name="DDPM++", width=32, mult=(1, 1, 2), blocks=1, attention=(), sigma_data=0.6,
             adaptive_scale=True, time_scale=8.0),
+        times="arctan",
         P_mean=0.0,
         P_std=1.2,
+        cosine=0.0,
     ),
     "cifar10": dict(
         resolution=32,
@@ -72,22 +76,26 @@ PRESETS = {
         xflip=True,
         uncond=True,
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
+        times="arctan",
         P_mean=-1.0,
         P_std=1.4,
+        cosine=0.0,
     ),
     "imagenet_latents": dict(
         steps=1_001_000,                   # 800 epochs (Table 3)
         batch=1024,
-        lr=1e-4,
+        lr=2e-4,                           # the authors' code
         lr_final=1.0,
         warmup=1000,                       # ours
-        betas=(0.9, 0.999),
-        ema_sigma=0.2,
+        betas=(0.9, 0.95),                 # the authors' code
+        ema_sigma=0.2,                     # the authors' code
         precision="bf16",                  # the authors' code
         micro_batch=32,                    # ours: 80 GB
         net=dict(name="LightningDiT-XL/1", qknorm=True),
-        P_mean=-0.8,
+        times="uniform",                   # the authors' code
+        P_mean=-0.8,                       # without effect
         P_std=1.6,
+        cosine=1.0,                        # the authors' code
     ),
 }
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
@@ -101,26 +109,42 @@ def parse_args(argv=None):
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
     flag("--init", metavar="FILE", help="velocity network to begin with, ours or a public one, "
          "which then learns the times from 1 to 2")
-    flag("--P-mean", float, help="mean of ln(sigma), for the times (FACM's Eq. 20)")
+    flag("--times", choices=["arctan", "uniform"], help="how t is drawn: as FACM's Eq. 20, or "
+         "uniformly as in the code of FACM's authors")
+    flag("--P-mean", float, help="mean of ln(sigma), for --times arctan (FACM's Eq. 20)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20)")
+    flag("--cosine", float, 0, help="weight of 1 - cos(F, x_1 - x_0) in the loss")
     flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, which guidance "
          "needs")
-    return flags.parse(parser, METHOD, PRESETS, argv)
+    args = flags.parse(parser, METHOD, PRESETS, argv)
+    flags.check_effect(
+        args,
+        ("P-mean P-std", args.times == "arctan", "--times arctan"),
+        ("weights", args.init, "--init"))
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
 # THE METHOD. Pure functions of any shape: x1, x0, ... [B, ...]; t [B] float; y [B] int64 or None.
 
-def flow_loss(net, x1, x0, t, y, *, mixed=None):
+def flow_loss(net, x1, x0, t, y, *, mixed=None, cosine=0.0):
     """Mean squared error of the velocity (FACM's Eq. 1), mean over the batch and the elements.
 
     net        any callable net(x, t, s, y), called with s None; under DDP its wrapper
     x1, x0, t, y   data, noise, times in [0, 1], labels or None
     mixed      bool [B] or None: the samples that are trained at 2 - t in place of t (A.3(a))
+    cosine     the weight of the cosine distance, over channels and mean over pixels, as in
+               facm.fm_loss, which is added
     """
     xt = wide(1 - t, x0) * x0 + wide(t, x1) * x1
     time = t if mixed is None else torch.where(mixed, 2 - t, t)
-    return (net(xt, time, None, y) - (x1 - x0)).square().mean()        # FACM's Eq. 1
+    F, v = net(xt, time, None, y), x1 - x0
+    mse = (F - v).square().mean()                                      # FACM's Eq. 1
+    if cosine == 0:
+        return mse
+    if v.shape[1] == 1:                    # one channel has no direction: the whole sample's
+        F, v = F.flatten(1), v.flatten(1)
+    return mse + cosine * (1 - cosine_similarity(F, v, dim=1).mean())
 
 
 def wide(t, x):
@@ -128,8 +152,10 @@ def wide(t, x):
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def sample_t(normal, P_mean=0.0, P_std=1.2):
-    """Times in (0, 1) from standard normal draws [B] (FACM's Eq. 20)."""
+def sample_t(normal, times="arctan", P_mean=0.0, P_std=1.2):
+    """Times in (0, 1) from standard normal draws [B]: uniform, or as in FACM's Eq. 20."""
+    if times == "uniform":
+        return torch.special.ndtr(normal)  # the normal distribution function
     sigma = torch.exp(P_mean + P_std * normal)
     return 1 - 2 / math.pi * torch.atan(sigma)
 
@@ -188,7 +214,7 @@ def sampler_options(args):
     """{sampler: its options} for a network with these flags (a dict). Teachers that facm.py had
     trained itself were guided from its --t-low on."""
     options = dict(y_null=args["net"].get("num_classes", 0),
-                   cfg_interval=(args.get("t_low", 0.0), 1.0))
+                   cfg_interval=(args.get("t-low", 0.0), 1.0))
     return {name: options for name in SAMPLERS}
 
 
@@ -251,7 +277,7 @@ def train(args, run):
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)
         normal = torch.randn(args.batch, generator=random, device=device)
-        t_all = sample_t(normal, args.P_mean, args.P_std)
+        t_all = sample_t(normal, args.times, args.P_mean, args.P_std)
         drop_all = torch.rand(args.batch, generator=random, device=device) < args.label_drop
         mixed_all = torch.rand(args.batch, generator=random, device=device) < 0.5
         if not net.expandable:             # it cannot tell t from 2 - t
@@ -273,7 +299,7 @@ def train(args, run):
                 model.require_backward_grad_sync = last                # what DDP's no_sync() sets
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 L_fm = flow_loss(model, x1, x0_all[samples], t_all[samples], y,
-                                 mixed=mixed_all[samples])
+                                 mixed=mixed_all[samples], cosine=args.cosine)
             loss = L_fm * (len(y) / (args.batch // world))
             loss.backward()
             total += loss.detach()

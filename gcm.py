@@ -227,15 +227,30 @@ def parse_args():
          "square root of the step (ECT)")
     flag("--ema-beta", float, 0, 1, help="constant rate of the EMA, in place of --ema-sigma; 0 "
          "means --ema-sigma")
-    args = parser.parse_args()
+    args = flags.parse_words(parser)
     preset = flags.choose_preset(args, PRESETS)
     if args.row:
         preset = preset | ROWS[args.row]
-    if args.epsilon is not None:           # a step that is given replaces the preset's curriculum
+    if "epsilon" in args.given:            # a step that is given replaces the preset's curriculum
         preset = preset | dict(curriculum=0)
-    if args.ema_sigma is not None:         # a width that is given replaces the preset's rate
+    if "ema-sigma" in args.given:          # a width that is given replaces the preset's rate
         preset = preset | dict(ema_beta=0.0)
-    return flags.fill_in(args, METHOD, preset)
+    args = flags.fill_in(args, METHOD, preset)
+    log_normal = args.equal > 0 or args.scheme in ("meanflow", "facm", "ect")
+    flags.check_effect(
+        args,
+        ("epsilon", not args.curriculum, "--curriculum 0"),
+        ("q", args.curriculum, "--curriculum"),
+        ("mu", "exp" in (args.ht, args.ct) or args.ht == "exp-equal", "--ht exp or --ct exp"),
+        ("ct", args.init is None, "a network from scratch, without --init"),
+        ("gamma lambda pt pt-ab nu-s", args.scheme == "gcm", "--scheme gcm"),
+        ("pt-ab", args.pt != "uniform", "--pt sine or cosh"),
+        ("nu-s", args.variant == "VU", "--variant VU"),
+        ("P-mean P-std", log_normal, "--equal, or --scheme meanflow, facm or ect"),
+        ("kernel-sigma share-time", args.group > 1, "--group 2 or more"),
+        ("kappa guide label-drop", args.w != 1, "guidance, --w other than 1"),
+        ("weights", args.init, "--init"))
+    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,7 +572,8 @@ def check(args, net):
         if args.w != 1 or other_ends:
             raise ValueError("--variant CU needs --w 1, --equal 0, and --scheme gcm or ect")
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use --w 1")
+        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+                         "--w 1")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab: a and b must differ")
     times = [T_MAX, *args.t_mid, T_MIN]

@@ -326,7 +326,7 @@ def _writes(name, args, kwargs):
         return kwargs.get("training", False) and args[1] is not None
     if name in ("setitem", "__setitem__"):
         return True
-    return name.endswith("_") and not name.endswith("__")
+    return name[-1] == "_" and name[-2:] != "__"
 
 
 def _only_the_first_moves(args, kwargs):
@@ -370,6 +370,8 @@ NO_FORWARD_MODE = (" has neither a rule in jvp.RULES nor a forward mode in PyTor
 def _fall_back(func, value, args, kwargs):
     """The result with its tangents, where value = func(*args, **kwargs): torch.func.jvp computes
     func of the values once more, now with their tangents."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="the fallback of jvp.py is not compiled")
     arguments, structure = tree_flatten((args, kwargs), is_leaf=lambda a: isinstance(a, Dual))
     moving = [argument for argument in arguments if isinstance(argument, Dual)]
 

@@ -94,20 +94,17 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
 
     method: for a public file, "flow" or what distilled it; its checkpoint has method, step 1 and
-    args = dict(net=...). options, key: see weights.load. ValueError if the file is no checkpoint.
+    args = dict(net=...). options, key: see weights.load. Raises ValueError if the file is no
+    checkpoint.
     """
     if method:
-        net = weights.load(path, method == "flow", key, **(options or {})).to(device)
-        if raw or hasattr(net, "decode"):
-            raise ValueError(f"{path}: --raw is for our checkpoints, and autoencoders for --vae")
-        args = dict(net=weights.options_from_shapes(net.state_dict()) | (options or {}))
-        return net, dict(method=method, step=1, args=args)
+        return load_public(path, device, raw, method, options or {}, key)
     try:
         checkpoint = checkpoints.read(path)
     except ValueError as e:
         raise ValueError(f"{e}; a public network needs --method: flow, facm, ...") from None
     if "net" not in checkpoint["args"]:
-        raise ValueError(f"{path} does not tell the options of its network")
+        raise ValueError(f"{path} does not have the options of its network")
     if checkpoint["method"] not in METHODS:
         raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
     if options or key:
@@ -117,11 +114,22 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     return net.to(device).eval(), checkpoint
 
 
+def load_public(path, device, raw, method, options, key):
+    """As load, for a public file."""
+    net = weights.load(path, method == "flow", key, **options).to(device)
+    if raw:
+        raise ValueError(f"{path}: --raw is for checkpoints of the training scripts")
+    if hasattr(net, "decode"):
+        raise ValueError(f"{path} is an autoencoder, which belongs to --vae")
+    args = dict(net=weights.options_from_shapes(net.state_dict()) | options)
+    return net, dict(method=method, step=1, args=args)
+
+
 def export(path, net, checkpoint):
     """Writes what sampling needs: the weights in float16, and method, step and flags as text."""
     note = {k: json.dumps(checkpoint[k]) for k in ("method", "step", "args")}
-    weights = {k: w.half().contiguous() for k, w in net.state_dict().items()}
-    path.write_bytes(safetensors.torch.save(weights, note))
+    tensors = {k: w.half().contiguous() for k, w in net.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(tensors, note))
 
 
 def load_decoder(path, stats, checkpoint, device="cpu"):
@@ -130,10 +138,10 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
 
     path, stats: --vae, --latent-stats. Raises ValueError if they are missing or do not fit.
     """
-    args, channels = checkpoint["args"], checkpoint["args"]["net"]["in_channels"]
-    if channels in (1, 3) and (path or stats):
-        raise ValueError("--vae and --latent-stats are for latents; this network draws pixels")
+    channels = checkpoint["args"]["net"]["in_channels"]
     if channels in (1, 3):
+        if path or stats:
+            raise ValueError("--vae and --latent-stats are for latents; this network draws pixels")
         return lambda x: x, 1, {}
     if not path:
         raise ValueError(f"this network draws latents of {channels} channels; --vae CKPT, their "
@@ -141,38 +149,54 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
     vae = weights.load(path).to(device).requires_grad_(False)
     if not hasattr(vae, "decode") or vae.z_channels != channels:
         raise ValueError(f"--vae {path}: no autoencoder with latents of {channels} channels")
-    place = stats or args.get("data_dir") or args.get("data")
-    if place and not os.path.exists(place):
-        raise ValueError(f"{place}, for the latents' statistics, is not there; see --latent-stats")
-    if not place and vae.scale == 1:
-        raise ValueError("--latent-stats is needed: the latents_stats.pt of the network's latents")
-    mean, std = torch.zeros(()), torch.tensor(1 / vae.scale)
-    if place:
-        mean, std = data.read_stats(pathlib.Path(place), channels)
+    mean, std = latent_statistics(stats, checkpoint["args"], vae, channels)
     mean, std = mean.to(device), std.to(device)
     tensors = vae.state_dict() | dict(mean=mean, std=std)
     return lambda z: vae.decode(z * std + mean), vae.factor, tensors
 
 
+def latent_statistics(stats, args, vae, channels):
+    """mean and std with which a network's latents were normalised: those of --latent-stats, of the
+    checkpoint, of the training data, or the scale of the SD-VAE, whichever is there first."""
+    held = args.get("latent_stats")
+    if held and not stats:
+        return tuple(torch.tensor(held[key]).reshape(1, channels, 1, 1) for key in ("mean", "std"))
+    place = stats or args.get("data_dir") or args.get("data")
+    if place:
+        if not os.path.exists(place):
+            raise ValueError(f"{place}, for the latents' statistics, is not there; see "
+                             "--latent-stats")
+        return data.read_stats(pathlib.Path(place), channels)
+    if vae.scale == 1:
+        raise ValueError("--latent-stats is needed: the latents_stats.pt of the network's latents")
+    return torch.zeros(()), torch.tensor(1 / vae.scale)
+
+
 def choose_labels(labels, n, num_classes, seed, names=()):
-    """int64 [n] from --labels, which are numbers or `names` of classes. Raises ValueError for a
-    label that the network does not have."""
+    """int64 [n] from --labels: all, random, or a list that is repeated, of `names` of classes or of
+    numbers. Raises ValueError for a label that the network does not have."""
     if labels == "all":
         return torch.arange(n) % max(num_classes, 1)
     if labels == "random":
         random = seeds.generator("cpu", seed, "labels")
         return torch.randint(max(num_classes, 1), (n,), generator=random)
-    try:
-        given = torch.tensor([names.index(label) if label in names else int(label)
-                              for label in labels.split(",")])
-    except ValueError:
-        example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
-        raise ValueError(f"--labels {labels}: want all, random, or a list such as "
-                         f"{example}") from None
-    if given.min() < 0 or given.max() >= num_classes:
+    words = labels.split(",")
+    if all(word in names for word in words):
+        numbers = [names.index(word) for word in words]
+    else:
+        try:
+            numbers = [int(word) for word in words]
+        except ValueError:
+            example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
+            raise ValueError(f"--labels {labels}: give all, random, or a list of one kind such as "
+                             f"{example}") from None
+    if min(numbers) < 0 or max(numbers) >= num_classes:
         raise ValueError(f"--labels {labels}: the checkpoint has {num_classes} classes, from 0 on")
-    return given[torch.arange(n) % len(given)]
+    return torch.tensor(numbers)[torch.arange(n) % len(numbers)]
 
+
+# --------------------------------------------------------------------------------------------------
+# Samplers: those of the script that trained the network.
 
 class Sampler(NamedTuple):
     """A sampler, with its options, for one network and NFE."""
@@ -243,8 +267,8 @@ def in_rows(function, rows, *inputs):
     outputs = []
     for parts in zip(*(x.split(rows) for x in inputs)):
         missing = rows - len(parts[0])
-        parts = [torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in parts]
-        outputs.append(function(*parts)[:rows - missing])
+        padded = [torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) for x in parts]
+        outputs.append(function(*padded)[:rows - missing])
     return torch.cat(outputs)
 
 
@@ -304,19 +328,17 @@ def begin(folder, settings, shape, rank, npz):
     """Makes the folder of a stream, or finds it begun with the same settings: which samples are
     done, bool [N]. It holds settings.json, done, and for an npz the images, shape [N, H, W, 3].
     Raises ValueError on all processes, before anything is written, if another command began it."""
-    note, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if rank == 0 and (there := folder.exists()):
+    note, existed = folder / "settings.json", folder.exists()
+    settings = json.loads(json.dumps(settings))            # tuples become lists, as in the file
+    if existed and rank == 0:
         folders.own(folder)
     if note.exists():
-        old = json.loads(note.read_text())
-        for key in (key for key in settings if old.get(key) != settings[key]):
-            raise ValueError(f"{folder} was begun with {key} {old.get(key)}, not {settings[key]}; "
-                             "use another --out, or remove it")
-    elif folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
+        check_settings(note, settings)
+    elif existed and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
         raise ValueError(f"{folder} is not of this command; use another --out")
     processes.barrier()
     if rank == 0 and not note.exists():
-        if not there:
+        if not existed:
             folders.own(folder)
         if npz:
             np.lib.format.open_memmap(folder / "arr_0.npy", "w+", np.uint8, shape)
@@ -324,7 +346,23 @@ def begin(folder, settings, shape, rank, npz):
         note.with_suffix(".part").write_text(json.dumps(settings))
         os.replace(note.with_suffix(".part"), note)
     processes.barrier()
-    return np.frombuffer((folder / "done").read_bytes(), bool)
+    done = (folder / "done").read_bytes() if (folder / "done").exists() else b""
+    if len(done) != shape[0]:
+        raise ValueError(f"{folder}/done is damaged; use another --out, or remove {folder}")
+    return np.frombuffer(done, bool)
+
+
+def check_settings(note, settings):
+    """Raises ValueError if the file `note` is damaged, or holds other settings."""
+    folder = note.parent
+    try:
+        old = dict(json.loads(note.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{note} is damaged; use another --out, or remove {folder}") from None
+    for key, value in settings.items():
+        if old.get(key) != value:
+            raise ValueError(f"{folder} was begun with {key} {old.get(key)}, not {value}; use "
+                             "another --out, or remove it")
 
 
 def write_at(path, place, content):
@@ -337,35 +375,40 @@ def write_at(path, place, content):
         os.fsync(file.fileno())
 
 
-def stream(out, settings, labels, size, batch, rank, world, sample, decode):
-    """Draws this process's share of the samples that are not done, sample(first, end); while the
-    next batch is drawn, a thread decodes and writes the last: images uint8 [b, size, size, 3].
+def encode_png(image):
+    """The bytes of a PNG of one image, uint8 [H, W, C] with C 1 or 3."""
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG")
+    return file.getvalue()
 
-    out: NAME.npz, by way of NAME.npz.partial/, in which all processes write their rows in place
+
+def stream(out, settings, labels, size, batch, rank, world, sample, decode):
+    """Draws this process's share of the samples that are not done, sample(first, end). While the
+    next batch is drawn, a thread decodes and writes the last: images uint8 [b, size, size, C].
+
+    out: NAME.npz, by way of NAME.npz.partial/, in which all processes write their images in place
     (twice the size of the images on the disk in the end), or a folder of NUMBER-classLABEL.png.
     """
-    n, npz, batch = len(labels), out.suffix == ".npz", -(-batch // ROWS) * ROWS
+    n, npz = len(labels), out.suffix == ".npz"
+    batch = math.ceil(batch / ROWS) * ROWS
     folder = out.with_name(out.name + ".partial") if npz else out
     if npz and out.exists() and imagefiles.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
         raise ValueError(f"{out} is there, and does not hold samples; use another --out")
     done = begin(folder, settings, (n, size, size, 3), rank, npz)
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
-    processes.barrier()                            # all have seen what is done before that changes
+    processes.barrier()                    # all have seen what is done before that changes
     todo = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
     offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
 
     def keep(first, x):
         pixels = to_pixels(decode, x, first)
-        grey = pixels.shape[3] == 1
+        if npz and pixels.shape[3] == 1:   # ADM's layout has three channels
+            pixels = pixels.repeat(3, axis=3)
         if npz:
-            if grey:                       # ADM's layout has three channels
-                pixels = pixels.repeat(3, axis=3)
             write_at(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
         else:
             for i, image in enumerate(pixels, first):
-                png = io.BytesIO()
-                Image.fromarray(image[..., 0] if grey else image).save(png, "PNG")
-                write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, png.getvalue())
+                write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, encode_png(image))
         write_at(folder / "done", first, bytes([1]) * len(pixels))
 
     with tqdm(total=sum(j - i for i, j in todo), unit="image", disable=rank > 0) as bar, \
@@ -381,15 +424,20 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
             kept.result()
     processes.barrier()
     if npz and rank == 0:
-        np.save(folder / "arr_1.npy", labels.numpy())
-        with zipfile.ZipFile(folder / "npz", "w") as archive:
-            for name in ("arr_0.npy", "arr_1.npy"):
-                with archive.open(name, "w", force_zip64=True) as member, (
-                        open(folder / name, "rb")) as source:
+        pack(folder, out, labels)
+
+
+def pack(folder, out, labels):
+    """Makes the npz of a folder of which all samples are done, and removes the folder."""
+    np.save(folder / "arr_1.npy", labels.numpy())
+    with zipfile.ZipFile(folder / "npz", "w") as archive:
+        for name in ("arr_0.npy", "arr_1.npy"):
+            with archive.open(name, "w", force_zip64=True) as member:
+                with open(folder / name, "rb") as source:
                     shutil.copyfileobj(source, member, 2 ** 20)
-        write_at(folder / "npz", 0, b"")
-        os.replace(folder / "npz", out)
-        shutil.rmtree(folder)
+    write_at(folder / "npz", 0, b"")       # through to the disk
+    os.replace(folder / "npz", out)
+    shutil.rmtree(folder)
 
 
 def default_out(args, nfes):

@@ -15,7 +15,7 @@ from common.messages import fail
 LARGE = 1e15
 # What may change when a run is resumed: the flags that are added with resume=True, the path of the
 # teacher, whose content is compared instead, and what says how other flags were given.
-MAY_CHANGE = {"class_names", "net_given", "teacher"}
+MAY_CHANGE = {"class_names", "given", "net_given", "teacher"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,8 +141,33 @@ def parse(parser, method, presets, argv=None):
 
     argv: the words of the command line (None: the program's own).
     """
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     return fill_in(args, method, choose_preset(args, presets))
+
+
+def parse_words(parser, argv=None):
+    """The flags of a command line; `given` names those that it has, such as P-mean."""
+    actions = [action for action in parser._actions if action.dest != "help"]
+    blank = argparse.Namespace(**{action.dest: None for action in actions})
+    args = parser.parse_args(argv, blank)
+    args.given = []
+    for action in actions:
+        if getattr(args, action.dest) is None:
+            setattr(args, action.dest, action.default)
+        else:
+            args.given.append(action.option_strings[0].removeprefix("--"))
+    return args
+
+
+def check_effect(args, *rules):
+    """Ends the program if a flag is given that does nothing beside the others.
+
+    rules: (the flags' names in a text, whether they have an effect, what they need).
+    """
+    for names, has_effect, need in rules:
+        for name in names.split():
+            if name in args.given and not has_effect:
+                fail(f"--{name} has no effect here: it needs {need}")
 
 
 def choose_preset(args, presets):

@@ -13,8 +13,8 @@ def mutant(source, old, new):
     return module
 
 
-# Shapes of a batch: features, sequences, images, videos.
-SHAPES = [(16, 6), (16, 3, 4), (16, 2, 3, 3), (16, 2, 2, 2, 2)]
+# Shapes of a batch: features, sequences, images, videos, images of one channel.
+SHAPES = [(16, 6), (16, 3, 4), (16, 2, 3, 3), (16, 2, 2, 2, 2), (16, 1, 4, 4)]
 
 
 def fused(net):

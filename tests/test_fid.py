@@ -70,7 +70,7 @@ def test_distance_of_covariances_without_full_rank(capsys):
     assert 0 <= fid.frechet_distance(np.zeros(10), a, np.zeros(10), a) < 1e-6 * np.trace(a)
 
 
-def test_no_figure_is_a_negative_zero(capsys):
+def test_no_figure_is_a_negative_zero(monkeypatch):
     """A distance that rounding makes negative is 0, and a KID that prints as zero has no sign."""
     for n in range(2, 30):
         sigma = np.atleast_2d(np.cov(uniform(f"s{n}", (n, 20)), rowvar=False))
@@ -79,9 +79,9 @@ def test_no_figure_is_a_negative_zero(capsys):
     for figure, text in ((-1e-9, "0.000000"), (-0.0, "0.000000"), (-4.9e-7, "0.000000"), (-5.1e-7, "-0.000001"),
                          (1.25, "1.250000"), (-0.152, "-0.152000")):
         assert fid.format_figure(figure).strip() == text
-    constant = torch.zeros(9, 4)           # of constant features the KID is +0.0 or -0.0
     args = argparse.Namespace(ref="x", sfid=False, score=False, pr=True, kid=True)
-    side = dict(mu=np.zeros(4), sigma=-0.0 * np.eye(4), kept=constant)
+    side = dict(mu=np.zeros(4), sigma=-0.0 * np.eye(4), kept=torch.zeros(9, 4))
+    monkeypatch.setattr(fid, "kernel_distance", lambda a, b: (-0.0, 0.0))
     figures = fid.compare(args, [side, side], fid.INCEPTION, "cpu")
     assert len(figures) == 5 and all(math.copysign(1, figure) == 1 for figure in figures.values())
 
@@ -871,6 +871,14 @@ def test_nothing_that_is_read_is_overwritten(stand_in, monkeypatch, capsys, word
     before = {path: path.read_bytes() for path in pathlib.Path().iterdir() if path.is_file()}
     assert named in refused(monkeypatch, capsys, fid, *words.split(), "--device", "cpu")
     assert before == {path: path.read_bytes() for path in pathlib.Path().iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["samples", "ref"])
+def test_too_few_images_for_precision_are_refused_before_the_network_runs(stand_in, monkeypatch, capsys, place):
+    save(pathlib.Path("three.npz"), data.glyphs(3, 12)[0])
+    both = ["three.npz", "--ref", "b.npz"] if place == "samples" else ["b.npz", "--ref", "three.npz"]
+    line = refused(monkeypatch, capsys, fid, *both, "--pr", "--device", "cpu")
+    assert "three.npz" in line and "more than 3" in line and stand_in["batches"] == []
 
 
 def test_a_width_that_is_not_inceptions_is_refused_before_a_download(files, tmp_path, monkeypatch, capsys):

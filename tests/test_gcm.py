@@ -639,7 +639,7 @@ def test_begins_with_a_velocity_network(tmp_path, monkeypatch, options):
     """--init takes public weights and checkpoints of ours; VU adds a second time that changes nothing at first."""
     small = dict(name="DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=())
     net = models.create(**small, **options)
-    ours = {} if "edm_time" in options else dict(args=dict(net=small | options))
+    ours = {} if "edm_time" in options else dict(method="flow", step=1, args=dict(net=small | options))
     torch.save(ours | dict(model=net.state_dict()), tmp_path / "init.pt")
     for row in ("D", "J"):                                             # CU and VU
         out = tmp_path / row
@@ -700,6 +700,7 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
         net = models.create("DDPM++", input_size=12, num_classes=3, width=8, mult=(1, 1), blocks=1, attention=())
         torch.save(net.state_dict(), tmp_path / "small.pt")
         flags = [tmp_path / "small.pt" if flag == "SMALL" else flag for flag in flags]
+        flags += [*TINY[4:9], "sigma_data=0.5"]                        # what the file does not say
     assert words in refused(monkeypatch, capsys, gcm, *TINY, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
@@ -762,7 +763,7 @@ def test_gcms_point_and_direction_and_weight():
         return z - x + 1
 
     for options in (dict(), dict(difference=False)):
-        loss = gcm.gcm_loss(f, JVP["fd"], x, z, t, t, 1 / w, None, scheme="meanflow", **options)
+        loss = gcm.gcm_loss(f, JVP["exact"], x, z, t, t, 1 / w, None, scheme="meanflow", **options)
         assert torch.allclose(loss, w.mean())
 
 

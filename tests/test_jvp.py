@@ -1,21 +1,28 @@
-"""jvp.py: value and derivative from one pass, beside torch.func.jvp, mutants, what wraps a network, and other networks."""
+"""jvp.py: value and derivative from one pass, beside torch.func.jvp: the networks of models.py, mutants, what wraps a network,
+the three ways, single operations, what is refused, and networks that are not ours."""
 
+import copy
 import os
 import pathlib
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from oracle import mutant
 from test_models import SMALL, VARIANTS, inputs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import jvp
 import models
-from jvp import JVP, exact, fd, select, with_tangent
+from jvp import JVP, Dual, exact, fd, select, with_tangent
 
 SOURCE = pathlib.Path(jvp.__file__).read_text()
 EVERYTHING = [*VARIANTS, dict(adaptive_scale=True, pixelnorm=True), dict(augment_dim=3, num_classes=4, blocks=2, mult=(1, 2, 2)), dict(name="NCSN++", adaptive_scale=True),
@@ -88,16 +95,16 @@ def test_none_is_no_motion(name):
 @pytest.mark.parametrize("old, new, options", [
     (".sub_(P_dS.sum(-1, keepdim=True) * y)", "", {}),                                     # softmax's normalisation
     (".sub_(P_dS.sum(-1, keepdim=True) * y)", "", dict(name="DiT")),
-    (".add_(q @ dk)", "", {}), (".add_(P @ dv)", "", dict(name="DiT")),
-    ("centred = tangent - mean(tangent)", "centred = tangent.clone()", {}),                # the mean of a group
-    ("centred.addcmul_(y, mean(y * tangent), value=-1)", "centred", {}),                   # its variance
-    ("centred.addcmul_(y, mean(y * tangent), value=-1)", "centred", dict(name="DiT")),
-    ("torch.addcmul(a.tangent * b.value, a.value, b.tangent)", "a.tangent * b.value", dict(name="DiT")),
-    ("product.add_(c.tangent) if isinstance(c, Dual) else product", "product", dict(adaptive_scale=True)),
-    ("rsqrt=lambda y, x: -0.5", "rsqrt=lambda y, x: 0.5", dict(name="LightningDiT")),
-    ("F.linear(x.tangent, w)", "F.linear(x.tangent, w, b)", dict(name="DiT")),
-    ("F.conv2d(x.tangent, w, None,", "F.conv2d(x.tangent, w, b,", dict(sigma_data=None)),
-    ("(a.tangent - y * b.tangent)", "(a.tangent + y * b.tangent)", {}),
+    (".add_(input.value @ other.tangent)", "", {}), ("tangent.add_(P @ value.tangent)", "pass", dict(name="DiT")),
+    ("centred = dx - mean(dx)", "centred = dx.clone()", {}),                               # the mean of a group
+    ("centred.addcmul_(y, mean(y * dx), value=-1)", "centred", {}),                        # its variance
+    ("centred.addcmul_(y, mean(y * dx), value=-1)", "centred", dict(name="DiT")),
+    ("torch.addcmul(input.tangent * other.value, input.value, other.tangent)", "input.tangent * other.value", dict(name="DiT")),
+    ("return product + input.tangent", "return product", dict(adaptive_scale=True)),
+    ("return -0.5 * y ** 3 * dx", "return 0.5 * y ** 3 * dx", dict(name="LightningDiT")),
+    ("func(dx, weight, None, *sizes", "func(dx, weight, bias, *sizes", dict(name="DiT")),
+    ("func(dx, weight, None, *sizes", "func(dx, weight, bias, *sizes", dict(sigma_data=None)),
+    ("(input.tangent - y * other.tangent)", "(input.tangent + y * other.tangent)", {}),
     (".sum(dim, keepdim) / y.clamp(min=1e-30)", ".sum(dim, keepdim)", dict(name="EDM2"))])
 def test_mutants_are_caught(monkeypatch, old, new, options):
     monkeypatch.setattr(models, "duals", mutant(SOURCE, old, new).duals)
@@ -108,7 +115,7 @@ def test_mutants_are_caught(monkeypatch, old, new, options):
 @pytest.mark.parametrize("name", SMALL)
 def test_bfloat16_leaves_the_time_path_alone(name):
     net, args, direction = build(dict(name=name, num_classes=4, second_time=True))
-    times = [jvp.Dual(*pair) for pair in zip(args[1:3], direction[1:])]
+    times = [Dual(*pair) for pair in zip(args[1:3], direction[1:])]
     full, wide = fused(net, args, direction), net.embed(*times, args[3])
     with torch.autocast("cpu", torch.bfloat16):
         half, emb = fused(net, args, direction), net.embed(*times, args[3])
@@ -186,27 +193,37 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 @pytest.mark.parametrize("options", [dict(), dict(name="LightningDiT", second_time=True), dict(dropout=0.3)], ids=str)
 def test_three_ways_agree(options):
-    """F to the last bits, dF to the error of a difference; outputs for others are those of a pass of their own."""
+    """F to the last bits, dF to the error of a difference; F_other is the output of a pass of its own."""
     net, (x, t, s, y), (dx, _, _) = build(options, torch.float64)
-    others = [(x + 1, t / 2, s, y), (x * 2, t, s, y)]
-    models.seed_dropout(net, 5, rows=3)
-    results = {name: way(net, x, t, s, y, dx, 0.7, -0.4, *others) for name, way in JVP.items()}
-    for name, (F, dF, *outputs) in results.items():
-        assert F.requires_grad and not dF.requires_grad and len(outputs) == 2 and all(a.requires_grad for a in outputs)
-        for a, b in zip((F, *outputs), (net(x, t, s, y), *(net(*other) for other in others))):
-            assert error(a, b) < 1e-12, name
-        assert error(dF, results["exact"][1]) < (1e-3 if name == "fd" else 1e-11), name
+    for other in [(x + 1, t / 2, s, y), (x * 2, t, s, y)]:
+        models.seed_dropout(net, 5, rows=3)
+        results = {name: way(net, at=(x, t, s, y), along=(dx, 0.7, -0.4), also=other) for name, way in JVP.items()}
+        for name, (F, dF, F_other) in results.items():
+            assert F.requires_grad and not dF.requires_grad and F_other.requires_grad
+            for a, b in ((F, net(x, t, s, y)), (F_other, net(*other))):
+                assert error(a, b) < 1e-12, name
+            assert error(dF, results["exact"][1]) < (1e-3 if name == "fd" else 1e-11), name
+            alone = JVP[name](net, at=(x, t, s, y), along=(dx, 0.7, -0.4))
+            assert len(alone) == 2 and error(alone[0], F) < 1e-12 and error(alone[1], dF) < 1e-11
+
+
+@pytest.mark.parametrize("way", JVP.values(), ids=JVP)
+def test_a_direction_in_time_is_a_number_or_a_tensor(way):
+    net, at, (dx, dt, ds) = build(dict(name="LightningDiT", second_time=True), torch.float64)
+    number, tensor, other_tensor = (way(net, at=at, along=(dx, d, -d))[1] for d in (0.7, torch.full((3,), 0.7).double(), dt))
+    assert error(tensor, number) < 1e-7 and error(other_tensor, number) > 1e-2      # 0.7 in float32
+    assert error(way(net, at=at, along=(dx, dt, ds))[1], reference(net, at, (dx, dt, ds))[1]) < 1e-3
 
 
 @pytest.mark.parametrize("old, new", [
-    ("tangent = dx, torch.full_like(t, dt)", "tangent = dx, torch.full_like(t, -dt)"),
-    ("torch.full_like(s, ds)\n    return", "torch.full_like(s, dt)\n    return"),
-    ("point, tangent = (x, t), (dx, torch.full_like(t, dt))", "point, tangent = (x, t), (dx, torch.full_like(t, ds))"),
-    ("t + e * dt", "t - e * dt"), ("x + e * dx", "x"), ("(ahead - behind) / (2 * h)", "(ahead - behind) / h")])
+    ("    return dx, _filled(t, dt), _filled(s, ds)", "    return dx, _filled(t, -dt), _filled(s, ds)"),
+    ("    return dx, _filled(t, dt), _filled(s, ds)", "    return dx, _filled(t, dt), _filled(s, dt)"),
+    ("(x, t, s), (dx, dt, ds)", "(x, t, s), (dx, ds, ds)"),
+    ("t + step * dt", "t - step * dt"), ("x + step * dx", "x"), ("(ahead - behind) / (2 * h)", "(ahead - behind) / h")])
 def test_mutants_of_the_ways_are_caught(old, new):
-    net, (x, t, s, y), (dx, _, _) = build(dict(name="LightningDiT", second_time=True), torch.float64)
-    wrong, right = mutant(SOURCE, old, new), exact(net, x, t, s, y, dx, 0.7, -0.4)[1]
-    assert max(error(way(net, x, t, s, y, dx, 0.7, -0.4)[1], right) for way in wrong.JVP.values()) > 1e-2
+    net, at, (dx, _, _) = build(dict(name="LightningDiT", second_time=True), torch.float64)
+    wrong, right = mutant(SOURCE, old, new), exact(net, at=at, along=(dx, 0.7, -0.4))[1]
+    assert max(error(way(net, at=at, along=(dx, 0.7, -0.4))[1], right) for way in wrong.JVP.values()) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["fused", "exact", "fd"])
@@ -221,7 +238,7 @@ def test_each_way_has_ddps_gradient(tmp_path, name):
             for network in (wrapped, net):
                 for last in (False, True):
                     wrapped.require_backward_grad_sync = last
-                    F, dF, other = JVP[name](network, x, t, s, y, dx, 1, 0, (x, t, t.clone(), y))
+                    F, dF, other = JVP[name](network, at=(x, t, s, y), along=(dx, 1, 0), also=(x, t, t.clone(), y))
                     ((F - dF) ** 2 + other).mean().backward()
                 grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
                 net.zero_grad()
@@ -234,12 +251,200 @@ def test_a_compiled_derivative_is_the_eager_one(monkeypatch):
     """`exact` compiles its derivative alone: the network that it is called with is compiled already."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager"))
-    net, (x, t, s, y), (dx, _, _) = build(dict(name="LightningDiT", depth=1, second_time=True))
+    net, at, (dx, _, _) = build(dict(name="LightningDiT", depth=1, second_time=True))
     torch._dynamo.reset()
-    eager, compiled = exact(net, x, t, s, y, dx, 1, 0), select("exact", compile=True)(torch.compile(net), x, t, s, y, dx, 1, 0)
+    eager = exact(net, at=at, along=(dx, 1, 0))
+    compiled = select("exact", compile=True)(torch.compile(net), at=at, along=(dx, 1, 0))
     assert error(compiled[0], eager[0]) < 1e-5 and error(compiled[1], eager[1]) < 1e-5
     assert select("fd", compile=True) is fd and select("exact") is exact
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single operations. x is a Dual [2, 4, 6] of float64, or of the shape that ends the name.
+
+def numbers(*shape):
+    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+w, square, rows = numbers(4, 6), numbers(6, 6), numbers(5, 6)
+tokens, mask, index = numbers(2, 7, 6), numbers(2, 4, 6) > 0, torch.tensor([2, 0, 1])
+filter1, filter2, filter3 = numbers(8, 4, 3), numbers(8, 2, 3, 3), numbers(3, 4, 1, 2, 2)
+mean, var = numbers(4), numbers(4).exp()
+
+
+def in_place_operators(x):
+    h = x * 2
+    h += 1
+    h -= x
+    h *= x
+    h /= 2
+    return h
+
+
+OPERATIONS = {
+    # Operators
+    "x + 1": lambda x: x + 1, "1 + x": lambda x: 1 + x, "w - x": lambda x: w - x, "1 - x": lambda x: 1 - x, "x * w": lambda x: x * w,
+    "2 * x": lambda x: 2 * x, "x / 2": lambda x: x / 2, "1 / x": lambda x: 1 / x, "w / x": lambda x: w / x, "x / sin(x)": lambda x: x / x.sin(),
+    "x ** 2": lambda x: x ** 2, "x ** -1": lambda x: x ** -1, "x ** 0": lambda x: x ** 0, "2 ** x": lambda x: 2 ** x, "w ** x": lambda x: w.abs() ** x,
+    "x ** x": lambda x: x.abs() ** x, "x % 2": lambda x: x % 2, "x @ square": lambda x: x @ square, "w.T @ x": lambda x: w.T @ x, "x @ x.mT": lambda x: x @ x.mT,
+    "-x": lambda x: -x, "+x": lambda x: +x, "abs(x)": abs, "x += 1": in_place_operators,
+    "x > 0": lambda x: x * (x > 0), "0 < x": lambda x: x * (0 < x), "x == x": lambda x: x * (x == x), "x != w": lambda x: x * (w != x), "x >= w": lambda x: x * (x >= w),
+    "x[0]": lambda x: x[0], "x[..., ::2]": lambda x: x[..., ::2], "x[mask]": lambda x: x[mask], "x[:, index]": lambda x: x[:, index], "x[x > 0]": lambda x: x[x > 0],
+    "x.T": lambda x: x[0].T, "x.mT": lambda x: x.mT, "x.real": lambda x: x.real, "a, b = x": lambda x: [*x], "len(x)": lambda x: x * len(x) * x.shape[1] * x.size(-1),
+    "if x.any()": lambda x: x if x.any() else -x, "float(x)": lambda x: x * float(x.sum() > 1e9),
+    # Arithmetic
+    "add, alpha": lambda x: torch.add(x, x.sin(), alpha=3), "sub, alpha": lambda x: x.sub(x.sin(), alpha=3), "add by keyword": lambda x: torch.add(input=w, other=x),
+    "rsub": lambda x: torch.rsub(x, 2), "div, floor": lambda x: torch.div(x, 0.3, rounding_mode="floor"), "addcmul": lambda x: torch.addcmul(w, x, x.sin()),
+    "addcmul, value": lambda x: torch.addcmul(x, x, x, value=2), "addcmul, alone": lambda x: torch.addcmul(x, w, w), "addcdiv": lambda x: torch.addcdiv(x, x, x.exp()),
+    "lerp": lambda x: torch.lerp(x, x.sin(), 0.3), "maximum": lambda x: torch.maximum(x, -x), "minimum": lambda x: torch.minimum(x, w), "fmod": lambda x: torch.fmod(x, 0.7),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x), "bmm": lambda x: torch.bmm(x, x.mT), "bmm by keyword": lambda x: torch.bmm(x, mat2=x.mT), "mm": lambda x: torch.mm(x[0], square),
+    "baddbmm": lambda x: torch.baddbmm(x @ x.mT, x, x.mT), "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x.sin()), "tensordot": lambda x: torch.tensordot(x, square, 1),
+    # Functions of each element
+    "exp": lambda x: x.exp(), "expm1": lambda x: x.expm1(), "log": lambda x: (x.abs() + 1).log(), "log1p": lambda x: x.abs().log1p(), "sqrt": lambda x: x.abs().sqrt(),
+    "rsqrt": lambda x: x.abs().rsqrt(), "square": lambda x: x.square(), "reciprocal": lambda x: x.reciprocal(), "sin": torch.sin, "cos": torch.cos, "tan": torch.tan,
+    "atan2": lambda x: torch.atan2(x, x.cos()), "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf, "abs": torch.abs, "sign": lambda x: x * x.sign(),
+    "floor": lambda x: x - x.floor(), "clamp": lambda x: x.clamp(-1, 1), "clamp, min": lambda x: x.clamp(min=0.2), "clamp by keyword": lambda x: torch.clamp(x, min=-0.3, max=0.3),
+    "clamp, tensors": lambda x: torch.clamp(x, w - 1, w + 1), "nan_to_num": torch.nan_to_num, "relu": F.relu, "torch.relu": torch.relu, "leaky_relu": F.leaky_relu, "elu": F.elu,
+    "silu": F.silu, "gelu": F.gelu, "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"), "mish": F.mish, "softplus": F.softplus, "glu": F.glu, "logsigmoid": F.logsigmoid,
+    "hardswish": F.hardswish, "prelu": lambda x: F.prelu(x, w[0, :1]), "aten.silu": torch.ops.aten.silu, "special.expit": torch.special.expit,
+    # Sums, norms
+    "sum": lambda x: x.sum(), "mean": lambda x: x.mean(-1, keepdim=True), "var": lambda x: x.var(-1), "std_mean": lambda x: torch.std_mean(x, dim=1), "prod": lambda x: x.prod(-1),
+    "cumsum": lambda x: x.cumsum(1), "norm": lambda x: x.norm(dim=-1), "vector_norm": lambda x: torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True),
+    "vector_norm, 1": lambda x: torch.linalg.vector_norm(x, 1, dim=1), "vector_norm, all": lambda x: torch.linalg.vector_norm(x), "normalize": lambda x: F.normalize(x, dim=-1),
+    "softmax": lambda x: x.softmax(-1), "F.softmax": lambda x: F.softmax(x, dim=1), "softmax, dtype": lambda x: torch.softmax(x.float(), -1, dtype=torch.float64),
+    "log_softmax": lambda x: x.log_softmax(-1), "logsumexp": lambda x: x.logsumexp(-1), "amax": lambda x: x.amax(-1), "cosine_similarity": lambda x: F.cosine_similarity(x, w[None], dim=-1),
+    # Shapes
+    "flip": lambda x: x.flip(-1), "roll": lambda x: x.roll(2, -1), "movedim": lambda x: x.movedim(0, -1), "tril": lambda x: x.tril(), "expand": lambda x: x[:, None].expand(2, 3, 4, 6),
+    "expand_as": lambda x: x[:1].expand_as(x), "reshape": lambda x: x.reshape(2, -1), "view": lambda x: x.view(8, 6), "flatten": lambda x: x.flatten(1), "permute": lambda x: x.permute(2, 0, 1),
+    "unflatten": lambda x: x.unflatten(-1, (2, 3)), "squeeze": lambda x: x[:1].squeeze(0), "unsqueeze": lambda x: x.unsqueeze(1), "narrow": lambda x: x.narrow(2, 1, 3),
+    "tile": lambda x: x.tile(1, 2, 1), "repeat": lambda x: x.repeat(1, 2, 1), "repeat_interleave": lambda x: x.repeat_interleave(3, dim=1), "gather": lambda x: x.gather(1, index.expand(2, 1, 3)),
+    "index_select": lambda x: x.index_select(1, index), "index_add": lambda x: x.index_add(1, index, x[:, :3]), "masked_fill": lambda x: x.masked_fill(mask, 0),
+    "cat": lambda x: torch.cat([x, x.sin(), tokens], 1), "cat by keyword": lambda x: torch.cat(tensors=[x, x], dim=0), "stack": lambda x: torch.stack((x, x * 2), -1),
+    "pad": lambda x: F.pad(x, (1, 2)), "pad, 5": lambda x: F.pad(x, (1, 2), value=5.0), "pad, reflect": lambda x: F.pad(x, (1, 2), mode="reflect"),
+    # Several results, and some that have no tangent
+    "chunk": lambda x: x.chunk(2, -1), "split": lambda x: x.split([1, 3], 1), "unbind": lambda x: x.unbind(1), "tensor_split": lambda x: x.tensor_split(3, -1), "topk": lambda x: x.topk(2),
+    "sort": lambda x: x.sort(), "max, dim": lambda x: x.max(dim=1), "aminmax": lambda x: torch.aminmax(x), "argmax": lambda x: x + x.argmax(-1, keepdim=True), "one_hot": lambda x: F.one_hot(x.argmax(-1), 6) * x,
+    "zeros_like": lambda x: torch.zeros_like(x) + x, "new_ones": lambda x: x.new_ones(6) * x, "detach": lambda x: x * x.detach(),
+    "to": lambda x: x.to(torch.float32), "type_as": lambda x: x.float().type_as(x), "half": lambda x: x.half().double(), "long": lambda x: x * x.long(), "clone": lambda x: x.clone(),
+    "fft": lambda x: torch.fft.irfft(torch.fft.rfft(x)), "abs of a complex": lambda x: torch.fft.rfft(x).abs(), "norm of a complex": lambda x: torch.linalg.vector_norm(torch.fft.rfft(x), dim=1),
+    # Layers
+    "linear": lambda x: F.linear(x, rows), "linear by keyword": lambda x: F.linear(input=x, weight=rows, bias=rows[:, 0]), "linear, bias": lambda x: F.linear(x, rows, bias=rows[:, 0]),
+    "linear of its weight": lambda x: F.linear(tokens, x[0]), "layer_norm": lambda x: F.layer_norm(x, (6,)), "layer_norm, affine": lambda x: F.layer_norm(x, (4, 6), w, w),
+    "layer_norm of its weight": lambda x: F.layer_norm(x, (6,), x[0, 0]), "rms_norm": lambda x: F.rms_norm(x, (6,), w[0]), "nn.RMSNorm": nn.RMSNorm(6).double(), "group_norm": lambda x: F.group_norm(x, 2),
+    "group_norm, affine": lambda x: F.group_norm(x, 2, mean, var), "instance_norm": F.instance_norm, "batch_norm, eval": lambda x: F.batch_norm(x, mean, var), "nn.BatchNorm1d, eval": nn.BatchNorm1d(4).double().eval(),
+    "batch_norm of the batch": lambda x: F.batch_norm(x, None, None, training=True), "dropout, eval": lambda x: F.dropout(x, 0.5, False), "nn.Dropout, eval": nn.Dropout(0.5).eval(),
+    "dropout, p = 0": lambda x: F.dropout(x, 0.0), "conv1d": lambda x: F.conv1d(x, filter1, filter1[:, 0, 0], 2, padding=1), "avg_pool1d": lambda x: F.avg_pool1d(x, 2), "max_pool1d": lambda x: F.max_pool1d(x, 2),
+    "conv_transpose1d": lambda x: F.conv_transpose1d(x, filter1.transpose(0, 1)), "interpolate, linear": lambda x: F.interpolate(x, scale_factor=2, mode="linear"),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos()), "attention to constants": lambda x: F.scaled_dot_product_attention(x, tokens, tokens),
+    "attention by keyword": lambda x: F.scaled_dot_product_attention(query=x, key=x, value=x.sin()), "attention of the keys": lambda x: F.scaled_dot_product_attention(tokens, x, tokens[:, :4]),
+    "attention of the values": lambda x: F.scaled_dot_product_attention(tokens, tokens[:, :4], x), "attention, causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "attention, mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(4, 4, dtype=torch.bool).tril()), "attention, scale": lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3),
+    # In two and in three dimensions
+    "conv2d [2, 4, 4, 6]": lambda x: F.conv2d(x, filter2, padding=1, groups=2), "conv_transpose2d [2, 4, 4, 6]": lambda x: F.conv_transpose2d(x, filter2.view(4, 4, 3, 3), mean, stride=2),
+    "conv2d of its weight [2, 2, 3, 3]": lambda x: F.conv2d(filter2, x), "avg_pool2d [2, 4, 4, 6]": lambda x: F.avg_pool2d(x, 2), "max_pool2d [2, 4, 4, 6]": lambda x: F.max_pool2d(x, 2, return_indices=True),
+    "interpolate [2, 4, 4, 6]": lambda x: F.interpolate(x, scale_factor=2), "bilinear [2, 4, 4, 6]": lambda x: F.interpolate(x, size=(5, 5), mode="bilinear"), "pixel_shuffle [2, 4, 4, 6]": lambda x: F.pixel_shuffle(x, 2),
+    "F.unfold [2, 4, 4, 6]": lambda x: F.unfold(x, 2), "group_norm [2, 4, 4, 6]": lambda x: F.group_norm(x, 2, mean, var, 1e-3), "group_norm [5, 4]": lambda x: F.group_norm(x, 2, mean, var),
+    "conv3d [2, 4, 2, 4, 6]": lambda x: F.conv3d(x, filter3, padding=1), "group_norm [2, 4, 2, 4, 6]": lambda x: F.group_norm(x, 2, mean, var), "avg_pool3d [2, 4, 2, 4, 6]": lambda x: F.avg_pool3d(x, 2)}
+
+
+def moving_parts(result):
+    """The parts of a result that have a tangent, or would have one."""
+    parts = tree_leaves(result, is_leaf=lambda part: isinstance(part, Dual))
+    return [a for a in parts if isinstance(a, (Dual, torch.Tensor)) and (a.dtype.is_floating_point or a.dtype.is_complex)]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation(name):
+    """Value and gradient are those of the plain operation to the bit, the tangent is that of torch.func.jvp."""
+    operation, shape = OPERATIONS[name], re.search(r"\[(\d.*)\]$", name)
+    shape = (2, 4, 6) if shape is None else tuple(map(int, shape[1].split(", ")))
+    x, dx = torch.randn((2, *shape), dtype=torch.float64)
+    x.requires_grad_()
+    result = operation(Dual(x, dx))
+    parts, plain = moving_parts(result), moving_parts(operation(x))
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = torch.func.jvp(lambda x: tuple(moving_parts(operation(x))), (x.detach(),), (dx,))
+    for part, value, tangent in zip(parts, plain, expected, strict=True):
+        assert isinstance(part, Dual) and torch.equal(part.value, value)
+        assert (part.tangent.dtype, part.tangent.shape) == (value.dtype, value.shape) and not part.tangent.requires_grad
+        assert (part.tangent - tangent).abs().max() <= (1e-10 if value.dtype != torch.float32 else 1e-6) * tangent.abs().max()
+    others = [a for a in tree_leaves(result, is_leaf=lambda a: isinstance(a, Dual)) if isinstance(a, torch.Tensor)]
+    assert all(not a.dtype.is_floating_point for a in others)              # indices, for example, are plain tensors
+    pairs = [torch.autograd.grad(sum(a.abs().square().sum() for a in values), x)[0] for values in ([part.value for part in parts], plain)]
+    assert torch.equal(*pairs)
+
+
+@pytest.mark.parametrize("name, operation", [("comparison", lambda x: x > 0), ("argmax", lambda x: x.argmax()), ("long", lambda x: x.long()), ("x.dim", lambda x: x.dim()),
+                                             ("allclose", lambda x: torch.allclose(x, x)), ("detach", lambda x: x.detach()), ("shape", lambda x: x.shape)])
+def test_what_has_no_tangent_is_no_dual(name, operation):
+    x = torch.randn(2, 3)
+    result = operation(Dual(x, x))
+    assert type(result) is type(operation(x)) and (torch.equal if torch.is_tensor(result) else type(result).__eq__)(result, operation(x))
+
+
+def test_a_dual_of_integers_is_the_tensor():
+    x, t, y = torch.randn(3), torch.rand(3), torch.arange(3)
+    assert jvp.duals((t, y, None), (None, x, None))[1:] == [y, None]
+    assert torch.equal(jvp.duals((t,), (None,))[0].tangent, torch.zeros(3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused.
+
+def set_item(x):
+    h = x * 1
+    h[0] = 0
+
+
+def set_item_of_a_tensor(x):
+    torch.zeros(2, 4, 6)[0] = x[0]
+
+
+WRITES = "fused: {} writes into an argument, which would spoil its tangent; compute a new tensor instead (x = x + y, inplace=False, eval mode of BatchNorm), or use exact or fd"
+DRAWS = "fused: {} draws random numbers, and the value and its tangent need the same ones; use eval mode, or draw them from a seed as models.Dropout does"
+NO_FORWARD_MODE = "fused: {} has neither a rule in jvp.RULES nor a forward mode in PyTorch; add a rule, or use fd"
+REFUSED = {
+    DRAWS: {
+        "dropout": nn.Dropout(0.5), "dropout1d": nn.Dropout1d(0.5), "alpha_dropout": nn.AlphaDropout(0.5), "bernoulli": torch.bernoulli, "rand_like": torch.rand_like, "randn_like": torch.randn_like,
+        "normal": lambda x: torch.normal(x, 1.0), "poisson": torch.poisson, "gumbel_softmax": F.gumbel_softmax, "rrelu": nn.RReLU(),
+        "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
+        "multi_head_attention_forward": lambda x: nn.MultiheadAttention(6, 2, dropout=0.1)(x, x, x)},
+    WRITES: {
+        "add_": lambda x: x.add_(1), "clamp_": lambda x: x.clamp_(0, 1), "copy_": lambda x: torch.empty(2, 4, 6).copy_(x), "index_put_": lambda x: x.index_put_((index,), x), "relu_": F.relu_,
+        "relu": nn.ReLU(inplace=True), "silu": nn.SiLU(inplace=True), "leaky_relu": nn.LeakyReLU(inplace=True), "setitem": set_item, "__setitem__": set_item_of_a_tensor,
+        "mul": lambda x: torch.mul(x, 2, out=torch.empty(2, 4, 6)), "sub": lambda x: torch.sub(w, 2, out=x), "batch_norm": nn.BatchNorm1d(4), "instance_norm": nn.InstanceNorm1d(4, track_running_stats=True),
+        "embedding": lambda x: F.embedding(index, x[0], max_norm=0.1)},
+    NO_FORWARD_MODE: {
+        "cdist": lambda x: torch.cdist(x, x + 1), "grid_sample": lambda x: F.grid_sample(x[:, None], torch.zeros(2, 4, 4, 2), align_corners=False), "floordiv": lambda x: x // 2}}
+
+
+@pytest.mark.parametrize("sentence, name", [(sentence, name) for sentence, cases in REFUSED.items() for name in cases], ids=lambda a: a if " " not in a else "")
+def test_an_operation_is_refused_in_one_sentence(sentence, name):
+    x = torch.rand(2, 4, 6)
+    before = x.clone()
+    with pytest.raises(NotImplementedError) as caught:
+        REFUSED[sentence][name](Dual(x, torch.ones_like(x)))
+    assert str(caught.value) == sentence.format(name)
+    assert torch.equal(x, before) or name == "embedding"           # that one shows only while it runs
+
+
+def test_batch_normalisation_is_refused_before_its_statistics_change():
+    layer = nn.BatchNorm1d(4)
+    with pytest.raises(NotImplementedError, match="eval mode of BatchNorm"):
+        layer(Dual(torch.rand(2, 4, 6), torch.rand(2, 4, 6)))
+    assert not layer.running_mean.any()
+
+
+def test_other_errors_are_pytorchs_own():
+    with pytest.raises(RuntimeError, match="must match the size"):
+        torch.maximum(Dual(torch.rand(3), torch.rand(3)), torch.rand(4))
+    with pytest.raises(AttributeError, match="no_such_method"):
+        Dual(torch.rand(3), torch.rand(3)).no_such_method()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks that are not ours.
 
 class Foreign(torch.nn.Module):
     """A network that knows nothing of this project: affine normalisations, softmax by hand, ReLU, views."""
@@ -262,23 +467,149 @@ class Foreign(torch.nn.Module):
     careful = False
 
 
-def test_a_network_of_ones_own_takes_a_tangent():
+class AnyShape(nn.Module):
+    """A network of points x [B, 4, ...] with any number of further dimensions, up to three."""
+
+    def __init__(self, dimensions):
+        super().__init__()
+        first, self.scale = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions], [1] * dimensions
+        options = dict(padding=1) if dimensions else {}
+        self.conv, self.out = (first(a, b, *[3][:dimensions], **options) for a, b in ((4, 8), (8, 4)))
+        self.norm, self.time = nn.GroupNorm(2, 8), nn.Linear(2, 8)
+
+    def forward(self, x, t, s, y):
+        emb = self.time(torch.stack([t.sin(), s.cos()], dim=1)).view(-1, 8, *self.scale)
+        return self.out(F.silu(self.norm(self.conv(x)) * (1 + emb)))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 4, 5)], ids=str)
+def test_the_three_ways_in_any_shape(shape):
+    torch.manual_seed(0)
+    net = AnyShape(len(shape)).double()
+    x, dx = torch.randn((2, 3, 4, *shape), dtype=torch.float64)
+    (t, s), y = torch.rand((2, 3), dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    right = exact(net, at=(x, t, s, y), along=(dx, 0.7, -0.4), also=(dx, s, t, y))
+    assert right[1].shape == x.shape and right[1].norm() > 0.1
+    for name, way in JVP.items():
+        network = with_tangent(net) if name == "fused" else net
+        results = way(network, at=(x, t, s, y), along=(dx, 0.7, -0.4), also=(dx, s, t, y))
+        for a, b, bound in zip(results, right, (1e-12, 1e-4 if name == "fd" else 1e-11, 1e-12), strict=True):
+            assert a.shape == x.shape and error(a, b) < bound, name
+        pairs = zip(gradients(net, (results[0] * dx + results[2]).sum()), gradients(net, (right[0] * dx + right[2]).sum()), strict=True)
+        assert all(torch.allclose(a, b) for a, b in pairs)
+
+
+class Wave(nn.Module):
+    """A small convolutional network of signals x [B, 2, T]: GroupNorm, gated linear units, a skip, an operator in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.last = nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 16, 3, padding=2, dilation=2), nn.Conv1d(8, 2, 1)
+        self.norm, self.time, self.drop = nn.GroupNorm(4, 8), nn.Linear(1, 8), nn.Dropout(0.1)
+
+    def block(self, h):
+        return self.drop(F.glu(self.gate(F.softplus(self.norm(h))), dim=1))
+
+    def forward(self, x, t, s=None, y=None):
+        h = self.first(F.pad(x, (2, 2), mode="circular"))[..., 2:-2]
+        h += self.time(t[:, None]).tanh()[:, :, None]
+        h = h + (checkpoint(self.block, h, use_reentrant=False) if self.checkpointed else self.block(h))
+        return self.last(torch.maximum(h, -h.flip(-1))) / (1 + t[:, None, None] ** 2)
+
+    checkpointed = False
+
+
+class Tokens(nn.Module):
+    """A little transformer of PyTorch's own layers on tokens x [B, N, 8], each with another attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.y = nn.Linear(1, 8), nn.Embedding(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layers = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True, norm_first=True))
+        self.norm = nn.RMSNorm(8)
+
+    def forward(self, x, t, s=None, y=None):
+        h = x + (self.time(t[:, None]) + self.y(y))[:, None]
+        attended, weights = self.attention(h, h, x)
+        return self.norm(self.layers(h + attended)) + weights.mean()
+
+
+@pytest.mark.parametrize("network, shape", [(Wave, (2, 12)), (Tokens, (5, 8))])
+def test_networks_of_pytorchs_layers(network, shape):
+    torch.manual_seed(0)
+    net = network().double().eval()
+    at = (*torch.randn((1, 3, *shape), dtype=torch.float64), torch.rand(3, dtype=torch.float64), None, torch.tensor([0, 1, 3]))
+    dx = torch.randn(3, *shape, dtype=torch.float64)
+    F, dF = jvp.fused(with_tangent(net), at=at, along=(dx, 1, 0))
+    right = exact(net, at=at, along=(dx, 1, 0))
+    assert error(F, net(*at)) < 1e-12 and error(dF, right[1]) < 1e-11 and not dF.requires_grad
+    assert error(fd(net, at=at, along=(dx, 1, 0), h=1e-4)[1], dF) < 1e-4
+    pairs = zip(gradients(net, (F * dF).sum()), gradients(net, (right[0] * right[1]).sum()), strict=True)
+    assert all(torch.allclose(a, b) for a, b in pairs)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_dropout_is_refused_in_train_mode():
+    with pytest.raises(NotImplementedError, match="^fused: dropout draws random numbers"):
+        jvp.fused(with_tangent(Wave()), at=(torch.randn(3, 2, 12), torch.rand(3), None, None), along=(torch.randn(3, 2, 12), 1, 0))
+
+
+def test_the_fallback_in_a_checkpoint():
+    torch.manual_seed(0)
+    net, parts = Wave().eval(), None
+    parts = copy.deepcopy(net)
+    parts.checkpointed = True
+    x, dx, t = torch.randn(3, 2, 12), torch.randn(3, 2, 12), torch.rand(3)
+    results = [jvp.fused(with_tangent(f), at=(x, t, None, None), along=(dx, 1, 0)) for f in (net, parts)]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    grads = [gradients(f, (value * tangent).sum()) for f, (value, tangent) in zip((net, parts), results)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("network, shape", [(Wave, (2, 12)), (Tokens, (5, 8))])
+def test_a_compiled_network_with_the_fallback(network, shape):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net = network().eval()
+    at, dx = (torch.randn(3, *shape), torch.rand(3), None, torch.tensor([0, 1, 3])), torch.randn(3, *shape)
+    eager, compiled = (jvp.fused(f, at=at, along=(dx, 1, 0)) for f in (with_tangent(net), torch.compile(with_tangent(net), backend="aot_eager")))
+    assert all(error(b, a) < 1e-5 for a, b in zip(eager, compiled)) and not compiled[1].requires_grad
+    first, second = (gradients(net, (value * tangent).sum()) for value, tangent in (eager, compiled))
+    assert all((a - b).norm() < 1e-4 * (b.norm() + 1e-3) for a, b in zip(first, second, strict=True))
+
+
+def test_compiled_code_does_not_confuse_methods():
+    """torch.compile does not check which method of a tensor a function was compiled for, see _compiled_only_inside."""
+    torch._dynamo.reset()
+    net = with_tangent(lambda x, t, s, y: (w.float() + x).abs().sqrt().expm1().sin().sqrt())
+    x, t, dx = torch.rand(4, 6), torch.rand(4), torch.randn(4, 6)
+    eager, compiled = (f(x, t, tangent=(dx, None, None)) for f in (net, torch.compile(net, backend="aot_eager")))
+    assert all(torch.allclose(a, b, rtol=1e-5, equal_nan=True) for a, b in zip(eager, compiled))
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_network_of_ones_own_takes_a_tangent(careful):
     torch.manual_seed(0)
     net, x, t, y = Foreign().double(), torch.randn(3, 3, 4, 4).double(), torch.rand(3).double(), torch.tensor([0, 1, 3])
+    net.careful = careful
     for p in net.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     dx = torch.randn_like(x)
-    F, dF = jvp.fused(with_tangent(net), x, t, None, y, dx, 1, 0)
-    expected = exact(net, x, t, None, y, dx, 1, 0)
+    F, dF = jvp.fused(with_tangent(net), at=(x, t, None, y), along=(dx, 1, 0))
+    expected = exact(net, at=(x, t, None, y), along=(dx, 1, 0))
     assert error(F, expected[0]) < 1e-12 and error(dF, expected[1]) < 1e-11
     pairs = zip(gradients(net, (F * dF).sum()), gradients(net, (expected[0] * expected[1]).sum()), strict=True)
     assert all(torch.allclose(a, b) for a, b in pairs)
     assert torch.equal(with_tangent(net)(x, t, None, y), net(x, t, None, y))
 
 
-def test_an_operation_without_a_rule_is_named():
-    net = Foreign()
-    net.careful = True
-    with pytest.raises(NotImplementedError, match="nan_to_num"):
-        jvp.fused(with_tangent(net), torch.randn(3, 3, 4, 4), torch.rand(3), None, torch.tensor([0, 1, 3]),
-                 torch.randn(3, 3, 4, 4), 1, 0)
+def test_a_rule_can_be_added(monkeypatch):
+    """An operation without a rule and without a forward mode is named, and a rule for it is used."""
+    net = with_tangent(lambda x, t, s, y: torch.cdist(x, x.detach() + 1))
+    x, t, dx = torch.randn(2, 3, 4).double(), torch.rand(2).double(), torch.randn(2, 3, 4).double()
+    with pytest.raises(NotImplementedError, match="cdist"):
+        jvp.fused(net, at=(x, t, None, None), along=(dx, 1, 0))
+    monkeypatch.setitem(jvp.RULES, "cdist", lambda y, a, b: ((a.value[:, :, None] - b[:, None]) * a.tangent[:, :, None]).sum(-1) / y)
+    ends = [torch.cdist(x + e * dx, x + 1) for e in (1e-6, -1e-6)]
+    assert error(jvp.fused(net, at=(x, t, None, None), along=(dx, 1, 0))[1], (ends[0] - ends[1]) / 2e-6) < 1e-6

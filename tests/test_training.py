@@ -834,3 +834,36 @@ def test_lines_of_the_log_that_are_torn_or_foreign_are_dropped(tmp_path, monkeyp
 def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, out):
     (tmp_path / "file").touch()
     assert str(tmp_path / out) in refused(monkeypatch, capsys, flow, *FLOW, "--out", tmp_path / out)
+
+
+@pytest.mark.parametrize("module, flags, name", [
+    (flow, "--times uniform --P-mean 0", "--P-mean"), (flow, "--weights ema", "--weights"),
+    (facm, "--w 1 --t-low 0.5", "--t-low"), (facm, "--alpha cos --power 0.3", "--power"), (facm, "--label-drop 0.2", "--label-drop"),
+    (decm, "--P-std 1", "--P-std"), (decm, "--times arctan --segments 8", "--segments"), (decm, "--w 1 --vel-norm 2", "--vel-norm"),
+    (decm, "--objectives fm cd --freq 2", "--freq"), (decm, "--objectives fm n2n --w1 1-t", "--w1"),
+    (decm, "--objectives fm --lam 1", "--lam"), (decm, "--label-drop 0.2", "--label-drop"),
+    (baselines, "--objective scm --equal 0.5", "--equal"), (baselines, "--tangent-warmup 5", "--tangent-warmup"),
+    (gcm, "--curriculum 5 --epsilon 0.1", "--epsilon"), (gcm, "--epsilon 0.1 --q 2", "--q"), (gcm, "--ht ect --ct t --mu 2", "--mu"),
+    (gcm, "--init x.pt --ct t", "--ct"), (gcm, "--scheme imm --lambda 2", "--lambda"), (gcm, "--pt uniform --pt-ab 1 2", "--pt-ab"),
+    (gcm, "--variant CU --w 1 --equal 0 --nu-s 2", "--nu-s"), (gcm, "--equal 0 --P-mean 1", "--P-mean"), (gcm, "--kernel-sigma 1", "--kernel-sigma"),
+    (gcm, "--share-time", "--share-time"), (gcm, "--w 1 --kappa 0.1", "--kappa"), (gcm, "--w 1 --label-drop 0.1", "--label-drop"),
+    (gcm, "--weights ema", "--weights")], ids=lambda a: a if isinstance(a, str) else a.__name__)
+def test_a_flag_without_effect_is_refused(tmp_path, monkeypatch, capsys, module, flags, name):
+    assert f"{name} has no effect here: it needs " in refused(monkeypatch, capsys, module, *flags.split(), "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("module", [flow, facm, decm, baselines, gcm], ids=lambda m: m.__name__)
+def test_a_presets_value_without_effect_is_none_of_the_users_flags(monkeypatch, module):
+    for name in module.PRESETS:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--preset", name])
+        assert module.parse_args().given == ["preset"]
+
+
+def test_without_labels_a_network_that_has_classes_sees_the_null_label(teacher, tmp_path, monkeypatch, capsys):
+    """--uncond, with a teacher of ten classes."""
+    calls = {}
+    watch(monkeypatch, calls, facm, "facm_loss")
+    command = [*TINY, "--teacher", teacher, "--uncond", "--steps", 1, "--out", tmp_path / "run"]
+    assert "--w 1.75: guidance needs labels" in refused(monkeypatch, capsys, facm, *command)
+    call(monkeypatch, facm, *command, "--w", 1)
+    assert (calls["facm_loss"][0][5] == 10).all()
