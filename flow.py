@@ -214,7 +214,7 @@ def sampler_options(args):
     """{sampler: its options} for a network with these flags (a dict). Teachers that facm.py had
     trained itself were guided from its --t-low on."""
     options = dict(y_null=args["net"].get("num_classes", 0),
-                   cfg_interval=(args.get("t-low", 0.0), 1.0))
+                   cfg_interval=(args.get("t_low", 0.0), 1.0))
     return {name: options for name in SAMPLERS}
 
 
@@ -345,7 +345,7 @@ def find_or_train(args, dataset, run):
     """
     if args.teacher == "none":
         return None, data.fit_network_to(dataset, args.net)
-    path = pathlib.Path(args.teacher) if args.teacher else default_teacher(args, run)
+    path = pathlib.Path(args.teacher) if args.teacher else default_teacher(args, dataset, run)
     if path.is_dir():
         path = path / "ckpt.pt"
     if args.dry_run and not path.exists():
@@ -366,7 +366,7 @@ def load_into(net, teacher):
     checkpoints.load_weights(net, teacher.state_dict(), "the teacher", weights.MAY_BEGIN_ANEW)
 
 
-def default_teacher(args, run):
+def default_teacher(args, dataset, run):
     """The path of the default teacher, which is now finished."""
     own = parse_args(["--preset", args.preset, "--data", args.data])
     path = pathlib.Path(own.out) / "ckpt.pt"
@@ -378,6 +378,12 @@ def default_teacher(args, run):
         if checkpoint["method"] != METHOD:
             raise ValueError(f"{path} is a run of {checkpoint['method']}.py and no teacher; use "
                              "--teacher")
+        different = weights.first_difference(own.net, data.fit_network_to(dataset, args.net))
+        if different:
+            key, held, expected = different
+            raise ValueError(f"{path} has a network with {key}={held}, and this run {key}="
+                             f"{expected}; use --net {key}={held}, or train another teacher by "
+                             "flow.py --out and name it by --teacher")
         if not args.dry_run and own.samples != args.samples:
             raise ValueError(f"{path} was trained on other data, {own.samples}, not "
                              f"{args.samples}; use --teacher, or train one by flow.py --out")

@@ -402,9 +402,6 @@ class DDPMpp(nn.Module):
         check_at_least(0, augment_dim=augment_dim)
         if sigma_data is not None:
             check_positive(sigma_data=sigma_data)
-        if width % 2:
-            raise ValueError(f"width={width} is odd: half of the time's features are sines, and "
-                             "half are cosines")
         if pixelnorm and not adaptive_scale:
             raise ValueError("pixelnorm normalises a scale and a shift; it needs "
                              "adaptive_scale=True")
@@ -421,6 +418,9 @@ class DDPMpp(nn.Module):
         if ncsn:
             noise_channels = 2 * width
             taps = (1, 3, 3, 1)
+        if noise_channels % 2:
+            raise ValueError(f"width={width} is odd: half of the time's features are sines, and "
+                             "half are cosines")
 
         # The embedding of times, label and augmentation
         if ncsn:
@@ -1456,14 +1456,16 @@ def find(name):
 def check_type(key, value, kind):
     """Raises ValueError if the value of option `key` is not of type kind: bool, int, float or str.
     Where a float is expected an int is fine, too, and neither may be infinite or NaN."""
+    expected = kind.__name__
     if kind is float:
-        fits = isinstance(value, (int, float)) and math.isfinite(value)
+        expected = "a finite number"
+        fits = isinstance(value, (int, float)) and abs(value) < math.inf
     else:
         fits = isinstance(value, kind)
     if kind is not bool and isinstance(value, bool):       # for Python, True is an int
         fits = False
     if not fits:
-        raise ValueError(f"network option {key}={value!r}: expected {kind.__name__}")
+        raise ValueError(f"network option {key}={value!r}: expected {expected}")
 
 
 def check_option(constructor, key, value):
@@ -1540,7 +1542,7 @@ def create(name, seed=None, device=None, **options):
         raise ValueError(f"{problem}: {error}") from None
     try:
         net = draw(constructor, seed, options)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{problem}: {error}") from None
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():

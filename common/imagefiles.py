@@ -1,7 +1,7 @@
 """Image files in a folder or a zip archive: which files, of which class, as a viewer shows them.
 
     Tree(path)             .names, .labels and .classes of the images; .open(name)
-    read_image(file)       turned as its EXIF data say, transparent parts white
+    read_image(file)       turned as its EXIF data say, in sRGB, transparent parts white
     center_crop(image, n)  as ADM crops and scales
 
 Labels come from dataset.json, as NVlabs' dataset_tool writes it, or else from class folders.
@@ -9,13 +9,17 @@ Labels come from dataset.json, as NVlabs' dataset_tool writes it, or else from c
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pathlib
+import re
 import zipfile
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from common.messages import say_once
 
@@ -23,8 +27,6 @@ from common.messages import say_once
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".ppm", ".pgm",
                ".tif", ".tiff", ".gif")
 MACHINES = ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val",
-              test="test", testing="test")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -33,20 +35,81 @@ SPLITS = dict(train="train", training="train", val="val", valid="val", validatio
 def read_image(file, channels=3):
     """The image in a file, a Pillow image: RGB, or grey if channels is 1.
 
-    It is turned as its EXIF data say, and lies on white where it is transparent. Raises ValueError
-    for one of more than 8 bits, which Pillow would clip, and what Pillow's decoders raise.
+    It is turned as its EXIF data say, its colours are converted to sRGB if it has a colour profile,
+    and it lies on white where it is transparent. Raises ValueError for an image of more than 8
+    bits, which Pillow would clip, and whatever Pillow's decoders raise.
     """
     with Image.open(file) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode}, more than 8 bits")
         image.load()
+        profile = image.info.get("icc_profile")
         with contextlib.suppress(Exception):               # damaged EXIF data turn nothing
             image = ImageOps.exif_transpose(image)
+        if profile:
+            image = to_srgb(image, profile)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB" if channels == 3 else "L")
+
+
+def to_srgb(image, profile):
+    """A Pillow image with its colours converted from an ICC profile (bytes) to sRGB: RGB, or RGBA
+    if it has transparent parts. The image itself, untouched, if the profile is sRGB, or damaged, or
+    of another kind of image."""
+    if image.mode == "CMYK":
+        opaque = image
+    elif image.mode in ("1", "L", "LA"):
+        opaque = image.convert("L")
+    else:
+        opaque = image.convert("RGBA").convert("RGB")
+    convert = srgb_conversion(profile, opaque.mode)
+    if convert is None:
+        return image
+    result = convert(opaque)
+    if image.has_transparency_data:
+        result.putalpha(image.convert("RGBA").getchannel("A"))
+    return result
+
+
+@lru_cache(maxsize=64)                     # the images of a data set share a few profiles
+def srgb_conversion(profile, mode):
+    """A function that converts images of a mode (RGB, L or CMYK) from an ICC profile to sRGB, or
+    None if the profile is sRGB, damaged, or of another kind of image."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if space == "RGB" and mode == "L":                 # it was made from an RGB image
+            mode = "RGB"
+        if space != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+        def convert(image):
+            return ImageCms.applyTransform(image.convert(mode), transform)
+
+        if changes_nothing(convert, mode):
+            return None
+    except Exception:                      # ImageCms has several errors for a damaged profile
+        return None
+    return convert
+
+
+def changes_nothing(convert, mode):
+    """Whether a conversion to sRGB leaves the colours of a mode as they are. There are dozens of
+    sRGB profiles, whose numbers are rounded in different ways: they may move a colour by 2 of 255.
+    """
+    colours = np.arange(256).reshape(-1, 1, 1).repeat(3, axis=2)       # all greys
+    if mode == "CMYK":
+        return False
+    if mode == "RGB":
+        levels = np.arange(0, 256, 15)
+        cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1)
+        colours = np.concatenate([colours, cube.reshape(-1, 1, 3)])
+    result = np.asarray(convert(Image.fromarray(colours.astype(np.uint8))))
+    return np.abs(result.astype(int) - colours).max() <= 2
 
 
 def center_crop(image, size):
@@ -71,46 +134,76 @@ class Tree:
 
     names [N], relative, with "/"; labels [N] below num_classes; classes: the names of the class
     folders, or [] if dataset.json gives numbers, or if nothing says classes (num_classes 0). What
-    is left out is told once. Raises ValueError: no image; images in class folders and beside them;
-    a class folder without an image, which would shift the labels of others; train, val and test
-    side by side; a dataset.json that does not fit.
+    is left out is printed once.
+
     labelled False: there are no labels, and nothing is wrong with them.
+
+    Raises ValueError if there is no image, if images lie both in class folders and beside them, if
+    a class folder has no image, which would shift the labels of the others, if the folders are
+    parts of a data set, such as train and val, or if dataset.json does not fit.
     """
 
     def __init__(self, path, labelled=True):
         self.path = pathlib.Path(path)
-        self.archive = open_zip(self.path) if self.path.is_file() else None
-        self.places, folders = zip_entries(self.archive) if self.archive else walk(self.path)
-        aside = [n for n in self.places if is_aside(n)]
-        found = sorted(n for n in self.places if not is_aside(n))
-        names = [n for n in found if self.is_image(n)]
-        if not names:
+        self.archive = None
+        if self.path.is_file():
+            self.archive = open_zip(self.path)
+            self.places, folders = zip_entries(self.archive)
+        else:
+            self.places, folders = walk(self.path)
+        folders = sorted(name for name in folders if not is_aside(name))
+        found = sorted(name for name in self.places if not is_aside(name))
+        self.names = [name for name in found if self.is_image(name)]
+        if not self.names:
             raise ValueError(f"{path}: no images in it")
-        folders = sorted(n for n in folders if not is_aside(n))
-        base = find_base(names, folders, self.places)
+        base = find_base(self.names, folders, self.places)
         table = base + "dataset.json"
-        self.names, other = names, sorted(set(found) - set(names) - {table})
-        if left := [f"{len(files)} {kind}, such as {files[0]}"
-                    for files, kind in ((other, "files that are no images"),
-                                        (aside, "files of the machine")) if files]:
-            say_once(f"{path}: left out: {'; '.join(left)}")
-        self.classes, self.labels, self.num_classes = [], [0] * len(names), 0
+        others = sorted(set(found) - set(self.names) - {table})
+        self.say_what_is_left_out(others)
+
+        # Labels: from dataset.json, or else from the folders
+        self.classes, self.labels, self.num_classes = [], [0] * len(self.names), 0
         if not labelled:
             return
-        if table not in self.places:
+        if table in self.places:
+            given = self.read_table(table)
+            if given:
+                self.labels = self.labels_of_table(table, given, base)
+                self.num_classes = max(self.labels) + 1
+        else:
             self.classes, self.labels = self.classes_of_folders(base, folders)
             self.num_classes = len(self.classes)
-        elif given := self.read_table(table):
-            self.labels = self.labels_of_table(table, given, base)
-            self.num_classes = max(self.labels) + 1
+
+    def say_what_is_left_out(self, others):
+        """Prints a line that counts the files that are no images, and those of the machine."""
+        aside = [name for name in self.places if is_aside(name)]
+        parts = []
+        if others:
+            parts.append(f"{len(others)} files that are no images, such as {others[0]}")
+        if aside:
+            parts.append(f"{len(aside)} files of the machine, such as {aside[0]}")
+        if parts:
+            say_once(f"{self.path}: left out: {'; '.join(parts)}")
 
     def open(self, name):
         """The file of an image, opened or as a path, as Pillow takes it."""
         place = self.places[name]
-        return io.BytesIO(self.archive.read(place)) if self.archive else self.path / place
+        if self.archive:
+            return io.BytesIO(self.archive.read(place))
+        return self.path / place
+
+    def beginning(self, name, length):
+        """The size of a file in bytes, and its first bytes, `length` of them at most."""
+        place = self.places[name]
+        if self.archive:
+            size = self.archive.getinfo(place).file_size
+            with self.archive.open(place) as file:
+                return size, file.read(length)
+        with open(self.path / place, "rb") as file:
+            return os.fstat(file.fileno()).st_size, file.read(length)
 
     def is_image(self, name):
-        """Is this file an image, by its ending or else by its first bytes?"""
+        """Whether this file is an image, by its ending or else by its first bytes."""
         if name.lower().endswith(IMAGE_TYPES):
             return True
         if not self.archive and not (self.path / name).is_file():      # a pipe, a link to nothing
@@ -123,20 +216,24 @@ class Tree:
         """dataset.json's {name: label}; {} if it says that there are no labels."""
         try:
             file = self.open(table)
-            labels = json.loads(file.read() if self.archive else file.read_text())["labels"]
-            return {name.replace("\\", "/"): label for name, label in labels or ()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{self.path}: {table} has no \"labels\": [[name, label], ...] to be "
-                             f"read ({type(e).__name__})") from None
+            content = file.read() if self.archive else file.read_bytes()
+            labels = json.loads(content)["labels"] or []   # of bytes, so that a BOM may be there
+            return {name.replace("\\", "/"): label for name, label in labels}
+        except Exception as e:             # besides ValueError, zipfile and deep lists have others
+            raise ValueError(f"{self.path}: {table} has no \"labels\": [[name, label], ...] that "
+                             f"can be read ({type(e).__name__})") from None
 
     def labels_of_table(self, table, given, base):
         """The labels that dataset.json gives; its names are relative to its folder."""
-        labels = [given.pop(n.removeprefix(base), None) for n in self.names]
-        for name, label in zip(self.names, labels):
-            if not isinstance(label, int) or label < 0:
-                raise ValueError(f"{self.path}: {table} gives {name} "
-                                 + ("no label" if label is None else f"the label {label}; want "
-                                    "numbers from 0 on"))
+        labels = []
+        for name in self.names:
+            label = given.pop(name.removeprefix(base), None)
+            if label is None:
+                raise ValueError(f"{self.path}: {table} gives {name} no label")
+            if type(label) is not int or not 0 <= label < 2 ** 31:     # bool is a kind of int
+                raise ValueError(f"{self.path}: {table} gives {name} the label {label}; labels are "
+                                 "whole numbers from 0 on")
+            labels.append(label)
         if given:
             say_once(f"{self.path}: {table} names {len(given)} images that are not there, such as "
                      f"{min(given)}")
@@ -144,52 +241,68 @@ class Tree:
 
     def classes_of_folders(self, base, folders):
         """The folders below `base` are the classes, and their order gives the labels."""
-        parts = [n.removeprefix(base).split("/") for n in self.names]
-        classes = sorted({p[0] for p in parts if len(p) > 1})
-        if not classes:
-            return [], [0] * len(parts)
-        if beside := [n for n, p in zip(self.names, parts) if len(p) == 1]:
+        inside, beside = [], []
+        for name in self.names:
+            below = name.removeprefix(base)
+            if "/" in below:
+                inside.append(below.split("/")[0])
+            else:
+                beside.append(name)
+        if not inside:
+            return [], [0] * len(self.names)
+        if beside:
             raise ValueError(f"{self.path}: images both in class folders and beside them, such as "
                              f"{beside[0]}")
-        if len({SPLITS[c.lower()] for c in classes if c.lower() in SPLITS}) > 1:
-            raise ValueError(f"{self.path}: {', '.join(classes)} side by side are parts of a data "
-                             "set, not classes: give one of them"
-                             + ("" if self.archive else f", as in {self.path / base / classes[0]}"))
-        if empty := sorted(children(folders, base) - set(classes)):
-            raise ValueError(f"{self.path}: no images in the class folder {base}{empty[0]}; fill "
-                             "it, or remove it")
+        classes, all_folders = sorted(set(inside)), sorted(children(folders, base))
+        parts = parts_of_a_data_set(all_folders)
+        if parts:
+            example = "" if self.archive else f", as in {self.path / base / parts[0]}"
+            raise ValueError(f"{self.path}: {', '.join(parts)} side by side are parts of a data "
+                             f"set, not classes: give one of them{example}")
+        for folder in all_folders:
+            if folder not in classes:
+                raise ValueError(f"{self.path}: no images in the class folder {base}{folder}; fill "
+                                 "it, or remove it")
         number = {name: label for label, name in enumerate(classes)}
-        return classes, [number[p[0]] for p in parts]
+        return classes, [number[name] for name in inside]
 
 
 def open_zip(path):
     """The archive, opened to read, by several threads too; ValueError if that cannot be done."""
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as e:
+    except Exception as e:                 # besides BadZipFile, damaged ones cause several errors
         raise ValueError(f"{path}: damaged, or no {path.suffix} file to be read "
                          f"({type(e).__name__})") from None
 
 
 def zip_entries(archive):
-    """{name with "/": name in the archive} of the files, and the set of all folders."""
-    entries = {n.replace("\\", "/"): n for n in archive.namelist()}
-    folders = {n.rstrip("/") for n in entries if n.endswith("/")}
-    files = {n: place for n, place in entries.items() if not n.endswith("/")}
-    folders |= {n.rpartition("/")[0] for n in files} - {""}
-    for name in list(folders):
-        folders |= {str(p) for p in pathlib.PurePosixPath(name).parents} - {"."}
+    """{name with "/": name in the archive} of the files, and the set of all folders. Names such as
+    /cat/0.png, ./cat/0.png and cat\\0.png are cat/0.png."""
+    files, folders = {}, set()
+    for place in archive.namelist():
+        parts = [part for part in place.replace("\\", "/").split("/") if part not in ("", ".")]
+        is_folder = place.endswith(("/", "\\"))
+        if parts and not is_folder:
+            files["/".join(parts)] = place
+            parts.pop()
+        for end in range(1, len(parts) + 1):
+            folders.add("/".join(parts[:end]))
     return files, folders
 
 
 def walk(root):
     """{name: name} of the files below a folder, and the set of the folders, relative to it. Links
     are followed; a folder that several lead to is taken once, by its own name if it has one."""
+    def refuse(error):
+        raise ValueError(f"{error.filename}: the folder cannot be read ({error.strerror})")
+
     files, folders, seen = {}, set(), {os.path.realpath(root)}
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
         here = os.path.relpath(folder, root)
-        here = "" if here == "." else here
-        there = sorted(inner, key=lambda n: (os.path.islink(os.path.join(folder, n)), n))
+        if here == ".":
+            here = ""
+        there = sorted(inner, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         inner.clear()
         for name in there:
             real = os.path.realpath(os.path.join(folder, name))
@@ -197,20 +310,24 @@ def walk(root):
                 say_once(f"{os.path.join(folder, name)}: left out, another name of {real}")
             else:
                 seen.add(real)
-                inner.append(name)
-        folders |= {os.path.join(here, n) for n in inner}
-        files |= {os.path.join(here, n): os.path.join(here, n) for n in names}
+                inner.append(name)         # os.walk goes on into these
+                folders.add(os.path.join(here, name))
+        for name in names:
+            files[os.path.join(here, name)] = os.path.join(here, name)
     return files, folders
 
 
 def is_aside(name):
-    """Is it hidden, or in a folder that a machine makes for itself?"""
-    return any(part.startswith(".") or part in MACHINES for part in name.split("/"))
+    """Whether it is hidden, or in a folder that a machine makes for itself."""
+    for part in name.split("/"):
+        if part.startswith(".") or part in MACHINES:
+            return True
+    return False
 
 
 def children(names, base):
     """The first parts, below `base`, of those names that lie there."""
-    return {n.removeprefix(base).split("/")[0] for n in names if n.startswith(base)} - {""}
+    return {name.removeprefix(base).split("/")[0] for name in names if name.startswith(base)} - {""}
 
 
 def find_base(names, folders, files):
@@ -219,11 +336,89 @@ def find_base(names, folders, files):
     base = ""
     while base + "dataset.json" not in files:
         lone = children(folders, base)
-        if len(lone) != 1 or any("/" not in n.removeprefix(base) for n in names):
+        if len(lone) != 1 or has_images(base, names):
             break
         inner = f"{base}{lone.pop()}/"
-        if (inner + "dataset.json" not in files
-                and any("/" not in n.removeprefix(inner) for n in names)):
+        if inner + "dataset.json" not in files and has_images(inner, names):
             break
         base = inner
     return base
+
+
+def has_images(folder, names):
+    """Whether a folder ("" or ending in "/") has images of its own. All names lie below it."""
+    return any("/" not in name.removeprefix(folder) for name in names)
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes, or parts of a data set?
+
+# Words in the names of folders: which part of a data set it is (words of one meaning have the same
+# value), that it holds pictures, or what belongs to pictures, and words that say nothing
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+          "dev": "val", "eval": "val", "evaluation": "val", "holdout": "val", "test": "test",
+          "testing": "test", "extra": "extra", "unlabeled": "extra", "unlabelled": "extra"}
+PICTURES = {"image", "images", "img", "imgs", "photos", "pictures"}
+COMPANIONS = {"mask", "masks", "label", "labels", "annotation", "annotations", "annot", "annots",
+              "anno", "annos", "segmentation", "segmentations", "seg", "segs", "trimaps", "gt",
+              "groundtruth", "bboxes", "captions"}
+EMPTY = {"set", "sets", "data", "dataset", "split", "part", "subset", "folder", "files", "all",
+         "full", "small", "mini", "tiny", "large", "class", "object", "jpeg", "jpg", "png", "rgb"}
+WORDS = {*SPLITS, *PICTURES, *COMPANIONS, *EMPTY}
+ANY_WORD = "|".join(sorted(WORDS, key=len, reverse=True))
+
+
+class Part(NamedTuple):
+    """What the name of a folder says."""
+
+    name: str
+    splits: tuple                          # of a data set, such as ("train",), or ()
+    kind: str                              # "pictures", "companions" or ""
+    rest: tuple                            # the other words; numbers do not count
+
+
+def parts_of_a_data_set(names):
+    """Those of the names of folders side by side that are parts of one data set, the best first:
+    train2017 and val2017, or images and masks. [] if the folders may be classes."""
+    found = set()
+    parts = [part for part in map(read_part, names) if part.splits or part.kind]
+    for one, other in itertools.combinations(parts, 2):
+        if belong_together(one, other):
+            found |= {one, other}
+    return [part.name for part in sorted(found, key=how_rarely_needed)]
+
+
+def read_part(name):
+    """The Part that the name of a folder says."""
+    words = []
+    for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+", name):     # also of camelCase
+        word = word.lower()
+        if re.fullmatch(f"({ANY_WORD})+", word):           # trainset is train and set
+            words += re.findall(ANY_WORD, word)
+        else:
+            words.append(word)
+    splits = sorted({SPLITS[word] for word in words if word in SPLITS})
+    kind = ""
+    if PICTURES.intersection(words):
+        kind = "pictures"
+    if COMPANIONS.intersection(words):
+        kind = "companions"
+    return Part(name, tuple(splits), kind, tuple(word for word in words if word not in WORDS))
+
+
+def belong_together(one, other):
+    """Whether two folders are parts of one data set. Their names are then the same but for the
+    words above, as train_cats and test_cats are; train beside car, or beside test_tube, is not."""
+    if one.rest != other.rest:
+        return False
+    if one.splits and other.splits and one.splits != other.splits:
+        return True
+    if one.kind and other.kind:
+        return one.kind != other.kind
+    # One of them says nothing of its kind, as train beside train_masks
+    return bool(one.splits) and one.splits == other.splits and "companions" in (one.kind, other.kind)
+
+
+def how_rarely_needed(part):
+    """A key to sort parts by, so that the one that most people need comes first."""
+    return part.kind == "companions", part.splits != ("train",), part.name

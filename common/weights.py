@@ -354,21 +354,34 @@ def read_start(path, args):
     names = ("dropout", "dropout_res") if own else ("dropout", "dropout_res", *NOT_IN_SHAPES)
     options = options | {k: v for k, v in wanted.items() if k in names}
     held = models.expand(options)
-    defaults = inspect.signature(models.NETWORKS[held["name"]]).parameters
-    for key, given in models.expand(dict(name=held["name"]) | args.net_given).items():
-        implied = key not in args.net_given            # by the name of a network
-        if implied and key in ("input_size", "in_channels", "num_classes"):
-            continue                       # these are the data's
-        if key not in held and key in defaults:
-            held[key] = defaults[key].default
-        if key not in held:
-            options[key] = given           # of no network: models.create says so
-        elif as_tuple(held[key]) != as_tuple(given) and key != "second_time":
-            raise ValueError(f"--net {key}={given}: {path} has a network with {key}={held[key]}, "
-                             "which the run uses; leave the option out, or name another file")
+    given = models.expand(dict(name=held["name"]) | args.net_given)
+    for key in ("input_size", "in_channels", "num_classes"):
+        if key not in args.net_given:      # implied by a name; these are the data's
+            given.pop(key, None)
+    different = first_difference(held, held | given)
+    if different:
+        key, has, wants = different
+        raise ValueError(f"--net {key}={wants}: {path} has a network with {key}={has}, which the "
+                         "run uses; leave the option out, or name another file")
     if own is None:
         say_guesses(path, held, wanted)
     return tensors, options
+
+
+def first_difference(a, b):
+    """(option, its value in a, its value in b) of the first option in which two networks differ, or
+    None. Options that are not given have their defaults. Dropout and a second time do not count: a
+    run adds them to the network that it begins with."""
+    a, b = models.expand(a), models.expand(b)
+    defaults = inspect.signature(models.NETWORKS[b["name"]]).parameters
+    for key in dict.fromkeys([*b, *a]):
+        if key in ("dropout", "dropout_res", "second_time", "augment_dim"):
+            continue
+        default = defaults[key].default if key in defaults else None
+        one, other = as_tuple(a.get(key, default)), as_tuple(b.get(key, default))
+        if one != other:
+            return key, one, other
+    return None
 
 
 def as_tuple(value):

@@ -2,10 +2,10 @@
 
     python examples/one_dimension.py --out waves.png
 
-A waveform is a sum of two sines with random phases, which this file draws itself: a slow one of two
-periods, and a fast one of six or seven. A teacher learns the velocity of the flow, and FACM distils it. The picture shows
-real waveforms, one Euler step of the teacher, twenty of them, and one step of the student, the last
-three from the same noise. The printed table compares their spectra.
+A waveform is a sum of two sines with random phases, which this file draws itself: a slow sine of
+two periods, and a fast one of six or seven. A teacher learns the velocity of the flow, and FACM
+distils it. The picture shows real waveforms, one Euler step of the teacher, twenty of them, and one
+step of the student, the last three from the same noise. The table compares their spectra.
 
 Nothing in facm.py or flow.py is changed: the losses and the samplers work on tensors [B, ...] of
 any shape.

@@ -1,11 +1,10 @@
-"""What the text-to-image examples share: tangents of diffusers' operations, captions as a y, and folders of
-encoded images.
+"""What the text-to-image examples share: captions as labels, folders of encoded images, and the
+tangents of two operations of diffusers' networks.
 
-Such a folder has a .safetensors file for each image, with its latents x1 [C, H, W] and the embeddings of its
-caption, and null.safetensors with those of the empty caption.
+Such a folder has a .safetensors file for each image, with its latents x1 [C, H, W] and the
+embeddings of its caption, and null.safetensors with those of the empty caption.
 """
 
-import math
 import pathlib
 import sys
 
@@ -16,89 +15,118 @@ import torch
 import jvp
 from common import imagefiles
 
+# --------------------------------------------------------------------------------------------------
+# Rules for jvp.fused, for operations of diffusers' networks that jvp.py has no rule for, or not
+# with these arguments. y: the value of the operation; x: its argument, which has a tangent.
 
-def attention(y, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
-    """jvp.py's rule, without a mask and dropout; if keys and values have no tangent, only that of q counts."""
-    if isinstance(k, jvp.Dual):
-        return jvp._attention(y, q, k, v)
-    k = k.transpose(-1, -2) / math.sqrt(k.shape[-1])
-    P_dS = (q.value @ k).softmax(-1).mul_(q.tangent @ k)
-    return (P_dS @ v).sub_(P_dS.sum(-1, keepdim=True) * y)
+def no_dropout(y, x, *rate_and_mode, **options):
+    """The rate of dropout is 0 in these networks, but they may be in train mode."""
+    return x.tangent
 
 
-# Operations of diffusers' blocks for which jvp.py has no rule, or not with these arguments
-jvp.RULES |= dict(
-    scaled_dot_product_attention=attention,
-    dropout=lambda y, x, *_, **__: x.tangent,              # their rate is 0
-    einsum=lambda y, equation, x: torch.einsum(equation, x.tangent))
+def einsum(y, equation, x):
+    """torch.einsum of one tensor is linear."""
+    return torch.einsum(equation, x.tangent)
 
+
+jvp.RULES |= dict(dropout=no_dropout, einsum=einsum)
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions as the labels y of a loss.
 
 class Text:
-    """Embeddings of captions, tokens [B, L, D] and perhaps pooled ones [B, P]: a y that indexes, moves, repeats
-    and is concatenated as a tensor is. torch.full_like(y, null) is the null caption, once for each of y."""
+    """The embeddings of B captions: tokens [B, L, D] and, where a network needs them, pooled ones
+    [B, P]. A loss indexes, concatenates and moves labels y, and asks for the null label with
+    torch.full_like(y, null). A Text can do the same; null is then a Text of one caption.
+    """
 
-    def __init__(self, *parts):
-        self.parts = parts
+    def __init__(self, tokens, pooled=None):
+        self.tokens, self.pooled = tokens, pooled
 
-    tokens = property(lambda self: self.parts[0])
-    pooled = property(lambda self: self.parts[1])
+    def of_both(self, function):
+        """A Text of function(tokens) and, if there are pooled embeddings, function(pooled)."""
+        if self.pooled is None:
+            return Text(function(self.tokens))
+        return Text(function(self.tokens), function(self.pooled))
 
-    def __getitem__(self, rows):
-        return Text(*(a[rows] for a in self.parts))
+    def __getitem__(self, samples):
+        return self.of_both(lambda embeddings: embeddings[samples])
 
     def __len__(self):
         return len(self.tokens)
 
     def to(self, *args, **options):
-        return Text(*(a.to(*args, **options) for a in self.parts))
+        """As torch.Tensor.to."""
+        return self.of_both(lambda embeddings: embeddings.to(*args, **options))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """PyTorch calls this for a function of its own that is given a Text."""
         if func is torch.cat:
-            return cls(*map(torch.cat, zip(*(y.parts for y in args[0]))))
+            texts = args[0]
+            tokens = torch.cat([text.tokens for text in texts])
+            if texts[0].pooled is None:
+                return cls(tokens)
+            return cls(tokens, torch.cat([text.pooled for text in texts]))
         if func is torch.full_like:
             y, null = args
             return null[torch.zeros(len(y), dtype=torch.int64)]
         return NotImplemented
 
 
+# --------------------------------------------------------------------------------------------------
+# Folders of images with captions, and of what is encoded.
+
 def read(images):
-    """The imagefiles.Tree of a folder of images, and {name: caption}, from the .txt beside each. Ends the program
-    if one is lacking."""
+    """The imagefiles.Tree of a folder of images, and {name: caption} from the .txt file beside each
+    image. Ends the program if an image has none."""
     tree = imagefiles.Tree(images, labelled=False)
-    files = {name: (tree.path / name).with_suffix(".txt") for name in tree.names}
-    if lacking := [name for name, path in files.items() if not path.exists()]:
-        sys.exit(f"error: {lacking[0]} has no caption {files[lacking[0]].name} beside it")
-    return tree, {name: path.read_text().strip() for name, path in files.items()}
+    captions = {}
+    for name in tree.names:
+        path = (tree.path / name).with_suffix(".txt")
+        if not path.exists():
+            sys.exit(f"error: {name} has no caption {path.name} beside it")
+        captions[name] = path.read_text().strip()
+    return tree, captions
 
 
 @torch.no_grad()
 def encode(tree, captions, out, resolution, encode_text, encode_image):
-    """Writes the folder. encode_text(caption) gives {name: tensor}, encode_image(uint8 [1, 3, H, W]) the latents."""
+    """Writes the folder of encoded images.
+
+    encode_text(caption) returns {name: tensor}, the embeddings of a caption; encode_image(uint8
+    [1, 3, H, W]) the latents [C, h, w] of an image.
+    """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for i, (name, text) in enumerate([("", ""), *captions.items()]):
-        held = encode_text(text)
-        if name:
-            pixels = imagefiles.center_crop(imagefiles.read_image(tree.open(name)), resolution)
-            held["x1"] = encode_image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None])
-        safetensors.torch.save_file({k: a.contiguous().cpu() for k, a in held.items()},
-                                    out / (f"{i:07d}.safetensors" if name else "null.safetensors"))
+    write(out / "null.safetensors", encode_text(""))
+    for number, (name, caption) in enumerate(captions.items(), start=1):
+        image = imagefiles.center_crop(imagefiles.read_image(tree.open(name)), resolution)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tensors = encode_text(caption) | dict(x1=encode_image(pixels[None]))
+        write(out / f"{number:07d}.safetensors", tensors)
+
+
+def write(path, tensors):
+    """Writes {name: tensor} to a .safetensors file."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path)
 
 
 def encoded(folder, script):
-    """The files of the folder, and the embeddings {name: tensor [1, ...]} of the empty caption. Ends the program if
-    there are none."""
+    """The files of a folder of encoded images, and the embeddings {name: tensor [1, ...]} of the
+    empty caption. Ends the program if there are none. script: the program that encodes images."""
     folder = pathlib.Path(folder)
-    files = sorted(p for p in folder.glob("*.safetensors") if p.stem != "null")
+    files = sorted(path for path in folder.glob("*.safetensors") if path.stem != "null")
     if not files:
         sys.exit(f"error: {folder}: no *.safetensors in it; run {script} encode --out {folder}")
     null = safetensors.torch.load_file(folder / "null.safetensors")
-    return files, {k: a[None] for k, a in null.items()}
+    return files, {name: tensor[None] for name, tensor in null.items()}
 
 
 def draw(files, n, seed):
-    """{name: tensor [n, ...]} of n files, drawn by the seed."""
+    """{name: tensor [n, ...]} of n of the files, which are drawn by the seed."""
     chosen = torch.randint(len(files), (n,), generator=torch.Generator().manual_seed(seed))
-    rows = [safetensors.torch.load_file(files[i]) for i in chosen]
-    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+    samples = [safetensors.torch.load_file(files[i]) for i in chosen]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

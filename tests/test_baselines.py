@@ -43,8 +43,8 @@ class AverageNet:
 IDEAL = dict(scm=OracleNet(), meanflow=AverageNet())
 
 
-def compared(module, objective, net=None, mode="exact", shape=(64, 2, 3, 3), y=None, warm=1.0, phi=torch.zeros(3).double(),
-             **guidance):
+def compared(module, objective, net=None, mode="exact", shape=(64, 2, 3, 3), y=None, warm=1.0,
+             phi=torch.zeros(3).double(), **guidance):
     """The loss of sCM's or MeanFlow's ideal network, or of `net`, float64; a quarter of MeanFlow's r is t."""
     x1, x0, t = ORACLE.draw(shape[0], shape=shape[1:])
     net, jvp = net or fused(IDEAL[objective]), JVP[mode]
@@ -108,15 +108,17 @@ def test_scm_learns_the_logarithm_of_the_error_over_time():
     F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # so e = (c / (c + 0.1))^2
     c = torch.cos(math.pi / 2 * t)
     zero = torch.zeros_like(F)
-    baselines.scm_loss(None, lambda *_, **__: (F, zero), zero, zero, t, None, warm=1.0, phi=phi, teacher=lambda *_: zero).backward()
+    baselines.scm_loss(None, lambda *_, **__: (F, zero), zero, zero, t, None, warm=1.0, phi=phi,
+                       teacher=lambda *_: zero).backward()
     assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) * (c / (c + 0.1)) ** 2)[:, None]).mean(0))
 
 
 def test_meanflow_weight_and_times():
-    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the samples that are asked for."""
+    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the samples asked for."""
     F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
     t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
-    loss = baselines.meanflow_loss(None, lambda *_, **__: (F, zero), zero, zero, t, t, None, c=1e-3, teacher=lambda *_: zero)
+    loss = baselines.meanflow_loss(None, lambda *_, **__: (F, zero), zero, zero, t, t, None, c=1e-3,
+                                   teacher=lambda *_: zero)
     assert math.isclose(loss.item(), 0.065 / 0.066)
     loss.backward()
     assert torch.allclose(F.grad.flatten(), torch.tensor([0.3, -0.2]).double() / 0.066)
@@ -223,9 +225,11 @@ def test_scm_counts_the_warm_up_of_its_tangent_from_the_first_step_on(teacher, t
 
 
 @pytest.mark.parametrize("flags", [
-    ["--objective", "scm", "--w", "1", "--tangent-warmup", "1"], ["--objective", "meanflow", "--equal", "0.5"]], ids=str)
+    ["--objective", "scm", "--w", "1", "--tangent-warmup", "1"],
+    ["--objective", "meanflow", "--equal", "0.5"]], ids=str)
 def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
-    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--teacher", "none", "--steps", 1, *flags]
+    common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
+    common += ["--teacher", "none", "--steps", 1, *flags]
     call(monkeypatch, baselines, *common, "--out", tmp_path / "one")
     call(monkeypatch, baselines, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
     run_two(*common, "--out", tmp_path / "two", "--micro-batch", 2, script="baselines.py")
@@ -272,8 +276,8 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
 def test_the_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monkeypatch, objective):
     """Noise, times, labels, guidance and weights of two steps, with a teacher and from scratch."""
     name = f"{objective}_loss"
-    common = [*TINY, "--objective", objective, "--jvp", "fd", "--steps", 2, "--seed", 7, "--label-drop", 1, "--t-low", 0.25,
-              "--c", 0.05, "--equal", 0.25, "--tangent-warmup", 0, "--P-mean", -1, "--P-std", 1.5]
+    common = [*TINY, "--objective", objective, "--jvp", "fd", "--steps", 2, "--seed", 7, "--label-drop", 1,
+              "--t-low", 0.25, "--c", 0.05, "--equal", 0.25, "--tangent-warmup", 0, "--P-mean", -1, "--P-std", 1.5]
     for w, source in ((3.0, teacher), (1.0, "none")):
         calls = {}
         with monkeypatch.context() as patch:
@@ -287,7 +291,8 @@ def test_the_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monkeyp
             args, options = calls[name][step], calls[f"{name} options"][step]
             y = args[-1]
             assert torch.equal(args[3], x0) and (y == 10).all() == (w == 1) and (y < 10).all() == (w != 1)
-            assert options.items() >= dict(w=w, t_low=0.25, y_null=10).items() and (options["teacher"] is None) == (w == 1)
+            assert options.items() >= dict(w=w, t_low=0.25, y_null=10).items()
+            assert (options["teacher"] is None) == (w == 1)
             if objective == "scm":
                 assert torch.equal(args[4], facm.sample_t(normal, -1, 1.5))
                 assert options["warm"] == 1 and len(options["phi"]) == 8

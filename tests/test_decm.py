@@ -123,7 +123,8 @@ MUTANTS = [
     (CM_LINE, "at=(xt, t, one, y), along=(v, 1, 1)", "cm"),                                # s moves as well
     (CM_LINE, "at=(xt, t, one, y), along=(v, 0, 0)", "cm"),                                # t does not move
     (CM_LINE, "at=(xt, t, one, y), along=(-v, 1, 0)", "cm"),                               # direction of the flow
-    ("one, s = torch.ones_like(t), t.clone()", "s, one = torch.ones_like(t), t.clone()", "both"),      # conditions swapped
+    # The conditions swapped
+    ("one, s = torch.ones_like(t), t.clone()", "s, one = torch.ones_like(t), t.clone()", "both"),
     (N2N_LINE, "at=(xr, r, t, y), along=(lam * v_r, lam, -gam)", "n2n"),
     (N2N_LINE, "at=(xr, r, t, y), along=(gam * v_r, gam, lam)", "n2n"),
     (N2N_LINE, "at=(xr, r, t, y), along=(v_r, gam, -lam)", "n2n"),
@@ -132,7 +133,8 @@ MUTANTS = [
     ("v_psi) - (t - r) * dF", "v_psi) + (t - r) * dF", "n2n"),
     ("teacher, xr, F_n2n.detach(), r, t", "teacher, xt, F_n2n.detach(), r, t", "n2n"),     # v_psi at the wrong point
     ("guided_velocity(teacher, f, t, y", "guided_velocity(teacher, f, r, y", "n2n"),       # ... or time
-    ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),     # v at z_t for v_r
+    # v at z_t for v_r
+    ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),
     ("also=(xt, t, t.clone(), y)", "also=(xr, r, r, y)", "n2n's fm"),
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),              # another point, still exact
 ]
@@ -168,7 +170,8 @@ def test_from_scratch_v_is_the_difference_and_v_psi_the_networks_own():
     xr = decm.interpolate(x1, x0, r)
     v_r = ORACLE.velocity(xr, r)
     on_the_flow = xr + ORACLE.expand(1 - r) * v_r, xr - ORACLE.expand(r) * v_r
-    _, L_n2n = decm.n2n_loss(net, watched, *on_the_flow, decm.interpolate(*on_the_flow, t), v_r, r, t, None, lam=0.3, gam=0.9)
+    _, L_n2n = decm.n2n_loss(net, watched, *on_the_flow, decm.interpolate(*on_the_flow, t), v_r, r, t, None,
+                             lam=0.3, gam=0.9)
     assert torch.equal(seen[0][0], x1 - x0) and seen[0][1:] == (1, 0)
     assert torch.allclose(seen[1][0], 0.9 * v_r) and seen[1][1:] == (0.9, -0.3)
     assert L_n2n < 1e-14
@@ -181,7 +184,8 @@ def test_guidance_and_velocity_normalisation():
     x, t, y = torch.zeros(3, 2, 3, 3, dtype=torch.float64), torch.full((3,), 0.5).double(), torch.tensor([3, 1, 0])
     plain = decm.guided_velocity(teacher, x, t, y, w=1.75, eta=None, y_null=0)
     assert torch.allclose(plain[:, 0, 0, 0], torch.tensor([5.25, 1.75, 0]).double())
-    assert torch.equal(decm.guided_velocity(teacher, x, t, y, w=1.0, eta=2.0, y_null=0)[:, 0, 0, 0].double(), y.double())
+    unguided = decm.guided_velocity(teacher, x, t, y, w=1.0, eta=2.0, y_null=0)
+    assert torch.equal(unguided[:, 0, 0, 0].double(), y.double())
     even = decm.guided_velocity(teacher, x, t, y, w=1.75, eta=2.0, y_null=0)
     D = (even - ORACLE.expand(y.double())) / 0.75
     assert torch.allclose(D.square().sum((1, 2, 3)).sqrt(), torch.tensor([2.0, 2.0, 0.0]).double())
@@ -276,7 +280,7 @@ def test_adaptive_weight_has_no_gradient(p):
 
 @pytest.mark.parametrize("name", list(decm.WEIGHTS))
 def test_w1_and_w2_weigh_the_residuals(name):
-    """v_tar = F - w g: with p = 0 the loss is w^2 times the mean of g^2. w_2(r, t) is the weight at the time 1 - (t-r)."""
+    """v_tar = F - w g: with p = 0 the loss is w^2 times the mean of g^2. w_2(r, t) is the weight at 1 - (t-r)."""
     def weight(t):
         return {"1": 1 + 0 * t, "1-t": 1 - t, "1-sqrt": 1 - t ** 0.5}[name]
 
@@ -327,7 +331,8 @@ def test_mix_jumps_from_the_noise_then_goes_on_as_cm(n_ode):
             x = t_next * x1 + (1 - t_next) * fresh.pop(0) if fresh else x1
     assert torch.allclose(decm.sample_mix(OracleNet(), noise, None, nfe=nfe, n_ode=n_ode), x)
     if n_ode == 0:
-        assert torch.equal(decm.sample(OracleNet(), noise, None, nfe=nfe), decm.sample_mix(OracleNet(), noise, None, nfe=nfe, n_ode=0))
+        assert torch.equal(decm.sample(OracleNet(), noise, None, nfe=nfe),
+                           decm.sample_mix(OracleNet(), noise, None, nfe=nfe, n_ode=0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,8 +376,8 @@ def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, 
     common += [*SCRATCH, "--steps", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
     call(monkeypatch, decm, *common, "--out", tmp_path / "pieces", "--micro-batch", 3)
-    run_two(*common, "--jvp", "fused", *(["--fsdp"] if "n2n" in objectives else ["--micro-batch", 2]), "--out", tmp_path / "two",
-            script="decm.py")
+    how = ["--fsdp"] if "n2n" in objectives else ["--micro-batch", 2]
+    run_two(*common, "--jvp", "fused", *how, "--out", tmp_path / "two", script="decm.py")
     call(monkeypatch, decm, *common, "--jvp", "fused", "--out", tmp_path / "fused")
     one = first_gradient(tmp_path / "one")
     for other in ("pieces", "fused", "two"):
@@ -388,8 +393,8 @@ def test_the_student_starts_as_its_teacher(teacher, tmp_path, monkeypatch):
     assert not any(k.startswith("map_second") for k in weights) and any(k.startswith("map_second") for k in student)
     assert all(torch.allclose(student[k], v, atol=1e-6) for k, v in weights.items())
 
-    net = models.create("DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=(), sigma_data=0.6,
-                        adaptive_scale=True, time_scale=8.0, second_time=True)
+    net = models.create("DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=(),
+                        sigma_data=0.6, adaptive_scale=True, time_scale=8.0, second_time=True)
     torch.nn.init.normal_(net.map_second[2].weight)
     torch.save(dict(model=net.state_dict()), tmp_path / "two_times.pt")
     call(monkeypatch, decm, *command, "--teacher", tmp_path / "two_times.pt", "--out", tmp_path / "two")
@@ -434,22 +439,25 @@ def test_an_update_that_is_not_finite_is_skipped(teacher, tmp_path, monkeypatch,
     assert [row.get("skipped", 0) for row in rows(tmp_path / "run")] == [1, int(name == "cm_target"), 1]
     held = checkpoints.read(tmp_path / "run/ckpt.pt")
     assert all(v.isfinite().all() for part in ("model", "ema") for v in held[part].values())
-    assert {float(entry["step"]) for entry in held["optimizer"]["state"].values()} == {2.0 if name == "cm_target" else 3.0}
+    updates = 2.0 if name == "cm_target" else 3.0
+    assert {float(entry["step"]) for entry in held["optimizer"]["state"].values()} == {updates}
 
 
 def test_updates_that_are_never_finite_end_the_run_with_their_terms(teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decm, "n2n_target", lambda F_n2n, *rest, **weights: F_n2n * float("nan"))
     with pytest.raises(SystemExit) as end:
-        call(monkeypatch, decm, *TINY, "--jvp", "fd", "--teacher", teacher, "--freq", 1, "--steps", 30, "--out", tmp_path / "run")
+        call(monkeypatch, decm, *TINY, "--jvp", "fd", "--teacher", teacher, "--freq", 1, "--steps", 30,
+             "--out", tmp_path / "run")
     said = capsys.readouterr().err
     assert end.value.code == 2
-    assert re.search(r"^error: 20 steps in a row were not finite, the last is step 19: L_fm 0\.\d+, L_cm 0\.\d+, grad_norm "
-                     r"[\d.]+, L_n2n nan, grad_norm_n2n nan;", said, re.MULTILINE), said
+    assert re.search(r"^error: 20 steps in a row were not finite, the last is step 19: L_fm 0\.\d+, L_cm 0\.\d+, "
+                     r"grad_norm [\d.]+, L_n2n nan, grad_norm_n2n nan;", said, re.MULTILINE), said
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--w", "2", "--teacher", "none"], "--w 1"), (["--freq", "0"], "--freq"), (["--segments", "0"], "--segments"),
-    (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"), (["--objectives", "n2n"], "beside fm"),
+    (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"),
+    (["--objectives", "n2n"], "beside fm"),
     (["--times", "uniform"], "uniform"), (["--objectives"], "--objectives"), (["--vel-norm", "0"], "--vel-norm"),
     (["--teacher", "nowhere.pt"], "nowhere.pt")])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
@@ -466,7 +474,8 @@ def test_a_run_of_facm_is_refused(finished, teacher, tmp_path, monkeypatch, caps
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("flags", [
-    [], ["--precision", "bf16"], ["--precision", "bf16", "--compile"], ["--jvp", "fused", "--precision", "bf16", "--compile"]], ids=str)
+    [], ["--precision", "bf16"], ["--precision", "bf16", "--compile"],
+    ["--jvp", "fused", "--precision", "bf16", "--compile"]], ids=str)
 def test_trains_on_cuda(teacher, tmp_path, monkeypatch, flags):
     on_gpu = ["cuda" if flag == "cpu" else flag for flag in RUN]
     call(monkeypatch, decm, *on_gpu, "--teacher", teacher, *flags, "--out", tmp_path / "run")
@@ -491,7 +500,8 @@ def test_decms_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monke
                zip(calls["guided_velocity"], calls["guided_velocity options"]))
     for step in range(2):
         g = seeds.generator("cpu", 7, "step", step)
-        x0, normal, drawn = torch.randn((8, 3, 12, 12), generator=g), torch.randn(8, generator=g), torch.rand((4, 8), generator=g)
+        x0, normal = torch.randn((8, 3, 12, 12), generator=g), torch.randn(8, generator=g)
+        drawn = torch.rand((4, 8), generator=g)
         *_, noise, t, y = calls["decm_loss"][step]
         assert torch.equal(noise, x0) and (y < 10).all()               # with a teacher no label is dropped
         assert torch.equal(t, decm.sample_t("nseg", normal, drawn[2], -1, 1.5, 3))

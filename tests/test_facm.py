@@ -58,13 +58,16 @@ def test_oracle_has_zero_residual_with_the_finite_difference():
     assert L_fm < 1e-14 and 0 < L_cm < 1e-6
 
 
+LINE = "at=(xt, *c_cm, y), along=(v, 1, 0)"
+
+
 @pytest.mark.parametrize("old, new, hurt", [
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v - (1 - t) * dF_dt)", "cm"),       # sign of (1-t) dF/dt
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v + t * dF_dt)", "cm"),             # its factor
-    ("at=(xt, *c_cm, y), along=(v, 1, 0)", "at=(xt, *c_cm, y), along=(v, -1, 0)", "cm"),                                    # time tangent's sign
-    ("at=(xt, *c_cm, y), along=(v, 1, 0)", "at=(xt, *c_cm, y), along=(v, 0, 0)", "cm"),                                     # time tangent left out
-    ("at=(xt, *c_cm, y), along=(v, 1, 0)", "at=(xt, *c_cm, y), along=(-v, 1, 0)", "cm"),                                    # direction of the flow
-    ("also=(xt, *c_fm, y)", "also=(xt, *c_cm, y)", "fm"),     # the anchor's condition
+    (LINE, "at=(xt, *c_cm, y), along=(v, -1, 0)", "cm"),                                  # time tangent's sign
+    (LINE, "at=(xt, *c_cm, y), along=(v, 0, 0)", "cm"),                                   # time tangent left out
+    (LINE, "at=(xt, *c_cm, y), along=(-v, 1, 0)", "cm"),                                  # direction of the flow
+    ("also=(xt, *c_fm, y)", "also=(xt, *c_cm, y)", "fm"),                                 # the anchor's condition
     ("return (t, None), (2 - t, None)", "return (2 - t, None), (t, None)", "both"),       # conditions swapped
     ("return (t, None), (2 - t, None)", "return (t, None), (1 + t, None)", "fm"),         # 2-t misread
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another point, still exact
@@ -101,7 +104,8 @@ def test_guidance_costs_one_evaluation_more_and_none_when_off(teacher):
     y = torch.ones(8, dtype=torch.int64)
     for w, extra in ((1.0, 0), (1.75, 1)):
         net = OracleNet(teacher=teacher)
-        facm.flow_velocity(net, net if teacher else None, x1, x0, x1, t, (2 - t, None), y, w=w, t_low=0.0, y_null=Y_NULL)
+        facm.flow_velocity(net, net if teacher else None, x1, x0, x1, t, (2 - t, None), y,
+                           w=w, t_low=0.0, y_null=Y_NULL)
         assert net.samples == 8 * (teacher + extra) and net.passes <= 1
 
 
@@ -169,6 +173,17 @@ def test_fm_loss_value():
     assert math.isclose(facm.fm_loss(a, b).item(), 0.5 + 1 - 1 / math.sqrt(2), rel_tol=1e-6)
 
 
+def test_the_angle_is_that_of_a_pixels_channels_or_of_a_whole_sample_with_one_channel():
+    a, b = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
+    for shape in ((4, 3, 5, 2), (4, 3, 10), (4, 3, 5, 2, 1), (4, 1, 30), (4, 30), (4, 1, 15, 2)):
+        channels = (4, 3, 10) if shape[1] == 3 else (4, 30, 1)
+        pairs = [x.reshape(channels) for x in (a, b)]
+        angles = (pairs[0] * pairs[1]).sum(1) / pairs[0].norm(dim=1) / pairs[1].norm(dim=1)
+        expected = (a - b).square().flatten(1).mean(1) + 1 - angles.mean(1)
+        assert torch.allclose(facm.fm_loss(a.reshape(shape), b.reshape(shape)), expected), shape
+        assert torch.allclose(decm.fm_loss(a.reshape(shape), b.reshape(shape), p=0.0, c=1.0), expected), shape
+
+
 def test_weights():
     t = torch.tensor([0.0, 0.25, 1.0])
     assert facm.WEIGHTS["1"](t, 0.5).tolist() == [1, 1, 1]
@@ -212,7 +227,8 @@ def test_euler_converges_at_first_order():
 def test_the_flow_begins_with_noise_and_ends_with_data(module):
     x1, x0 = torch.randn(2, 3, 1, 2, 2)
     xt = module.interpolate(x1, x0, torch.tensor([0.0, 0.25, 1.0]))
-    assert torch.equal(xt[0], x0[0]) and torch.allclose(xt[1], 0.75 * x0[1] + 0.25 * x1[1]) and torch.equal(xt[2], x1[2])
+    assert torch.equal(xt[0], x0[0]) and torch.allclose(xt[1], 0.75 * x0[1] + 0.25 * x1[1])
+    assert torch.equal(xt[2], x1[2])
 
 
 def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():

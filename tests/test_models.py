@@ -1,6 +1,6 @@
-"""The networks: derivatives in three ways, options that change nothing until trained, randomness, precision."""
+"""The networks: derivatives in three ways, options that change nothing until trained, randomness, precision, and that whatever
+is built also runs."""
 
-import argparse
 import copy
 import math
 
@@ -10,7 +10,6 @@ from oracle import Gaussian
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import facm
 import models
 from common import checkpoints, weights
 from jvp import fd, forward_mode, in_one_pass
@@ -56,12 +55,12 @@ def test_derivative_exact_and_difference_and_float64(options):
     x64, t64, s64, _, v64 = inputs(net, dtype=torch.float64)
     for network in (net, net64):
         models.seed_dropout(network, 3, rows=len(x))
-    exact = forward_mode(net, x, t, s, y, v, 1, 0)
+    exact = forward_mode(net, (x, t, s, y), (v, 1, 0))
     # NCSN++'s features and DDPM's 1000 times vary so fast that only a smaller step sees the derivative.
     h = 1e-4 if options.get("name") == "NCSN++" or options.get("prediction") else 5e-3
-    difference = fd(net, x, t, s, y, v, 1, 0, h=h)[1]
-    exact64 = forward_mode(net64, x64, t64, s64, y, v64, 1, 0)
-    fd64 = fd(net64, x64, t64, s64, y, v64, 1, 0, h=h / 50)[1]
+    difference = fd(net, (x, t, s, y), (v, 1, 0), h=h)[1]
+    exact64 = forward_mode(net64, (x64, t64, s64, y), (v64, 1, 0))
+    fd64 = fd(net64, (x64, t64, s64, y), (v64, 1, 0), h=h / 50)[1]
     scale = exact64.abs().max()
     assert (difference - exact).abs().max() < 1e-2 * scale
     assert (fd64 - exact64).abs().max() < 1e-5 * scale
@@ -71,7 +70,7 @@ def test_derivative_exact_and_difference_and_float64(options):
 def test_the_derivative_needs_the_time_tangent():
     net = build().double()
     x, t, s, y, v = inputs(net, dtype=torch.float64)
-    with_time = forward_mode(net, x, t, s, y, v, 1, 0)
+    with_time = forward_mode(net, (x, t, s, y), (v, 1, 0))
     with sdpa_kernel(SDPBackend.MATH):
         _, without = torch.func.jvp(lambda x: net(x, t, s, y), (x,), (v,))
     assert (with_time - without).abs().max() > 0.05 * with_time.abs().max()
@@ -217,8 +216,6 @@ def test_second_time_changes_nothing_before_it_is_trained(name):
     assert torch.equal(plain(x, t), timed(x, t, torch.rand(3)))
     with pytest.raises(ValueError, match="second_time"):
         plain(x, t, t)
-    with pytest.raises(ValueError, match="second_time"):
-        timed(x, t)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -266,10 +263,10 @@ def test_time_path_is_float32_under_autocast(name):
     exact = torch.func.jvp(lambda t: net64.embed(t, s64, y), (t64,), (torch.ones_like(t64),))[1]
     with torch.autocast("cpu", torch.bfloat16):
         emb, tangent = torch.func.jvp(lambda t: net.embed(t, s, y), (t,), (torch.ones_like(t),))
-        half = forward_mode(net, x, t, s, y, v, 1, 0)
+        half = forward_mode(net, (x, t, s, y), (v, 1, 0))
     assert emb.dtype == torch.float32 and torch.equal(emb, net.embed(t, s, y))
     assert (tangent - exact).norm() < 1e-5 * exact.norm()
-    full = forward_mode(net, x, t, s, y, v, 1, 0)
+    full = forward_mode(net, (x, t, s, y), (v, 1, 0))
     assert (half - full).norm() < 0.05 * full.norm()
 
 
@@ -278,9 +275,9 @@ def test_a_compiled_function_that_contains_the_derivative_equals_the_eager_one(n
     """Traced as for any compiler; aot_eager leaves out only the generation of machine code."""
     net = build(name, num_classes=4)
     x, t, s, y, v = inputs(net)
-    eager = forward_mode(net, x, t, s, y, v, 1, 0)
+    eager = forward_mode(net, (x, t, s, y), (v, 1, 0))
     torch._dynamo.reset()
-    compiled = torch.compile(forward_mode, backend="aot_eager", fullgraph=True)(net, x, t, s, y, v, 1, 0)
+    compiled = torch.compile(forward_mode, backend="aot_eager", fullgraph=True)(net, (x, t, s, y), (v, 1, 0))
     assert (eager - compiled).abs().max() < 1e-5 * eager.abs().max()
 
 
@@ -289,7 +286,7 @@ def test_the_derivative_of_an_edm_network_is_right_at_the_noise_end():
     net = build(edm_time=True).double()
     x, _, s, y, v = inputs(net, dtype=torch.float64)
     t = torch.tensor([0.0, 1e-3, 4e-3]).double()
-    exact, difference = forward_mode(net, x, t, s, y, v, 1, 0), fd(net, x, t, s, y, v, 1, 0, h=5e-3)[1]
+    exact, difference = forward_mode(net, (x, t, s, y), (v, 1, 0)), fd(net, (x, t, s, y), (v, 1, 0), h=5e-3)[1]
     fused = net(x, t, s, y, tangent=(v, torch.ones_like(t), None))[1]
     assert (fused - exact).abs().max() < 1e-10 * exact.abs().max()
     assert (difference - exact).abs().max() < 0.02 * exact.abs().max()
@@ -315,7 +312,7 @@ def test_a_noise_predictor_gives_the_velocity_of_the_linear_flow():
     oracle, net = Gaussian(), build("DiT", prediction="noise").double()
     x1, x0, t = oracle.draw(200)
     t = t.clamp(0.02, 0.98)
-    xt = facm.interpolate(x1, x0, t)
+    xt = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * x1
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     net.embed = lambda k, s, y: k
 
@@ -349,8 +346,8 @@ def test_impossible_networks_are_refused():
 def test_compiled_derivative_equals_the_eager_one():
     net = build(num_classes=4).cuda()
     x, t, s, y, v = (a if a is None else a.cuda() for a in inputs(net))
-    eager = forward_mode(net, x, t, s, y, v, 1, 0)
-    compiled = torch.compile(forward_mode)(net, x, t, s, y, v, 1, 0)
+    eager = forward_mode(net, (x, t, s, y), (v, 1, 0))
+    compiled = torch.compile(forward_mode)(net, (x, t, s, y), (v, 1, 0))
     assert (eager - compiled).abs().max() < 1e-3 * eager.abs().max()
 
 

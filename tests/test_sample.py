@@ -601,3 +601,76 @@ def test_an_export_that_cannot_be_written_is_one_line(trained, tmp_path, monkeyp
     (tmp_path / "file").write_bytes(b"")
     assert "cannot be written" in refused(monkeypatch, capsys, sample, "--ckpt", trained / "ckpt.pt",
                                           "--export", tmp_path / "file" / "x.safetensors", "--device", "cpu")
+
+
+# Every kind of sample through every kind of output on every path, read back with NumPy and Pillow alone.
+
+KINDS = {"rgb": dict(in_channels=3), "grey": dict(in_channels=1), "latents": dict(in_channels=4, input_size=4)}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """{kind: the flags that name its checkpoint, and its samples in memory, uint8 [70, H, W, C]}."""
+    folder, made = tmp_path_factory.mktemp("kinds"), {}
+    vae = small_vae(folder)
+    for kind, options in KINDS.items():
+        options = dict(name="DiT", input_size=12, num_classes=4, patch=4, width=32, depth=1, heads=2) | options
+        net = fill(models.create(**options)).eval()
+        stats = dict(mean=[0.1] * 4, std=[0.5] * 4) if kind == "latents" else None
+        args = dict(net=options, latent_stats=stats, data="gone")
+        checkpoint = dict(method="facm", args=args, step=1, model=net.state_dict(), ema=net.state_dict())
+        checkpoints.save(folder / f"{kind}.pt", checkpoint)
+        flags = ["--ckpt", folder / f"{kind}.pt", "--n", 70, "--nfe", 2, "--device", "cpu"]
+        flags += ["--vae", folder / "vae.pt"] if kind == "latents" else []
+        decode = (lambda z: vae.decode(z * 0.5 + 0.1)) if kind == "latents" else (lambda x: x)
+        with torch.no_grad():
+            made[kind] = flags, sample.draw(net, checkpoint, 2, torch.arange(70) % 4, decode=decode)
+    return made
+
+
+@pytest.mark.parametrize("path", ["one process", "two processes", "interrupted", "exported"])
+@pytest.mark.parametrize("output", ["x.png", "x.npz", "x"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_through_every_output_on_every_path(kinds, tmp_path, monkeypatch, kind, output, path):
+    flags, images = kinds[kind]
+    out, close = tmp_path / output, 0
+    if path == "two processes":
+        run_two(*["--samples" if flag == "--n" else flag for flag in flags], "--out", out, script="sample.py")
+    else:
+        if path == "exported":
+            call(monkeypatch, sample, *flags[:2], "--device", "cpu", "--export", tmp_path / "small.safetensors")
+            flags, close = ["--ckpt", tmp_path / "small.safetensors", *flags[2:]], 3       # of float16's 11 bits
+        if path == "interrupted" and output != "x.png":
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                honest, calls = sample.draw_batch, []
+
+                def interrupted(*args):
+                    calls.append(1)
+                    if len(calls) == 2:
+                        raise KeyboardInterrupt
+                    return honest(*args)
+                patch.setattr(sample, "draw_batch", interrupted)
+                call(patch, sample, *flags, "--out", out)
+        call(monkeypatch, sample, *flags, "--out", out)
+
+    n, h, w, c = images.shape
+    assert (c, h) == {"rgb": (3, 12), "grey": (1, 12), "latents": (3, 16)}[kind] and images.std() > 10
+    if output == "x.npz":
+        with np.load(out) as f:
+            assert f.files == ["arr_0", "arr_1"] and f["arr_0"].shape == (n, h, w, 3) and f["arr_0"].dtype == np.uint8
+            found, labels = f["arr_0"], f["arr_1"]
+        images = np.broadcast_to(images, found.shape)
+        assert labels.tolist() == [i % 4 for i in range(n)]
+    elif output == "x":
+        names = pngs(out)
+        assert names == [f"{i:06d}-class{i % 4}.png" for i in range(n)]
+        pictures = [Image.open(out / name) for name in names]
+        assert {picture.mode for picture in pictures} == {"L" if kind == "grey" else "RGB"}
+        found = np.stack([np.asarray(picture).reshape(h, w, c) for picture in pictures])
+    else:
+        picture = Image.open(out)
+        assert picture.mode == ("L" if kind == "grey" else "RGB")
+        scale = picture.width // (10 * w)
+        grid = np.asarray(picture).reshape(picture.height, picture.width, c)[::scale, ::scale]
+        found = np.stack([grid[i // 10 * h:, i % 10 * w:][:h, :w] for i in range(n)])
+    assert np.abs(found.astype(int) - images).max() <= close

@@ -867,3 +867,16 @@ def test_without_labels_a_network_that_has_classes_sees_the_null_label(teacher, 
     assert "--w 1.75: guidance needs labels" in refused(monkeypatch, capsys, facm, *command)
     call(monkeypatch, facm, *command, "--w", 1)
     assert (calls["facm_loss"][0][5] == 10).all()
+
+
+@pytest.mark.parametrize("held, given, key", [({}, ["width=16"], "width=8"), (dict(pixelnorm=True), [], "pixelnorm=True")], ids=str)
+def test_a_default_teacher_with_another_network_is_refused(teacher, tmp_path, monkeypatch, capsys, held, given, key):
+    """Also where the student does not name the option in which they differ."""
+    checkpoint = checkpoints.read(teacher)
+    checkpoint["args"]["net"] |= held
+    pathlib.Path("runs/flow-glyphs").mkdir(parents=True)
+    checkpoints.save(pathlib.Path("runs/flow-glyphs/ckpt.pt"), checkpoint)
+    command = list(TINY)
+    command[command.index("width=8") + 1:command.index("width=8") + 1] = given
+    assert f"runs/flow-glyphs/ckpt.pt has a network with {key}, and this run" in refused(
+        monkeypatch, capsys, facm, *command, "--out", tmp_path / "run")
