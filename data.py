@@ -7,10 +7,15 @@
     python data.py inspect DATA                                     # what is in a data set?
 """
 
+import contextlib
+import gzip
 import hashlib
+import io
 import json
+import math
 import os
 import pathlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
@@ -65,25 +70,30 @@ def glyphs(n, size=16, seed=0, first=0):
 # Data sets. One address for every sample: the number of images before the batch, and its rows.
 
 class Dataset:
-    """labels: int64 [N], below num_classes. A subclass's `items` gives samples of shape (C, H, W).
+    """Samples and their labels. A subclass's `items(index, flip)` gives the samples with the
+    numbers index (int64 [b]), mirrored where flip (bool [b]) is set: float [b, *shape].
 
-    num_classes 0: the labels mean nothing. xflip: half of the samples are mirrored. class_names:
-    the class folders, in the order of the labels. Raises ValueError for oblong samples.
+    labels: int64 [N], below num_classes. shape: (C, H, W). num_classes 0: the labels mean nothing.
+    xflip: half of the samples are mirrored. class_names: the class folders, in the order of the
+    labels. names: those of the files, if each sample has one. Raises ValueError for oblong samples.
     """
 
-    ahead = False                          # True: items take a while, so the next come in a thread
+    ahead = False                          # True: items are slow, so the next come in a thread
     class_names = names = ()
 
     def __init__(self, labels, shape, num_classes, xflip=False):
         if shape[1] != shape[2]:
-            raise ValueError(f"samples of {shape[2]}x{shape[1]}; want square ones: --resolution "
-                             "crops and scales images")
-        self.labels, self.shape = torch.as_tensor(labels, dtype=torch.int64), tuple(shape)
-        self.num_classes, self.xflip = num_classes, xflip
-        self.thread, self.next = ThreadPoolExecutor(1), {}
+            raise ValueError(f"samples of {shape[2]}x{shape[1]} are not square; --resolution crops "
+                             "and scales images, but not latents")
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.shape = tuple(shape)
+        self.num_classes = num_classes
+        self.xflip = xflip
+        self.thread = ThreadPoolExecutor(1)
+        self.next = {}                     # the batches that are made ahead
 
     def index(self, seed, first, batch, rows=slice(None)):
-        """Which samples are the `rows` of the batch that comes after `first` images: int64 [b].
+        """Which samples are the `rows` of the batch that comes after `first` samples: int64 [b].
 
         Consecutive entries of a fresh permutation each epoch, so that each sample is seen once an
         epoch; a function of (seed, first) alone, whatever the processes and resumes.
@@ -97,25 +107,44 @@ class Dataset:
         return index
 
     def batch(self, seed, first, batch, rows=slice(None)):
-        """x1 float [b, C, H, W] and y int64 [b]: the `rows` of the batch after `first` images."""
-        def gather(first):
-            index, flip = self.index(seed, first, batch, rows), torch.zeros(batch, dtype=torch.bool)
-            if self.xflip:
-                flip = torch.rand(batch, generator=seeds.generator("cpu", seed, "flip", first)) < 0.5
-            return self.items(index, flip[rows]), self.labels[index]
+        """x1 float [b, *shape] and y int64 [b]: the `rows` of the batch after `first` samples.
 
+        Raises ValueError, naming the file, for a sample that cannot be read.
+        """
         if not self.ahead:
-            return gather(first)
-        key = (seed, first, batch, str(rows))
-        ready = self.next.pop(key, None)
-        self.next[seed, first + batch, batch, str(rows)] = self.thread.submit(gather, first + batch)
-        return ready.result() if ready else gather(first)
+            return self.gather(seed, first, batch, rows)
+        ready = self.next.pop((seed, first, batch, str(rows)), None)
+        after = first + batch
+        self.next[seed, after, batch, str(rows)] = self.thread.submit(
+            self.gather, seed, after, batch, rows)
+        if ready:
+            return ready.result()
+        return self.gather(seed, first, batch, rows)
+
+    def gather(self, seed, first, batch, rows):
+        """What `batch` returns, made now."""
+        index = self.index(seed, first, batch, rows)
+        flip = torch.zeros(batch, dtype=torch.bool)
+        if self.xflip:
+            flip = torch.rand(batch, generator=seeds.generator("cpu", seed, "flip", first)) < 0.5
+        return self.items(index, flip[rows]), self.labels[index]
+
+    def content(self):
+        """What tells this data set from another one with the same labels: a list of bytes, the same
+        in all processes and wherever the data lie. Of a large set it depends on samples that are
+        spread over it, so that it is a matter of less than a second."""
+        return []
 
 
 class Images(Dataset):
-    """uint8 images [N, H, W, C] in memory; items are floats in [-1, 1]."""
+    """uint8 images [N, H, W, C] in memory, C 1 or 3; items are floats in [-1, 1]. resolution: the
+    images are cropped and scaled to it, unless it is None."""
 
-    def __init__(self, images, labels, num_classes, xflip=False):
+    def __init__(self, images, labels, num_classes, xflip=False, resolution=None):
+        self.given_shape = images.shape
+        self.given = images[spread(len(images))]           # as they were before they are scaled
+        if resolution and images.shape[1:3] != (resolution, resolution):
+            images = scale_arrays(images, resolution)
         self.images = torch.from_numpy(images)
         _, h, w, c = images.shape
         super().__init__(labels, (c, h, w), num_classes, xflip)
@@ -126,60 +155,86 @@ class Images(Dataset):
             x[flip] = x[flip].flip(3)
         return x.float().div_(127.5).sub_(1)
 
+    def content(self):
+        """The shape, and 256 of the images as they were before they were scaled."""
+        return [repr(self.given_shape).encode(), self.given.tobytes()]
+
 
 class Glyphs(Images):
     """n glyphs, each drawn when it is first asked for and then kept."""
 
     def __init__(self, n, size, seed):
-        self.size, self.seed, self.drawn = size, seed, torch.zeros(n, dtype=torch.bool)
+        self.size, self.seed = size, seed
+        self.drawn = torch.zeros(n, dtype=torch.bool)
         super().__init__(np.zeros((n, size, size, 3), np.uint8), np.arange(n) % 10, num_classes=10)
 
     def items(self, index, flip):
         for i in index[~self.drawn[index]].tolist():
-            glyph = torch.from_numpy(_glyph(i, self.size, self.seed))
-            self.images[i], self.drawn[i] = glyph, True
+            self.images[i] = torch.from_numpy(_glyph(i, self.size, self.seed))
+            self.drawn[i] = True
         return super().items(index, flip)
+
+    def content(self):
+        """What they are drawn from."""
+        return [f"glyphs {len(self.labels)} {self.size} {self.seed}".encode()]
 
 
 class Files(Dataset):
     """Image files of a folder or a zip archive, decoded when asked for, in several threads.
 
-    path: as imagefiles.Tree takes it. channels: 3 (RGB) or 1 (grey). resolution: images are cropped
-    and scaled to it; None: all have the size of the first. skip_broken: images that do not decode
-    are listed and left out, which takes one pass over all. Raises ValueError as imagefiles.Tree
-    does, and naming the file: a broken image, one of another size.
+    path, labelled: as imagefiles.Tree has them. channels: 3 (RGB) or 1 (grey). resolution: images
+    are cropped and scaled to it; None: all have the size of the first. skip_broken: images that do
+    not decode are listed and left out, for which all images are decoded once. `numbers`, int64 [N],
+    are the places of the samples among all images, the broken ones included. Raises ValueError as
+    imagefiles.Tree does, and, naming the file, for a broken image and for one of another size.
     """
 
     ahead = True
 
-    def __init__(self, path, resolution=None, xflip=False, skip_broken=False, channels=3):
-        self.tree, self.resolution, self.channels = imagefiles.Tree(path), resolution, channels
+    def __init__(self, path, resolution=None, xflip=False, skip_broken=False, channels=3,
+                 labelled=True):
+        self.tree = imagefiles.Tree(path, labelled)
+        self.resolution, self.channels, self.skip_broken = resolution, channels, skip_broken
         self.decoders = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-        self.names, labels = self.tree.names, self.tree.labels
+        self.numbers = torch.arange(len(self.tree.names))
         if skip_broken:
-            broken = list(self.decoders.map(self.is_broken, self.names))
-            say_once("\n  ".join([f"{path}: {sum(broken)} broken images left out", *(
-                name for name, bad in zip(self.names, broken) if bad)]))
-            self.names, labels = ([a for a, bad in zip(column, broken) if not bad]
-                                  for column in (self.names, labels))
-            if not self.names:
-                raise ValueError(f"{path}: every image in it is broken")
+            self.numbers = self.find_sound()
+        kept = self.numbers.tolist()
+        self.names = [self.tree.names[i] for i in kept]
+        labels = [self.tree.labels[i] for i in kept]
         width, height = self.read(self.names[0]).size
         say_if_scaled(path, width, height, resolution)
-        size = (resolution, resolution) if resolution else (height, width)
-        super().__init__(labels, (channels, *size), self.tree.num_classes, xflip)
+        if resolution:
+            width = height = resolution
+        super().__init__(labels, (channels, height, width), self.tree.num_classes, xflip)
         self.class_names = self.tree.classes
+
+    def find_sound(self):
+        """The numbers of the images that decode, int64 [N]; prints the names of the others."""
+        broken = list(self.decoders.map(self.is_broken, self.tree.names))
+        lines = [f"{self.tree.path}: {sum(broken)} broken images left out"]
+        lines += [name for name, bad in zip(self.tree.names, broken) if bad]
+        say_once("\n  ".join(lines))
+        if all(broken):
+            raise ValueError(f"{self.tree.path}: every image in it is broken")
+        return torch.nonzero(~torch.tensor(broken)).flatten()
 
     def read(self, name):
         """The image, of any size; ValueError if it does not decode."""
         try:
             return imagefiles.read_image(self.tree.open(name), self.channels)
-        except Exception as e:
-            raise ValueError(f"{self.tree.path / name}: no readable image ({e}); "
-                             "--skip-broken leaves such files out") from None
+        except Exception as e:             # decoders raise about anything on a damaged file
+            raise self.unreadable(name, e) from None
+
+    def unreadable(self, name, error):
+        """The ValueError that says why an image cannot be read, and what to do."""
+        message = f"{self.tree.path / name}: no readable image ({error})"
+        if not self.skip_broken:
+            message += "; --skip-broken leaves such files out"
+        return ValueError(message)
 
     def is_broken(self, name):
-        """Does this image not decode?"""
+        """Whether this image does not decode."""
         try:
             self.read(name)
         except ValueError:
@@ -187,20 +242,39 @@ class Files(Dataset):
         return False
 
     def decode(self, name):
-        """uint8 [H, W, C] at the resolution; ValueError if that is not to be had."""
+        """uint8 [H, W, C] at the resolution; ValueError if the image has another size."""
         image = self.read(name)
         if self.resolution:
             pixels = imagefiles.center_crop(image, self.resolution)
-            return pixels.reshape(*self.shape[1:], self.channels)
-        if (image.height, image.width) != self.shape[1:]:
+        elif (image.height, image.width) == self.shape[1:]:
+            pixels = np.asarray(image)
+        else:
             raise ValueError(f"{self.tree.path / name} has {image.width}x{image.height} pixels; "
                              "images of several sizes, or not square, need --resolution")
-        return np.asarray(image).reshape(*self.shape[1:], self.channels)
+        return pixels.reshape(*self.shape[1:], self.channels)
 
     def items(self, index, flip):
-        x = np.stack(list(self.decoders.map(self.decode, [self.names[i] for i in index])))
-        x[flip.numpy()] = x[flip.numpy(), :, ::-1]
+        names = [self.names[i] for i in index.tolist()]
+        x = np.stack(list(self.decoders.map(self.decode, names)))
+        flip = flip.numpy()
+        x[flip] = x[flip, :, ::-1]
         return torch.from_numpy(x).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+    def content(self):
+        """The sizes of 256 files, and the first 64 KiB of each."""
+        names = [self.names[i] for i in spread(len(self.names))]
+        return list(self.decoders.map(self.content_of, names))
+
+    def content_of(self, name, length=2 ** 16):
+        """The size of a file and its first bytes. A small one is decoded as well: if it is broken,
+        this is what the error should say, and not that the data are others."""
+        try:
+            size, beginning = self.tree.beginning(name, length)
+        except Exception as e:             # OSError, and what zipfile raises
+            raise self.unreadable(name, e) from None
+        if size <= length:
+            self.read(name)
+        return f"{size} ".encode() + beginning
 
 
 class Latents(Dataset):
@@ -216,23 +290,28 @@ class Latents(Dataset):
     ahead = True
 
     def __init__(self, folder, xflip=True):
-        paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
-        if not paths:
+        folder = pathlib.Path(folder)
+        self.paths = sorted(folder.glob("*.safetensors"))
+        if not self.paths:
             raise ValueError(
-                f"{folder}: no *.safetensors in it; want latents in LightningDiT's shards: put the "
-                f"published ones there, or run python encode.py --out {folder}")
-        self.paths, self.shards = paths, [map_shard(path, xflip) for path in paths]
+                f"{folder}: no *.safetensors in it, which are the shards of latents in "
+                "LightningDiT's layout; put the published ones there, or run "
+                f"python encode.py --out {folder}")
+        self.shards = [map_shard(path, xflip) for path in self.paths]
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
         if len(shapes) > 1:
             raise ValueError(f"{folder}: shards with latents of several shapes, {sorted(shapes)}")
-        sizes = [len(shard["labels"]) for shard in self.shards]
-        self.start = torch.tensor([0, *sizes]).cumsum(0)
-        labels = np.concatenate([shard["labels"] for shard in self.shards])
+        labels = [shard["labels"].astype(np.int64) for shard in self.shards]
+        self.start = torch.tensor([0] + [len(part) for part in labels]).cumsum(0)
+        labels = np.concatenate(labels)
+        if not len(labels):
+            raise ValueError(f"{folder}: no latents in its shards")
         super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip)
-        self.mean, self.std = read_stats(pathlib.Path(folder), self.shape[0])
+        self.mean, self.std = read_stats(folder, self.shape[0])
 
     def raw(self, index, flip):
-        """Latents as they lie in the shards, float32 [b, C, H, W]."""
+        """Latents as they lie in the shards, float32 [b, C, H, W]. Raises ValueError, naming the
+        shard and the row, if one is not finite."""
         z = np.empty((len(index), *self.shape), np.float32)
         shard = torch.searchsorted(self.start, index, right=True) - 1
         rows = (index - self.start[shard]).tolist()
@@ -247,11 +326,29 @@ class Latents(Dataset):
     def items(self, index, flip):
         return self.raw(index, flip).sub_(self.mean).div_(self.std)
 
+    def content(self):
+        """The sizes and types of the shards, the statistics, and 256 of the latents."""
+        shards = [(len(shard["labels"]), str(shard["latents"].dtype)) for shard in self.shards]
+        index = torch.tensor(spread(len(self.labels)))
+        straight = torch.zeros(len(index), dtype=torch.bool)
+        parts = [self.mean, self.std, self.raw(index, straight)]
+        if self.xflip:
+            parts.append(self.raw(index, ~straight))
+        return [repr((shards, self.shape)).encode()] + [part.numpy().tobytes() for part in parts]
+
 
 @lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
+
+def spread(n, count=256):
+    """The numbers of `count` of n samples, from the first to the last; of all n if n is smaller."""
+    return sorted({i * (n - 1) // (count - 1) for i in range(count)})
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards of latents.
 
 SHARD_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
                "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
@@ -261,30 +358,50 @@ def map_shard(path, flipped=True):
     """{name: memory-mapped array} of a .safetensors file: length, a JSON header, data. bfloat16 is
     mapped as its bits (see as_float). flipped: latents_flip has to be there."""
     try:
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header does not end")
-            header = {k: t for k, t in json.loads(f.read(length)).items() if k != "__metadata__"}
-        types = {name: t["dtype"] for name, t in header.items()}
-        arrays = {name: np.asarray(np.memmap(
-            path, SHARD_TYPES[t["dtype"]], "r", 8 + length + t["data_offsets"][0],
-            tuple(t["shape"]))) for name, t in header.items() if t["dtype"] in SHARD_TYPES}
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+        types, arrays = map_tensors(path)
+    except Exception as e:                 # a foreign header may have any form
         raise ValueError(f"{path} is no readable shard, truncated or foreign ({e})") from None
-    names = ("latents", "latents_flip", "labels") if flipped else ("latents", "labels")
-    for name in names:
+    needed = ["latents", "labels"]
+    if flipped:
+        needed.append("latents_flip")
+    for name in needed:
         if name not in types:
-            raise ValueError(f"{path} has no {name}; it has {', '.join(types) or 'nothing'}"
-                             + (name == "latents_flip") * "; --no-xflip does without")
-        if name not in arrays or ("F" in types[name]) != name.startswith("latents"):
-            raise ValueError(f"{path}: {name} are {types[name]}; want "
-                             + ("whole numbers" if name == "labels" else "F32, F16 or BF16"))
-    if (arrays["latents"].shape[:1] != arrays["labels"].shape or arrays["latents"].ndim != 4
-            or flipped and arrays["latents"].shape != arrays["latents_flip"].shape):
-        raise ValueError(f"{path}: {', '.join(names)} of unequal lengths, "
-                         f"{[arrays[n].shape for n in names]}")
+            message = f"{path} has no {name}; it has {', '.join(types) or 'nothing'}"
+            if name == "latents_flip":
+                message += "; --no-xflip does without"
+            raise ValueError(message)
+        is_float = "F" in types[name]
+        if name == "labels" and (is_float or name not in arrays):
+            raise ValueError(f"{path}: labels are {types[name]}, not whole numbers")
+        if name != "labels" and (not is_float or name not in arrays):
+            raise ValueError(f"{path}: {name} are {types[name]}, not F32, F16 or BF16")
+    shapes = [arrays[name].shape for name in needed]
+    same = arrays["latents"].shape[:1] == arrays["labels"].shape
+    if flipped and arrays["latents"].shape != arrays["latents_flip"].shape:
+        same = False
+    if not same or arrays["latents"].ndim != 4:
+        raise ValueError(f"{path}: {', '.join(needed)} of unequal lengths, {shapes}")
     return arrays
+
+
+def map_tensors(path):
+    """{name: type} and {name: memory-mapped array} of a .safetensors file. Raises an error of any
+    kind if it is none. Arrays of types that NumPy lacks are left out."""
+    types, arrays = {}, {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError("its header does not end")
+        header = json.loads(file.read(length))
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        types[name] = tensor["dtype"]
+        if tensor["dtype"] in SHARD_TYPES:
+            place = 8 + length + tensor["data_offsets"][0]
+            arrays[name] = np.asarray(np.memmap(
+                path, SHARD_TYPES[tensor["dtype"]], "r", place, tuple(tensor["shape"])))
+    return types, arrays
 
 
 def as_float(latents):
@@ -296,49 +413,95 @@ def as_float(latents):
 
 def read_stats(path, channels):
     """mean and std [1, C, 1, 1] with which latents z are normalised, (z - mean) / std: those of a
-    latents_stats.pt, or of a folder; without one 4 channels are the SD-VAE's and become 0.18215 z.
+    latents_stats.pt, or of a folder. Without such a file 4 channels are the SD-VAE's and become
+    0.18215 z. Raises ValueError if other latents have none, or if the file is damaged or foreign.
     """
-    ones, path = torch.ones(1, channels, 1, 1), path / "latents_stats.pt" if path.is_dir() else path
-    if path.exists():
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-            return tuple(held[name].float().reshape(ones.shape) for name in ("mean", "std"))
-        except Exception as e:
-            raise ValueError(
-                f"{path}: no statistics of these latents ({type(e).__name__})") from None
-    if channels != 4:
-        raise ValueError(f"{path} is missing; `python data.py inspect {path.parent} --save-stats` "
-                         "writes it")
-    return 0 * ones, ones / 0.18215
+    shape = (1, channels, 1, 1)
+    if path.is_dir():
+        path = path / "latents_stats.pt"
+    advice = f"`python data.py inspect {path.parent} --save-stats` writes it"
+    if not path.exists():
+        if channels != 4:
+            raise ValueError(f"{path} is missing; {advice}")
+        return torch.zeros(shape), torch.full(shape, 1 / 0.18215)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        mean, std = (held[name].float().reshape(shape) for name in ("mean", "std"))
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ValueError
+    except Exception as e:                 # torch.load raises about anything on a foreign file
+        raise ValueError(f"{path}: no statistics of these latents ({type(e).__name__}), which are "
+                         f"a mean and a std of {channels} channels; {advice} anew") from None
+    return mean, std
 
+
+def latent_stats(shards):
+    """mean and std [1, C, 1, 1] of the latents, not mirrored, of map_shard's shards."""
+    n, total, squares = 0, 0.0, 0.0
+    for shard in shards:
+        for i in range(0, len(shard["labels"]), 500):
+            z = torch.from_numpy(as_float(shard["latents"][i:i + 500]).astype(np.float64))
+            n += z[:, 0].numel()
+            total += z.sum((0, 2, 3))
+            squares += z.square().sum((0, 2, 3))
+    mean = total / n
+    std = ((squares - n * mean ** 2) / (n - 1)).sqrt()
+    return mean.float()[None, :, None, None], std.float()[None, :, None, None]
+
+
+def save_stats(folder):
+    """Writes latents_stats.pt (mean, std) of the shards in a folder. Raises ValueError if there are
+    none, and OSError if the file cannot be written; an older file is then still there."""
+    path = pathlib.Path(folder) / "latents_stats.pt"
+    paths = sorted(path.parent.glob("*.safetensors"))
+    shards = [map_shard(shard, flipped=False) for shard in paths]
+    if not sum(len(shard["labels"]) for shard in shards):
+        raise ValueError(f"{folder}: no latents in it")
+    mean, std = latent_stats(shards)
+    content = io.BytesIO()
+    torch.save(dict(mean=mean, std=std), content)
+    part = path.with_suffix(".pt.part")
+    part.write_bytes(content.getvalue())
+    os.replace(part, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Arrays of images.
 
 def read_npz(path):
     """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None; in ADM's files arr_0 and arr_1.
 
     Raises ValueError naming the file for other content; pickled objects in it are not read.
     """
+    held = {}
     try:
-        with np.load(path, allow_pickle=False) as f:
-            names = f.files
-            held = {name: np.ascontiguousarray(f[name]) for name in (
-                "images", "arr_0", "labels", "arr_1") if name in names}
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            for name in ("images", "arr_0", "labels", "arr_1"):
+                if name in names:
+                    held[name] = np.ascontiguousarray(file[name])
     except Exception as e:                 # ValueError, zlib.error, ...: what numpy raises on it
         raise ValueError(f"{path}: no readable npz of plain arrays of one size ({e})") from None
-    images, labels = held.get("images", held.get("arr_0")), held.get("labels", held.get("arr_1"))
+    images = held.get("images", held.get("arr_0"))
+    labels = held.get("labels", held.get("arr_1"))
     if images is None:
         raise ValueError(f"{path} has neither images nor arr_0; it has {', '.join(names)}")
+    n, found = images.shape[:1], f"{images.dtype} {list(images.shape)}"
     images = with_channels(images)
-    if (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3)
-            or not len(images)):
-        raise ValueError(f"{path}: want images uint8 [N, H, W, 3], or [N, H, W] of grey ones, not "
-                         f"{images.dtype} {list(images.shape)}")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise ValueError(f"{path}: want labels int [{len(images)}], not {labels.dtype} "
-                         f"{list(labels.shape)}")
-    return images, labels if labels is None else labels.astype(np.int64)
+    is_images = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
+    if not is_images or images.size == 0:
+        raise ValueError(f"{path}: images are {found}; they need to be uint8 [N, H, W, 3], or "
+                         "[N, H, W] if they are grey")
+    if labels is None:
+        return images, None
+    if labels.shape != n or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; they need to be "
+                         f"whole numbers {list(n)}")
+    return images, labels.astype(np.int64)
 
 
-IDX = "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, unpacked,"
+IDX = ("the four files train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
+       "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz")
 TORCHVISION = {                            # name: class there, what to put where without a network
     "cifar10": ("CIFAR10", "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"
                 "cifar.html", ""),
@@ -350,8 +513,16 @@ TORCHVISION = {                            # name: class there, what to put wher
 
 def read_torchvision(name, folder, train=True):
     """The training or test images uint8 [N, H, W, C] and labels int64 [N]. name: a key of
-    TORCHVISION. What the folder lacks is downloaded; ValueError if that fails."""
+    TORCHVISION. IDX files that were put into the folder by hand are read as they are; what the
+    folder lacks is downloaded. Raises ValueError if that fails."""
     kind, files, place = TORCHVISION[name]
+    place = os.path.join(folder, place)
+    if name != "cifar10":
+        part = "train" if train else "t10k"
+        images = find_idx(place, f"{part}-images-idx3-ubyte")
+        labels = find_idx(place, f"{part}-labels-idx1-ubyte")
+        if images and labels:
+            return read_idx_pair(images, labels)
     try:
         import torchvision  # here, because it takes a second
         with processes.one_process_first():
@@ -359,9 +530,42 @@ def read_torchvision(name, folder, train=True):
     except Exception as e:
         raise ValueError(
             f"{name} could not be downloaded to {folder} ({type(e).__name__}); put {files} into "
-            f"{os.path.join(folder, place)}, or give an npz by --data FILE.npz --preset {name}"
-        ) from None
+            f"{place}, or give an npz by --data FILE.npz --preset {name}") from None
     return with_channels(np.asarray(held.data)), np.asarray(held.targets)
+
+
+def find_idx(folder, name):
+    """The path of an IDX file, unpacked or as .gz; None if it is not there."""
+    for path in (pathlib.Path(folder, name), pathlib.Path(folder, name + ".gz")):
+        if path.is_file():
+            return path
+    return None
+
+
+def read_idx_pair(images, labels):
+    """The uint8 images [N, H, W, 1] and the int64 labels [N] of two IDX files."""
+    pixels, numbers = read_idx(images), read_idx(labels)
+    if pixels.ndim != 3 or numbers.shape != pixels.shape[:1]:
+        raise ValueError(f"{images} has the shape {list(pixels.shape)} and {labels.name} "
+                         f"{list(numbers.shape)}; download both anew")
+    return with_channels(pixels), numbers.astype(np.int64)
+
+
+def read_idx(path):
+    """The uint8 array in an IDX file, packed by gzip or not: two bytes 0, a byte 8 for uint8, the
+    number of dimensions, each size in four bytes, data. Raises ValueError if it is damaged."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):                # gzip's own first bytes
+            content = gzip.decompress(content)
+        if not content.startswith(b"\0\0\x08"):
+            raise ValueError("its beginning is another")
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">u4", dimensions, offset=4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+        return values.reshape(shape).copy()
+    except Exception as e:                 # OSError, EOFError, zlib.error, ...
+        raise ValueError(f"{path}: no readable IDX file ({e}); download it anew") from None
 
 
 def with_channels(images):
@@ -369,93 +573,207 @@ def with_channels(images):
     return images[..., None] if images.ndim == 3 else images
 
 
-def load(name, resolution=None, data_dir=None, num_classes=None, uncond=False, xflip=None,
+def scale_arrays(images, resolution):
+    """uint8 [N, H, W, C], C 1 or 3, cropped and scaled: uint8 [N, resolution, resolution, C]."""
+    scaled = []
+    for image in images:
+        if image.shape[2] == 1:            # Pillow's grey images have no channels
+            image = image[:, :, 0]
+        scaled.append(imagefiles.center_crop(Image.fromarray(image), resolution))
+    return with_channels(np.stack(scaled))
+
+
+# --------------------------------------------------------------------------------------------------
+# A data set by its name.
+
+def kind_of(name):
+    """What a data set is: "glyphs", "arrays", "files" or "latents". Raises ValueError if `name` is
+    neither a data set nor the path of one."""
+    path = pathlib.Path(name)
+    if name == "glyphs":
+        return "glyphs"
+    if name in TORCHVISION:
+        return "arrays"
+    if name == "imagenet_latents":
+        return "latents"
+    if path.is_dir():
+        return "latents" if any(path.glob("*.safetensors")) else "files"
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return "arrays"
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return "files"
+    if path.exists():
+        raise ValueError(f"{path}: neither a folder, nor an .npz or .zip file")
+    raise ValueError(f"{name}: no such file or folder; data sets are glyphs, "
+                     f"{', '.join(TORCHVISION)}, imagenet_latents")
+
+
+def latents_folder(name, data_dir=None):
+    """The folder of latents with this name, which is imagenet_latents or a path."""
+    if name == "imagenet_latents":
+        return pathlib.Path(data_dir or "data/imagenet_latents")
+    return pathlib.Path(name)
+
+
+def refuse_idle_flags(name, resolution=None, data_dir=None, skip_broken=False):
+    """Raises ValueError for a flag that has no effect on this data set."""
+    kind = kind_of(name)
+    if data_dir and name not in TORCHVISION and name != "imagenet_latents":
+        raise ValueError(f"--data-dir {data_dir}: {name} does not lie there; leave it out, as it "
+                         f"is for {', '.join(TORCHVISION)} and imagenet_latents")
+    if skip_broken and kind != "files":
+        raise ValueError(f"--skip-broken: {name} has no image files that could be broken; leave it "
+                         "out")
+    if resolution and kind == "latents":
+        raise ValueError(f"--resolution {resolution}: latents cannot be scaled; leave it out, or "
+                         "encode the images anew with encode.py --resolution")
+
+
+def open_data(name, resolution=None, data_dir=None, uncond=None, xflip=None, skip_broken=False,
+              channels=None):
+    """The data set `name`, with the flags of `load`, before its labels are looked at."""
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"--resolution {resolution} is too small; it needs to be 1 or more")
+    refuse_idle_flags(name, resolution, data_dir, skip_broken)
+    kind = kind_of(name)
+    if kind == "glyphs":
+        size = resolution or 16
+        if size < 12:
+            raise ValueError(f"glyphs of {size} pixels are not legible; use 12 or more")
+        dataset = Glyphs(20_000, size, seed=0)
+    elif kind == "latents":
+        dataset = Latents(latents_folder(name, data_dir), xflip is not False)
+    elif kind == "arrays":
+        dataset = open_arrays(name, resolution, data_dir, xflip)
+    else:
+        dataset = Files(name, resolution, xflip, skip_broken, channels or 3, labelled=not uncond)
+    if channels not in (None, dataset.shape[0]):
+        raise ValueError(f"{name} has {dataset.shape[0]} channels, whatever --channels says: that "
+                         "is for image files")
+    return dataset
+
+
+def open_arrays(name, resolution=None, data_dir=None, xflip=None):
+    """The images and labels of an npz or of torchvision's data set, as an Images."""
+    if name in TORCHVISION:
+        pixels, labels = read_torchvision(name, data_dir or "data")
+    else:
+        pixels, labels = read_npz(pathlib.Path(name))
+    _, height, width, _ = pixels.shape
+    say_if_scaled(name, width, height, resolution)
+    num_classes = 0
+    if labels is None:
+        labels = np.zeros(len(pixels))
+    else:
+        num_classes = int(labels.max()) + 1
+    return Images(pixels, labels, num_classes, xflip, resolution)
+
+
+def load(name, resolution=None, data_dir=None, num_classes=None, uncond=None, xflip=None,
          skip_broken=False, channels=None):
     """The data set `name`: glyphs, mnist, fashion, cifar10, imagenet_latents, or the path of an
     npz, a zip archive, a folder of images or a folder of latents.
 
     resolution: images are cropped and scaled to it (None: as they are; glyphs: 16); data_dir: where
-    all but glyphs lie; num_classes: as many are meant, though not all need to occur;
-    uncond: labels are left out; xflip: half of the images come mirrored (None: of latents alone;
-    glyphs never do); channels: of image files, 3 (None) or 1. Under torchrun all processes call
-    it: one of each machine downloads. Raises ValueError, naming the file, for what cannot be had.
+    the data sets lie that have a name, but glyphs; num_classes: the number of classes, though some
+    may have no images; uncond: True leaves the labels out, False says that there are some; xflip:
+    half of the images come mirrored (None: of latents alone; glyphs never do); skip_broken: image
+    files that do not decode are left out; channels: of image files, 3 (None) or 1. Under torchrun
+    all processes call it, and one of each machine downloads.
+
+    Raises ValueError, naming the file, for what cannot be read, and for a flag that has no effect.
     """
-    path = pathlib.Path(name)
-    if min(a for a in (resolution, num_classes, 1) if a is not None) < 1:
-        raise ValueError("--resolution, --num-classes: want 1 or more")
-    if name == "glyphs":
-        resolution = 16 if resolution is None else resolution
-        if resolution < 12:
-            raise ValueError(f"glyphs of {resolution} pixels are not legible; take 12 or more")
-        dataset = Glyphs(20_000, resolution, seed=0)
-    elif name == "imagenet_latents" or path.is_dir() and any(path.glob("*.safetensors")):
-        folder = data_dir or "data/imagenet_latents" if name == "imagenet_latents" else path
-        dataset = Latents(folder, xflip is not False)
-    elif name in TORCHVISION or path.suffix == ".npz" and path.is_file():
-        pixels, labels = (read_torchvision(name, data_dir or "data") if name in TORCHVISION
-                          else read_npz(path))
-        if say_if_scaled(name, *pixels.shape[2:0:-1], resolution):
-            pixels = with_channels(np.stack([
-                imagefiles.center_crop(Image.fromarray(image.squeeze()), resolution)
-                for image in pixels]))
-        classes = 0 if labels is None else int(labels.max()) + 1
-        labels = np.zeros(len(pixels)) if labels is None else labels
-        dataset = Images(pixels, labels, classes, xflip)
-    elif path.is_dir() or path.suffix == ".zip" and path.is_file():
-        dataset = Files(path, resolution, xflip, skip_broken, channels or 3)
-    elif path.exists():
-        raise ValueError(f"{path}: want a folder, an .npz or a .zip")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"--num-classes {num_classes} is too small; it needs to be 1 or more")
+    dataset = open_data(name, resolution, data_dir, uncond, xflip, skip_broken, channels)
+    if uncond:
+        dataset.num_classes = 0
     else:
-        raise ValueError(f"{name}: no such file or folder; data sets are glyphs, "
-                         f"{', '.join(TORCHVISION)}, imagenet_latents")
-    if channels not in (None, dataset.shape[0]):
-        raise ValueError(f"{name} has {dataset.shape[0]} channels, whatever --channels says: that "
-                         "is for image files")
-    if num_classes and not dataset.num_classes and not uncond:
-        raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
-    low, high = int(dataset.labels.min()), int(dataset.labels.max())
-    used = len(dataset.labels.unique())
-    known = dataset.class_names or uncond or num_classes               # which classes there are
-    if dataset.num_classes and not known and low >= 0 and used <= high:
-        raise ValueError(
-            f"{data_dir or name}: labels up to {high}, but only {used} classes have images; number "
-            f"them from 0 on, or say --num-classes {high + 1} if the others are meant")
-    if not uncond and low < 0:
-        raise ValueError(f"{data_dir or name}: labels from {low}; want them from 0 on")
-    if not uncond and num_classes and high >= num_classes:
-        raise ValueError(f"{data_dir or name}: labels from {low} to {high}; --num-classes "
-                         f"{num_classes} allows 0 to {num_classes - 1}")
-    dataset.num_classes = 0 if uncond else num_classes or dataset.num_classes
+        check_labels(dataset, data_dir or name, num_classes, uncond)
+        dataset.num_classes = num_classes or dataset.num_classes
     return dataset
+
+
+def check_labels(dataset, name, num_classes=None, uncond=None):
+    """Raises ValueError if the labels of a data set do not fit --num-classes or --no-uncond, or if
+    some numbers below the highest one do not occur and nothing says that they are classes."""
+    if num_classes and not dataset.num_classes:
+        raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
+    if uncond is False and not dataset.num_classes:
+        raise ValueError(f"{name} has no labels; leave out --no-uncond")
+    low, high = int(dataset.labels.min()), int(dataset.labels.max())
+    if low < 0:
+        raise ValueError(f"{name}: labels from {low} to {high}; number them from 0 on")
+    if num_classes:
+        if high >= num_classes:
+            raise ValueError(f"{name}: labels from {low} to {high}; --num-classes {num_classes} "
+                             f"allows 0 to {num_classes - 1}")
+        return
+    used = len(dataset.labels.unique())
+    if dataset.num_classes and not dataset.class_names and used <= high:
+        raise ValueError(
+            f"{name}: labels up to {high}, but only {used} classes have images; number "
+            f"them from 0 on, or say --num-classes {high + 1} if the others are meant")
 
 
 def say_if_scaled(name, width, height, resolution):
-    """Whether images of this size are cropped and scaled to the resolution; says so in a line."""
-    scaled = resolution and (width, height) != (resolution, resolution)
-    if scaled:
+    """Prints a line if images of this size are cropped and scaled to the resolution."""
+    if resolution and (width, height) != (resolution, resolution):
         say_once(f"{name}: images of {width}x{height} are cropped and scaled to "
-                            f"{resolution}x{resolution} (--resolution)")
-    return scaled
+                 f"{resolution}x{resolution} (--resolution)")
 
+
+# --------------------------------------------------------------------------------------------------
+# What training scripts need.
 
 def load_for(args):
-    """The data set that a training script's flags ask for; ValueError as from load. What a
-    checkpoint keeps of it goes into args: class_names, and samples, a fingerprint by which a
-    resumed run recognises its data, even if they have moved."""
+    """The data set that a training script's flags ask for; with --dry-run a stand-in.
+
+    What a checkpoint keeps of it goes into args: class_names; samples, a fingerprint by which a
+    resumed run recognises its data, even if they have moved; latent_stats, the mean and the std of
+    latents, lists of a number for each channel, or None. Raises ValueError as `load` does.
+    """
     if args.dry_run:
         from common.dryrun import NoData
         return NoData(args)
-    dataset = load(args.data, args.resolution, args.data_dir, args.num_classes, args.uncond,
+    if args.uncond and "num-classes" in args.given:
+        raise ValueError(f"--num-classes {args.num_classes}: the labels are left out by --uncond, "
+                         f"or by the preset {args.preset}; use --no-uncond to have them")
+    if args.xflip and "xflip" in args.given and args.data == "glyphs":
+        raise ValueError("--xflip: glyphs are never mirrored, as digits have no mirror images; "
+                         "leave it out")
+    resolution = args.resolution
+    if "resolution" not in args.given and kind_of(args.data) == "latents":
+        resolution = None                  # it is that of a preset, which is for images
+    dataset = load(args.data, resolution, args.data_dir, args.num_classes, args.uncond,
                    args.xflip, args.skip_broken, args.channels)
-    n, classes = len(dataset.labels), dataset.class_names
     if isinstance(dataset, Files):
-        say_once(f"{args.data}: {n} images, " + (
-            f"{len(classes)} classes: {classes[0]} ... {classes[-1]}" if classes
-            else f"{dataset.num_classes} classes"))
-    held = hashlib.sha256(dataset.labels.numpy().tobytes())
-    held.update("\n".join(dataset.names).encode(errors="surrogateescape"))
-    args.class_names, args.samples = list(classes), f"{n} (fingerprint {held.hexdigest()[:12]})"
+        say_what_is_there(args.data, dataset)
+    args.class_names = list(dataset.class_names)
+    args.samples = f"{len(dataset.labels)} (fingerprint {fingerprint(dataset)})"
+    args.latent_stats = None
+    if isinstance(dataset, Latents):
+        args.latent_stats = dict(mean=dataset.mean.flatten().tolist(),
+                                 std=dataset.std.flatten().tolist())
     return dataset
+
+
+def say_what_is_there(name, dataset):
+    """Prints the number of images, and the classes, of a data set of files."""
+    classes = f"{dataset.num_classes} classes"
+    if dataset.class_names:
+        classes += f": {dataset.class_names[0]} ... {dataset.class_names[-1]}"
+    say_once(f"{name}: {len(dataset.labels)} images, {classes}")
+
+
+def fingerprint(dataset):
+    """Twelve letters and digits that follow from the labels, the names and the content of a data
+    set, and not from the place where it lies. Raises ValueError for a sample that is broken."""
+    held = hashlib.sha256(dataset.labels.numpy().tobytes())
+    held.update("\n".join(dataset.names).encode(errors="surrogatepass"))
+    for part in dataset.content():
+        held.update(hashlib.sha256(part).digest())
+    return held.hexdigest()[:12]
 
 
 def fit_network_to(dataset, options):
@@ -465,7 +783,10 @@ def fit_network_to(dataset, options):
                  num_classes=dataset.num_classes)
     for name, size in sizes.items():
         other = options.get(name, size)
-        if other != size and (name != "num_classes" or 0 < other < size):
+        fits = other == size
+        if name == "num_classes" and (other == 0 or other > size):
+            fits = True
+        if not fits:
             raise ValueError(f"the network has {name} {other}, the data {size}")
     return sizes | options
 
@@ -480,24 +801,33 @@ def to_uint8(x):
 
 
 def save_grid(path, images, columns, scale=1, labels=()):
-    """A PNG of uint8 images [N, H, W, C], `columns` in a row, each pixel enlarged `scale` times;
-    labels: a text for the left of each row."""
+    """A PNG of uint8 images [N, H, W, C], C 1 or 3, `columns` in a row, each pixel enlarged `scale`
+    times. labels: a text for the left of each row. Raises OSError if it cannot be written."""
     images = np.asarray(images)
     n, h, w, c = images.shape
-    rows = -(-n // columns)
+    rows = math.ceil(n / columns)
     sheet = np.full((rows * columns, h, w, c), 255, np.uint8)
     sheet[:n] = images
     sheet = sheet.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
-    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
-    sheet = Image.fromarray(sheet[..., 0] if c == 1 else sheet)
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    if c == 1:                             # Pillow's grey images have no channels
+        sheet = sheet[:, :, 0]
+    sheet = Image.fromarray(sheet)
     if labels:
-        margin = int(max(_font(13).getlength(line) for t in labels for line in t.split("\n"))) + 12
-        grid, sheet = sheet, Image.new("RGB", (margin + sheet.width, sheet.height), "white")
-        sheet.paste(grid, (margin, 0))
-        for row, text in enumerate(labels):
-            at = (6, (row + 0.5) * h * scale)
-            ImageDraw.Draw(sheet).text(at, text, "black", _font(13), anchor="lm")
+        sheet = beside_labels(sheet, labels, h * scale)
     sheet.save(path)
+
+
+def beside_labels(sheet, labels, height):
+    """A sheet of images with a text for each row at its left. height: that of a row."""
+    lines = "\n".join(labels).split("\n")
+    margin = int(max(_font(13).getlength(line) for line in lines)) + 12
+    page = Image.new("RGB", (margin + sheet.width, sheet.height), "white")
+    page.paste(sheet, (margin, 0))
+    for row, text in enumerate(labels):
+        at = (6, (row + 0.5) * height)
+        ImageDraw.Draw(page).text(at, text, "black", _font(13), anchor="lm")
+    return page
 
 
 def preview_noise(seed, shape):
@@ -505,72 +835,48 @@ def preview_noise(seed, shape):
     return torch.randn((2, 20, *shape), generator=seeds.generator("cpu", seed, "preview"))
 
 
-def save_preview(path, preview, net, stage, noise, args):
-    """Writes the images that preview(net, stage, noise, args) draws, 10 in a row; those of latents
-    are left to sample.py. All processes of --fsdp draw them; path None: this one writes nothing."""
-    if noise.shape[2] not in (1, 3):
+def save_preview(path, images):
+    """Writes images, float [N, C, H, W] in [-1, 1] with C 1 or 3, as a PNG with 10 in a row, each
+    pixel 3 wide and high. path None: does nothing. If the file cannot be written, that is printed
+    once, and the run continues."""
+    if path is None:
         return
-    images = preview(net, stage, noise, args)
-    if path:
-        try:
-            path.parent.mkdir(exist_ok=True)
-            save_grid(path, to_uint8(images), columns=10, scale=3)
-        except OSError as e:
-            say_once(f"\n{path.parent}: no previews ({e.strerror}); the run goes on")
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_grid(path, to_uint8(images), columns=10, scale=3)
+    except OSError as e:
+        say_once(f"\n{path.parent}: no previews ({e.strerror or e}); the run continues")
 
 
 # --------------------------------------------------------------------------------------------------
 # python data.py inspect
 
-def latent_stats(shards):
-    """mean and std [1, C, 1, 1] of the latents, not mirrored, of map_shard's shards."""
-    n, total, squares = 0, 0.0, 0.0
-    for shard in shards:
-        for i in range(0, len(shard["labels"]), 500):
-            z = torch.from_numpy(as_float(shard["latents"][i:i + 500]).astype(np.float64))
-            n += z[:, 0].numel()
-            total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
-    mean = total / n
-    std = ((squares - n * mean ** 2) / (n - 1)).sqrt()
-    return mean.float()[None, :, None, None], std.float()[None, :, None, None]
-
-
-def save_stats(folder):
-    """Writes latents_stats.pt (mean, std) of the shards in a folder."""
-    paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
-    shards = [map_shard(path, flipped=False) for path in paths]
-    if not sum(len(shard["labels"]) for shard in shards):
-        raise ValueError(f"{folder}: no latents in it")
-    mean, std = latent_stats(shards)
-    torch.save(dict(mean=mean, std=std), pathlib.Path(folder) / "latents_stats.pt")
-
-
 def inspect(args):
     """Prints counts, shapes, classes and statistics of a data set, and writes a grid of 100."""
     if args.grid.suffix != ".png":
-        fail(f"--grid {args.grid}: want NAME.png")
+        fail(f"--grid {args.grid} needs a name that ends in .png, such as NAME.png")
     folders.check_output(args.grid)
     try:
+        refuse_idle_flags(args.data, args.resolution, args.data_dir, args.skip_broken)
         if args.save_stats:
-            save_stats(args.data_dir if args.data == "imagenet_latents" else args.data)
-        dataset = load(args.data, args.resolution, args.data_dir, skip_broken=args.skip_broken,
-                       channels=args.channels)
-        index = torch.linspace(0, len(dataset.labels) - 1, 100).long().unique()
+            if kind_of(args.data) != "latents":
+                raise ValueError(f"--save-stats: {args.data} has no latents; leave it out")
+            save_stats(latents_folder(args.data, args.data_dir))
+        dataset = open_data(args.data, args.resolution, args.data_dir,
+                            skip_broken=args.skip_broken, channels=args.channels)
+        index = torch.tensor(spread(len(dataset.labels), 100))
         x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         fail(e)
-    counts = torch.bincount(dataset.labels, minlength=dataset.num_classes)
-    print(f"{args.data}: {len(dataset.labels)} samples of shape {list(dataset.shape)}, "
-          f"{dataset.num_classes} classes with {counts.min()} to {counts.max()} samples each")
-    for label, name in enumerate(dataset.class_names):
-        print(f"{label:5}  {name}: {counts[label]}")
-    if len(counts) <= 20 and not dataset.class_names:
-        print("samples of each class:", *counts.tolist())
+    print_labels(args.data, dataset)
     if isinstance(dataset, Latents):
         mean, std = latent_stats(dataset.shards)
         print(f"{len(dataset.shards)} shards; latents' mean", *mean.flatten().numpy().round(4))
         print("std", *std.flatten().numpy().round(4))
-        x = x[:, :3] / 3                   # no colours: the first three channels, 3 std being white
+        # Latents have no colours: the first channels are shown as such, and 3 std are white
+        shown = 3 if x.shape[1] >= 3 else 1
+        x = x[:, :shown] / 3
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
     print(f"of {len(x)} samples as a network sees them: mean", *mean.numpy().round(4), "std",
           *std.numpy().round(4))
@@ -581,20 +887,49 @@ def inspect(args):
     print(f"{args.grid}: {len(x)} of them")
 
 
-@processes.program("take fewer images")
+def print_labels(name, dataset):
+    """Prints the number of samples, their shape, and how many of them each class has."""
+    labels, counts = dataset.labels.unique(return_counts=True)
+    text = f"{name}: {len(dataset.labels)} samples of shape {list(dataset.shape)}, "
+    if not dataset.num_classes:
+        print(text + "no classes")
+        return
+    count = dict(zip(labels.tolist(), counts.tolist()))
+    low = min(count.values()) if len(count) >= dataset.num_classes else 0
+    print(text + f"{dataset.num_classes} classes with {low} to {max(count.values())} samples each")
+    for label, class_name in enumerate(dataset.class_names):
+        print(f"{label:5}  {class_name}: {count.get(label, 0)}")
+    if dataset.num_classes <= 20 and not dataset.class_names:
+        each = [count.get(label, 0) for label in range(dataset.num_classes)]
+        print("samples of each class:", *each)
+    if labels[0] < 0:
+        print(f"labels from {labels[0]} on, which training refuses: number them from 0 on")
+
+
+@processes.program("use fewer images")
 def main():
     parser = flags.Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=flags.Parser)
     a = commands.add_parser("inspect", help="counts, shapes, classes, statistics, a grid")
     a.add_argument("data", help="data set or path, as --data of the scripts")
-    a.add_argument("--data-dir", help="where it lies")
-    a.add_argument("--resolution", type=int, help="images are cropped and scaled to it")
-    a.add_argument("--channels", type=int, choices=[1, 3], help="of image files: 3 (RGB, the "
-                   "default) or 1 (grey)")
+    a.add_argument("--data-dir", help="folder of mnist, fashion, cifar10 or imagenet_latents")
+    a.add_argument("--resolution", type=flags.number(int, 1), help="images are cropped and scaled "
+                   "to it")
+    a.add_argument("--channels", type=int, choices=[1, 3], help="channels of image files: 3 (RGB, "
+                   "the default) or 1 (grey)")
     a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG to write")
     a.add_argument("--save-stats", action="store_true", help="write latents_stats.pt, too")
-    a.add_argument("--skip-broken", action="store_true", help="list and leave out broken images")
-    inspect(parser.parse_args())
+    a.add_argument("--skip-broken", action="store_true", help="list and leave out images that do "
+                   "not decode")
+    args = parser.parse_args()
+    escape_names()
+    inspect(args)
+
+
+def escape_names():
+    """Lets print escape the letters of names that the console lacks, as it does on stderr."""
+    with contextlib.suppress(AttributeError):              # stdout need not be a text file
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

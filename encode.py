@@ -21,15 +21,16 @@ from common.messages import fail
 def parse_args():
     p = flags.Parser(description="Images to shards of latents.")
     a = p.add_argument
-    a("--images", required=True, help="folder, zip or npz")
+    a("--images", required=True, help="folder, zip or npz; grey images become RGB")
     a("--vae", required=True, help="checkpoint of an AutoencoderKL")
-    a("--out", required=True, help="folder of the shards; a second run goes on")
+    a("--out", required=True, help="folder of the shards; the same command continues in it")
     a("--resolution", type=flags.number(int, 1), default=256, help="crop and scale to it")
     a("--batch", type=flags.number(int, 1), default=16, help="images at a time")
     a("--shard", type=flags.number(int, 1), default=10_000, help="images in a shard")
     a("--seed", type=int, default=0, help="seed of the posterior's noise")
     a("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    a("--skip-broken", action="store_true", help="list and leave out broken images")
+    a("--skip-broken", action="store_true", help="list and leave out images that do not decode; "
+      "may be added when the command continues")
     return p.parse_args()
 
 
@@ -39,52 +40,25 @@ def encode(args):
     device, rank, world = processes.start(args.device)
     out = pathlib.Path(args.out)
     try:
-        vae = weights.load(args.vae).to(device).requires_grad_(False)
-        if not hasattr(vae, "encode"):
-            raise ValueError(f"{args.vae} is no autoencoder")
-        images = data.load(args.images, args.resolution, skip_broken=args.skip_broken)
-        if not isinstance(images, (data.Files, data.Images)):
-            raise ValueError(f"{args.images} holds no images")
-        if images.shape[0] != 3:
-            raise ValueError(f"{args.images}: grey images; the autoencoder takes RGB")
-        if images.shape[1] % vae.factor:
-            raise ValueError(f"--resolution {images.shape[1]} is no multiple of {vae.factor}")
-        if rank == 0:
-            folders.own(out)
-        processes.barrier()
-        setting = dict(images=str(args.images), vae=str(args.vae), resolution=images.shape[1],
-                       n=len(images.labels), shard=args.shard, processes=world, seed=args.seed)
-        note = out / "encode.json"
-        if not note.exists() and any(out.glob("*.safetensors")):
-            raise ValueError(f"{out} holds shards of another origin; use another --out")
-        if note.exists() and json.loads(note.read_text()) != setting:
-            raise ValueError(f"{out} was begun with {note.read_text()}; use another --out")
-        processes.barrier()                             # all have read it before it is written
-        if rank == 0:
-            note.write_text(json.dumps(setting))
+        vae = load_autoencoder(args.vae).to(device)
+        images = load_images(args, vae.factor)
+        numbers, n = number_images(images)
+        claim(out, rank, dict(
+            images=str(args.images), vae=str(args.vae), resolution=images.shape[1], n=n,
+            shard=args.shard, processes=world, seed=args.seed))
     except (ValueError, OSError) as e:
         fail(e)
     try:
-        first, end = (len(images.labels) * k // world for k in (rank, rank + 1))
-        for number, start in enumerate(range(first, end, args.shard)):
-            path = out / f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
-            rows = torch.arange(start, min(start + args.shard, end))
+        # Each process has consecutive images, and each shard of a process as well
+        first, end = n * rank // world, n * (rank + 1) // world
+        for shard, start in enumerate(range(first, end, args.shard)):
+            stop = min(start + args.shard, end)
+            rows = torch.nonzero((numbers >= start) & (numbers < stop)).flatten()
+            path = out / f"latents_rank{rank:02d}_shard{shard:03d}.safetensors"
             if path.exists():
-                data.map_shard(path)
-                continue
-            z = {"latents": [], "latents_flip": []}
-            for part in tqdm(rows.split(args.batch), desc=path.stem, disable=rank > 0):
-                for name in z:
-                    mirror = name == "latents_flip"
-                    x = images.items(part, torch.full((len(part),), mirror)).to(device)
-                    mean, std = vae.encode(x)
-                    draws = (seeds.generator("cpu", args.seed, i, mirror) for i in part.tolist())
-                    noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
-                    z[name].append((mean + std * noise.to(device)).cpu())
-            tensors = {name: torch.cat(parts).contiguous() for name, parts in z.items()}
-            shard = safetensors.torch.save(tensors | {"labels": images.labels[rows]})
-            pathlib.Path(f"{path}.part").write_bytes(shard)
-            os.replace(f"{path}.part", path)
+                check_shard(path)
+            elif len(rows):                # none if all of them are broken
+                write_shard(path, vae, images, rows, numbers, args, device, quiet=rank > 0)
         processes.barrier()
         if rank == 0:
             data.save_stats(out)
@@ -94,13 +68,103 @@ def encode(args):
     processes.end()
 
 
-@processes.program("take fewer images at once by --batch; whole shards are kept")
+def load_autoencoder(path):
+    """The autoencoder in a checkpoint; ValueError if there is none."""
+    vae = weights.load(path).requires_grad_(False)
+    if not hasattr(vae, "encode"):
+        raise ValueError(f"{path} is no autoencoder")
+    return vae
+
+
+def load_images(args, factor):
+    """The images to encode, a Dataset. factor: that by which the autoencoder makes images smaller.
+    Raises ValueError if they cannot be encoded."""
+    if data.kind_of(args.images) == "latents":
+        raise ValueError(f"{args.images} holds no images, but latents")
+    images = data.open_data(args.images, args.resolution, skip_broken=args.skip_broken)
+    if images.labels.min() < 0:
+        raise ValueError(f"{args.images}: labels from {images.labels.min()} on; number them from 0 "
+                         "on")
+    if images.shape[1] % factor:
+        raise ValueError(f"--resolution {images.shape[1]} is no multiple of {factor}")
+    return images
+
+
+def number_images(images):
+    """The number of each sample among all images, int64 [N], and how many images there are. Broken
+    ones count, so that leaving them out changes neither the shards nor the noise of the others."""
+    if isinstance(images, data.Files):
+        return images.numbers, len(images.tree.names)
+    n = len(images.labels)
+    return torch.arange(n), n
+
+
+def claim(out, rank, setting):
+    """Makes this program the owner of the folder of the shards, and notes its setting (a dict) in
+    encode.json. Raises ValueError if the folder holds shards of another setting."""
+    if rank == 0:
+        folders.own(out)
+    processes.barrier()
+    note = out / "encode.json"
+    if note.exists():
+        check_setting(note, setting)
+    elif any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} holds shards of another origin; use another --out")
+    processes.barrier()                    # all have read it before it is written
+    if rank == 0:
+        note.write_text(json.dumps(setting))
+
+
+def check_setting(note, setting):
+    """Raises ValueError if a folder was begun with another setting, or if its note is damaged."""
+    try:
+        old = json.loads(note.read_bytes())
+        old.items()                        # it is a dict
+    except Exception as e:                 # a foreign file may hold anything
+        raise ValueError(f"{note} cannot be read ({type(e).__name__}), so that nothing says what "
+                         f"the shards in {note.parent} are; use another --out") from None
+    for name, value in setting.items():
+        if old.get(name) != value:
+            raise ValueError(f"{note.parent} was begun with {name} {old.get(name)}, not {value}; "
+                             "use another --out")
+
+
+def check_shard(path):
+    """Raises ValueError if a shard that is there already cannot be read."""
+    try:
+        data.map_shard(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; remove it, and the same command encodes it anew") from None
+
+
+def write_shard(path, vae, images, rows, numbers, args, device, quiet):
+    """Encodes the images with these rows of the data set, and writes them as a shard."""
+    straight, mirrored = [], []
+    for part in tqdm(rows.split(args.batch), desc=path.stem, disable=quiet):
+        for latents, mirror in ((straight, False), (mirrored, True)):
+            x = images.items(part, torch.full((len(part),), mirror)).to(device)
+            x = x.expand(-1, 3, -1, -1)    # the three channels of a grey image are equal
+            mean, std = vae.encode(x)
+            noise = [torch.randn(mean.shape[1:],
+                                 generator=seeds.generator("cpu", args.seed, number, mirror))
+                     for number in numbers[part].tolist()]
+            latents.append((mean + std * torch.stack(noise).to(device)).cpu())
+    shard = safetensors.torch.save(dict(
+        latents=torch.cat(straight).contiguous(), latents_flip=torch.cat(mirrored).contiguous(),
+        labels=images.labels[rows]))
+    part = pathlib.Path(f"{path}.part")    # it becomes a shard when it is whole
+    part.write_bytes(shard)
+    os.replace(part, path)
+
+
+@processes.program("use fewer images at once by --batch; whole shards are kept")
 def main():
     args = parse_args()
+    data.escape_names()
     try:
         encode(args)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with its shard", file=sys.stderr)
+        print("interrupted; the same command continues with its shard", file=sys.stderr)
         sys.exit(130)
 
 

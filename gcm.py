@@ -111,6 +111,7 @@ PRESETS = {
         uncond=True,
         precision="tf32",
         micro_batch=64,                    # ours: 24 GB
+        save_every=1000,                   # ours
         net=dict(name="DDPM++", dropout=0.2),
     ),
     "cifar10_finetune": PAPER | dict(      # for --init: ECT's released settings, G.2's weights
@@ -120,6 +121,7 @@ PRESETS = {
         uncond=True,
         precision="tf32",
         micro_batch=64,                    # ours: 24 GB
+        save_every=1000,                   # ours
         lam=3.0,
         pt="uniform",
         ht="ect",
@@ -131,6 +133,7 @@ PRESETS = {
         steps=100_000,
         batch=128,
         micro_batch=32,                    # ours: 24 GB
+        save_every=1000,                   # ours
         optimizer="AdamW",
         lr=1e-3,
         lr_decay=2000,
@@ -149,6 +152,7 @@ PRESETS = {
         batch=256,
         precision="bf16",
         micro_batch=64,                    # ours: XL/2 fits 80 GB
+        save_every=1000,                   # ours
         optimizer="AdamW",
         betas=(0.9, 0.95),
         variant="VU",

@@ -639,6 +639,16 @@ def _layer_norm(y, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cu
     return tangent if weight is None else tangent * weight
 
 
+def _rms_norm(y, x, dx, normalized_shape, weight=None, eps=None):
+    """y = w x / r with r^2 = mean(x^2) + eps: dy = w (dx - x mean(x dx) / r^2) / r."""
+    last = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    x, dx = x.to(y.dtype), dx.to(y.dtype)
+    square = x.square().mean(last, keepdim=True) + eps
+    tangent = (dx - x * (x * dx).mean(last, keepdim=True) / square) * square.rsqrt()
+    return tangent if weight is None else tangent * weight
+
+
 def _group_norm(y, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     """See _normalise; each part is one group of channels of a sample, x being [B, C, ...]."""
     ones = [1] * (x.dim() - 2)             # as many as there are dimensions after the channels
@@ -679,7 +689,7 @@ def _attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
 # function of the tangent.
 LINEAR = {
     "neg", "sum", "mean", "avg_pool2d", "interpolate",
-    "to", "float", "double", "clone", "contiguous",
+    "to", "type_as", "float", "double", "clone", "contiguous",
     "cat", "stack", "chunk", "split", "unbind", "getitem", "narrow",
     "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze",
     "permute", "transpose", "expand", "repeat", "tile"}
@@ -718,5 +728,6 @@ RULES = {
     "linalg_vector_norm": _of_one(_vector_norm),
     "softmax": _of_one(_softmax),
     "layer_norm": _of_one(_layer_norm),
+    "rms_norm": _of_one(_rms_norm),
     "group_norm": _of_one(_group_norm),
     "scaled_dot_product_attention": _attention}

@@ -123,8 +123,20 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state | dict(state=entries))
 
 
-def whole(state):
-    """A nested dict with every tensor that FSDP has sharded put together; all processes call it."""
+def copy_to_cpu(state, keep=True):
+    """A copy of a nested dict or list with its tensors on the CPU, so that training may continue
+    while it is written.
+
+    A tensor that FSDP has sharded is put together: all processes call this, and those with keep
+    False receive None in its place. Tensors are gathered one after the other, so that no GPU holds
+    more than one whole tensor.
+    """
     if isinstance(state, dict):
-        return {name: whole(part) for name, part in state.items()}
-    return state.full_tensor() if hasattr(state, "full_tensor") else state
+        return {name: copy_to_cpu(part, keep) for name, part in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copy_to_cpu(part, keep) for part in state)
+    if hasattr(state, "full_tensor"):
+        state = state.full_tensor()
+    if not torch.is_tensor(state):
+        return state
+    return state.detach().to("cpu", copy=True) if keep else None

@@ -82,7 +82,10 @@ def add_flags(parser, presets, teacher=False):
          "the processes")
     flag(g, "--grad-checkpoint", action="store_true", resume=True, help="compute blocks again in "
          "the backward pass, which needs less memory")
-    flag(g, "--save-every", int, 1, resume=True, default=200, help="steps between checkpoints")
+    flag(g, "--save-every", int, 1, resume=True, help="steps between checkpoints (default: the "
+         "preset's, or 200)")
+    flag(g, "--keep-every", int, 1, resume=True, metavar="STEPS", help="keep a snapshot, without "
+         "the optimiser, every so many steps (default: none)")
     flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
@@ -182,7 +185,7 @@ def choose_preset(args, presets):
 
 def fill_in(args, method, preset):
     """The flags with the preset's values where none was given."""
-    for name, value in (dict(precision="float32") | preset).items():
+    for name, value in (dict(precision="float32", save_every=200) | preset).items():
         if name != "net" and getattr(args, name) is None:
             setattr(args, name, value)
     # The preset's options belong to its network. Another network begins with its own defaults

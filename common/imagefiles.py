@@ -416,7 +416,8 @@ def belong_together(one, other):
     if one.kind and other.kind:
         return one.kind != other.kind
     # One of them says nothing of its kind, as train beside train_masks
-    return bool(one.splits) and one.splits == other.splits and "companions" in (one.kind, other.kind)
+    same_split = one.splits != () and one.splits == other.splits
+    return same_split and "companions" in (one.kind, other.kind)
 
 
 def how_rarely_needed(part):

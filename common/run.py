@@ -5,9 +5,11 @@
 """
 
 import itertools
+import json
 import pathlib
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -19,6 +21,8 @@ from common.messages import fail, say_once
 # After these a run saves and ends: Slurm warns by SIGUSR1, and a terminal that closes by SIGHUP
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)]       # Windows has the first two
+# These change the result, and may do so at a resume: it is printed, and stands in the log
+MAY_CHANGE_WITH_A_NOTE = {"lr", "clip", "warmup", "precision", "jvp", "compile"}
 # What a training function puts into the flags, from the data and from the teacher
 FILLED_IN = {"net", "samples", "class_names", "teacher_id"}
 
@@ -59,7 +63,9 @@ class Run:
         self.device, self.rank, self.world = device, rank, world
         self.folder = pathlib.Path(args.out)
         self.step, self.checkpoint, self.begun = 0, None, False
+        self.changed = {}                  # {flag: [what it was, what it is]}
         self.made = []                     # the folders that did not exist before
+        self.writer, self.writing = ThreadPoolExecutor(1), None        # the thread, and its task
 
     def call(self, train):
         """Opens the folder and calls train(args, run). What is wrong before the first step is the
@@ -82,6 +88,7 @@ class Run:
         """Ends the log and gives up the folder, which goes again if the run has not begun."""
         if self.begun:
             self.log_file.close()
+            self.writer.shutdown()
         folders.disown(self.folder)
         if not self.begun:
             folders.remove_empty(self.made)
@@ -108,7 +115,8 @@ class Run:
         self.check_flags(set(checkpoint["args"]) - FILLED_IN)
 
     def check_flags(self, names):
-        """Raises ValueError if a flag that changes the result is not what the run began with."""
+        """Raises ValueError if a flag that changes the result is not what the run began with. Those
+        of MAY_CHANGE_WITH_A_NOTE may change, which is printed and logged."""
         falls = self.args.lr_final < 1     # the learning rate then depends on --steps
         for name in names:
             old, new = self.checkpoint["args"][name], getattr(self.args, name, None)
@@ -118,6 +126,8 @@ class Run:
             if name == "samples" and self.args.skip_broken:
                 say_once(f"{self.folder} was begun with samples {old}, now they are {new}: from "
                          "here on the images come in another order")
+            elif name in MAY_CHANGE_WITH_A_NOTE:
+                self.changed[name] = [old, new]
             elif name not in MAY_CHANGE or (name == "steps" and falls):
                 raise ValueError(f"{self.folder} was begun with {name} {old}, not {new}; use --out "
                                  "or --fresh")
@@ -147,9 +157,19 @@ class Run:
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
                             self.args.log_every, quiet=self.rank > 0)
+        if self.changed and self.rank == 0:
+            self.note_changes()
         self.begun = True
         if self.announcement:
             say_once(self.announcement)
+
+    def note_changes(self):
+        """Prints which flags are not what they were, and adds a line to the log, so that the record
+        of the run is complete."""
+        text = ", ".join(f"{name} {old} is now {new}" for name, (old, new) in self.changed.items())
+        say_once(f"{self.folder}, step {self.step}: {text}")
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(dict(step=self.step, changed=self.changed)) + "\n")
 
     def begin_anew(self):
         """--fresh: renames the old folder to NAME.old-K, after everything that may refuse the run.
@@ -199,23 +219,44 @@ class Run:
     def save(self):
         """Writes a checkpoint if it is time. After one of SIGNALS it is time, and the program ends.
         """
-        if self.save_is_due() or self.stopped:
-            self.write_checkpoint()
+        keep_every = self.args.keep_every
+        snapshot = keep_every is not None and self.step % keep_every == 0
+        if self.save_is_due() or self.stopped or snapshot:
+            self.start_writing(snapshot)
+        if self.stopped or self.step == self.args.steps:
+            self.finish_writing()
         if self.stopped:
             processes.end()
             sys.exit(128 + (self.signals or [signal.SIGTERM])[-1])
 
-    def write_checkpoint(self):
-        """Writes ckpt.pt, as checkpoints.read returns it. All processes call it and put together
-        what FSDP has sharded; the first one writes."""
-        checkpoint = checkpoints.whole(dict(
-            method=self.method, args=vars(self.args), step=self.step, model=self.net.state_dict(),
-            ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
-            torch_version=str(torch.__version__)))
+    def start_writing(self, snapshot):
+        """Copies the state and has a thread write it into ckpt.pt, as checkpoints.read returns it,
+        while training continues. snapshot: also into a file of its own that is kept, without the
+        optimiser. All processes call it, because they put together what FSDP has sharded; the first
+        one writes."""
+        self.finish_writing()              # at most one copy is held
+        state = dict(model=self.net.state_dict(), ema=self.ema.state_dict(),
+                     optimizer=self.optimizer.state_dict())
         if self.extra:
-            checkpoint["extra"] = [p.detach() for p in self.extra]
+            state["extra"] = list(self.extra)
+        checkpoint = dict(method=self.method, args=dict(vars(self.args)), step=self.step,
+                          torch_version=str(torch.__version__))
+        checkpoint |= checkpoints.copy_to_cpu(state, keep=self.rank == 0)
         if self.rank == 0:
-            checkpoints.save(self.folder / "ckpt.pt", checkpoint)
+            self.writing = self.writer.submit(self.write, checkpoint, snapshot)
+
+    def write(self, checkpoint, snapshot):
+        """Writes a checkpoint, in the thread."""
+        checkpoints.save(self.folder / "ckpt.pt", checkpoint)
+        if snapshot:
+            kept = {key: value for key, value in checkpoint.items() if key != "optimizer"}
+            checkpoints.save(self.folder / f"step-{checkpoint['step']:07d}.pt", kept)
+
+    def finish_writing(self):
+        """Waits for the thread. What stopped it, such as a full disk, is raised here."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
 
 
 def as_list(value):

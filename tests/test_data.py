@@ -21,7 +21,7 @@ import data
 import encode
 import facm
 import models
-from common import checkpoints, folders, imagefiles, processes, seeds
+from common import checkpoints, folders, imagefiles, processes, seeds, torchrun
 from common.augment import augment
 from common.flags import Parser, add_flags
 from common.log import Log
@@ -457,6 +457,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 def test_one_process_of_each_machine_tells_of_a_mistake(monkeypatch, capsys):
+    for name in torchrun.NAMES:
+        monkeypatch.setenv(name, "16")
     for rank, local, told in ((0, 0, True), (1, 1, False), (8, 0, True)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local))
@@ -577,19 +579,12 @@ def test_shards_of_float16(tmp_path):
 
 def test_a_line_of_the_log_is_the_mean_since_the_last(tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("common.log.time.perf_counter", lambda: next(clock))
     log = Log(tmp_path / "log.jsonl", 0, 4, 2)
     for step, value in enumerate((1.0, 2.0, 5.0, 7.0), 1):
-        log.add(step, "x", 8 * step, dict(loss=torch.tensor(value)), [])
+        log.add(step, 8 * step, dict(loss=torch.tensor(value)), [])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == [dict(step=2, stage="x", loss=1.5, images_per_s=24), dict(step=4, stage="x", loss=6, images_per_s=56)]
-
-
-def test_one_batch_given_is_that_of_both_stages(monkeypatch):
-    for flags, batches in (([], (8, 16)), (["--batch", "4"], (4, 4)), (["--batch", "4", "--pretrain-batch", "32"], (4, 32))):
-        monkeypatch.setattr(sys, "argv", ["facm.py", *flags])
-        args = facm.parse_args()
-        assert (args.batch, args.pretrain_batch) == batches
+    assert lines == [dict(step=2, loss=1.5, images_per_s=24), dict(step=4, loss=6, images_per_s=56)]
 
 
 def test_augmentations_befall_their_shares():
@@ -615,17 +610,16 @@ def test_a_checkpoint_is_there_until_the_new_one_takes_its_place(tmp_path, monke
     def killed(part, path):
         assert torch.load(part) == dict(step=2) and torch.load(path) == dict(step=1)
         raise KeyboardInterrupt
-    monkeypatch.setattr(run.os, "replace", killed)
+    monkeypatch.setattr("common.checkpoints.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(tmp_path / "ckpt.pt", dict(step=2))
     assert torch.load(tmp_path / "ckpt.pt") == dict(step=1)
 
 
 def test_what_may_change_between_two_calls_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "start_processes", lambda *_: (torch.device("cpu"), 0, 1))
     add_flags(Parser(), facm.PRESETS)                                  # which says what may change
     args = argparse.Namespace(
-        out=str(tmp_path), fresh=False, lr_final=1.0, pretrain=0, steps=1, seed=0, batch=8, micro_batch=1, w=1.0,
+        out=str(tmp_path), fresh=False, lr_final=1.0, steps=1, skip_broken=False, seed=0, batch=8, micro_batch=1, w=1.0,
         precision="float32", betas=[0.9, 0.99], device="cpu", compile=False, ema_sigma=0.1)
     kept = vars(args) | dict(betas=(0.9, 0.99))                        # a preset's, now given by hand
     checkpoint = dict(method="facm", args=kept, step=1, model={}, ema={}, optimizer={})
@@ -633,17 +627,18 @@ def test_what_may_change_between_two_calls_of_a_run(tmp_path, monkeypatch):
     for name in vars(args):
         folders.disown_all()                                               # the folder, as at the end of a program
         changed = argparse.Namespace(**vars(args) | {name: 2}) if name not in ("out", "fresh") else args
-        job = Run(changed, "facm")
-        if name in ("seed", "batch", "w", "precision", "lr_final", "betas", "pretrain", "compile", "ema_sigma"):
+        job = Run(changed, "facm", torch.device("cpu"), 0, 1)
+        if name in ("seed", "batch", "w", "lr_final", "betas", "ema_sigma"):
             with pytest.raises(ValueError, match=name):
                 job.open_folder()
         else:
             job.open_folder()
             assert job.step == job.checkpoint["step"] == 1
+            assert list(job.changed) == [name] * (name in ("precision", "compile"))    # with a note
     checkpoints.save(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
     folders.disown_all()
     with pytest.raises(ValueError, match="no optimiser"):
-        Run(args, "facm").open_folder()
+        Run(args, "facm", torch.device("cpu"), 0, 1).open_folder()
 
 
 def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
@@ -651,7 +646,7 @@ def test_a_full_disk_ends_the_log_in_one_line(tmp_path, capsys):
     log.file.close()
     log.file = open("/dev/full", "w", buffering=1)
     with pytest.raises(SystemExit) as end:
-        log.add(1, "x", 8, dict(loss=torch.tensor(1.0)), [])
+        log.add(1, 8, dict(loss=torch.tensor(1.0)), [])
     assert end.value.code == 2 and "error: " in (said := capsys.readouterr().err) and "log.jsonl" in said
 
 

@@ -1,5 +1,5 @@
-"""gcm.py against closed forms: the Gaussian oracle in any shape, mutants of the source, densities, steps, MMD, samplers;
-and as a program."""
+"""gcm.py against closed forms: the Gaussian oracle in any shape, mutants of the source, densities, steps, MMD,
+samplers; and as a program."""
 
 import math
 import pathlib
@@ -74,7 +74,8 @@ def times(variant, batch=64, seed=1):
     return gcm.sample_times(u, variant=variant)
 
 
-def loss(module, variant="VU", h=1e-3, mode="difference", M=1, sigma=0.1, seed=0, t=None, s=None, f=None, shape=(64, 2, 3, 3)):
+def loss(module, variant="VU", h=1e-3, mode="difference", M=1, sigma=0.1, seed=0, t=None, s=None, f=None,
+         shape=(64, 2, 3, 3)):
     """The loss of the ideal network, or of f, with u its velocity: 0 but for the difference's error. kappa = 1 with
     w = 2 makes guidance give f(x_t, t, t) itself, so that the guided velocity is exact as well."""
     x, z = FLOW.draw(shape[0], seed, shape[1:])
@@ -162,15 +163,17 @@ def test_in_any_shape_the_exact_jump_is_the_minimum(shape, variant, mode):
     x, z = xt - wide(t, x) * u, xt + wide(1 - t, x) * u
 
     def beside(theta, t, s, **options):
-        return loss_and_gradient(lambda f: gcm.gcm_loss(f, JVP.get(mode), x, z, t, s, torch.ones_like(t), None, ht="const",
-                                                        k=1e-4, difference=mode == "difference", scheme="meanflow", **options),
-                                 f_ideal, theta)
+        def loss_of(f):
+            return gcm.gcm_loss(f, JVP.get(mode), x, z, t, s, torch.ones_like(t), None, difference=mode == "difference",
+                                ht="const", k=1e-4, scheme="meanflow", **options)
+        return loss_and_gradient(loss_of, f_ideal, theta)
     assert beside(0.0, t, s)[0] < (2e-3 if mode == "difference" else 1e-12)
-    same_times = [a.reshape(-1, 4)[:, :1].repeat(1, 4).flatten() for a in (t, s)]      # for the energy distance of 4 jumps
+    of_four = [a.reshape(-1, 4)[:, :1].repeat(1, 4).flatten() for a in (t, s)]
+    ideal, _ = beside(0.0, *of_four, M=4, sigma=math.inf)              # the energy distance of four jumps
     for theta in (-0.1, 0.1):
         value, gradient = beside(theta, t, s)
         assert value > 2e-2 and gradient * theta > 1e-2
-        assert beside(theta, *same_times, M=4, sigma=math.inf)[0] > beside(0.0, *same_times, M=4, sigma=math.inf)[0] + 2e-3
+        assert beside(theta, *of_four, M=4, sigma=math.inf)[0] > ideal + 2e-3
     at_equal_times = loss_and_gradient(lambda f: loss(gcm, variant, mode=mode, f=f, shape=shape, t=t, s=t), f_ideal)
     assert at_equal_times == (0, 0)
 
@@ -181,7 +184,8 @@ def test_guidance_needs_labels_and_the_null_label(mode):
     t, s, density = times("VU", 4)
     for y, y_null in ((None, 5), (torch.ones(4, dtype=torch.int64), None)):
         with pytest.raises(ValueError, match="guidance"):
-            gcm.gcm_loss(f_ideal, JVP.get(mode), x, z, t, s, density, y, difference=mode == "difference", w=2.0, y_null=y_null)
+            gcm.gcm_loss(f_ideal, JVP.get(mode), x, z, t, s, density, y, difference=mode == "difference", w=2.0,
+                         y_null=y_null)
 
 
 def test_the_loss_takes_any_callable_without_labels():
@@ -234,7 +238,8 @@ def test_c_is_near_t_near_0_and_uniform_in_the_steps():
     assert torch.allclose(gcm.TIME_SCALINGS["exp"](t, 3.5) / t, torch.ones(2).double(), atol=1e-3)
     t = torch.linspace(0.1, 0.9, 9).double()
     h = gcm.STEPS["exp"](t, 1e-5, 3.5)
-    assert torch.allclose(gcm.TIME_SCALINGS["exp"](t, 3.5) - gcm.TIME_SCALINGS["exp"](t - h, 3.5), torch.full_like(t, 1e-5), rtol=1e-3)  # Eq. 9
+    c = gcm.TIME_SCALINGS["exp"]
+    assert torch.allclose(c(t, 3.5) - c(t - h, 3.5), torch.full_like(t, 1e-5), rtol=1e-3)              # Eq. 9
 
 
 @pytest.mark.parametrize("pt, ab", [("sine", (1, 0.1)), ("sine", (1, 0.01)), ("sine", (1, 0.001)), ("cosh", (1.5, 0))])
@@ -303,7 +308,8 @@ def test_the_curriculum_ends_where_float32_would_round_its_difference_off(tmp_pa
 def test_times_and_weights_of_the_others():
     u = torch.rand(4, 50_000, generator=torch.Generator().manual_seed(0)).double()
     drawn = {scheme: gcm.sample_times(u, scheme=scheme, variant="VU", equal=equal, P_mean=P_mean, P_std=P_std)
-             for scheme, equal, P_mean, P_std in (("imm", 0.0, 0, 1), ("meanflow", 0.75, -2, 2), ("facm", 0.5, -1, 1.4), ("ect", 0.0, -1.1, 2))}
+             for scheme, equal, P_mean, P_std in (
+                 ("imm", 0.0, 0, 1), ("meanflow", 0.75, -2, 2), ("facm", 0.5, -1, 1.4), ("ect", 0.0, -1.1, 2))}
     for scheme, (t, s, density) in drawn.items():
         assert (gcm.T_MIN <= s).all() and (s <= t).all() and (t <= gcm.T_MAX).all(), scheme
         w = gcm.WEIGHTS[scheme](t, s, torch.full_like(t, 1e-3), 1.0, 6.0)
@@ -773,8 +779,8 @@ def test_the_pair_of_the_mmd_ends_at_s(monkeypatch):
     monkeypatch.setattr(gcm, "mmd_loss", lambda F, target, base, *a: seen.append((base, a)) or F.mean())
     x, z, t, s = *torch.randn(2, 2, 1, 2, 2), torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.495])
     for options in (dict(), dict(difference=False)):
-        gcm.gcm_loss(lambda xt, *_: torch.full_like(xt, 3.0), JVP["exact"], x, z, t, s, 0 * t + 1, None, ht="const", k=0.01, M=2,
-                     **options)
+        gcm.gcm_loss(lambda xt, *_: torch.full_like(xt, 3.0), JVP["exact"], x, z, t, s, 0 * t + 1, None, ht="const",
+                     k=0.01, M=2, **options)
     assert len(seen) == 2
     for base, (_, r, *_) in seen:
         assert torch.allclose(r, torch.tensor([0.49, 0.495]))
@@ -799,8 +805,8 @@ def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
     assert [a for a in calls["generator"] if "augment" in a] == [("cpu", 7, "augment", k) for k in (0, 1)]
     for step, (u,) in enumerate(calls.pop("sample_times")):
         times = calls["sample_times options"][step]
-        assert times == dict(scheme="gcm", variant="VU", pt="sine", ab=[1.0, 0.1], nu=3.0, equal=0.25, P_mean=-1.0, P_std=1.5,
-                             sigma_d=0.6)
+        assert times == dict(scheme="gcm", variant="VU", pt="sine", ab=[1.0, 0.1], nu=3.0, equal=0.25, P_mean=-1.0,
+                             P_std=1.5, sigma_d=0.6)
         g = seeds.generator("cpu", 7, "step", step)
         z, drawn = torch.randn((8, 3, 12, 12), generator=g), torch.rand((5, 8), generator=g)
         assert torch.equal(u, drawn[:4, ::2].repeat_interleave(2, 1))
@@ -808,8 +814,8 @@ def test_gcms_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
         options = calls["gcm_loss options"][step]
         assert all(torch.equal(a, b) for a, b in zip((t, s, density), gcm.sample_times(u, **times)))
         assert torch.equal(noise, 0.6 * z) and (y == 10).all()
-        assert options == dict(difference=False, ht="exp", k=0.02, mu=2.0, scheme="gcm", gamma=0.5, lam=2.0, M=2, sigma=0.3,
-                               y_null=10, w=3.0, kappa=0.4, guide=[0.1, 0.8])
+        assert options == dict(difference=False, ht="exp", k=0.02, mu=2.0, scheme="gcm", gamma=0.5, lam=2.0, M=2,
+                               sigma=0.3, y_null=10, w=3.0, kappa=0.4, guide=[0.1, 0.8])
 
 
 def test_without_a_constant_rate_the_average_is_the_power_function(tmp_path, monkeypatch):
@@ -838,7 +844,8 @@ def test_step_and_weight_are_those_of_the_flags(monkeypatch):
     x, z = FLOW.draw(64)
     t, s, density = times("CU")
     F = torch.zeros_like(x).requires_grad_()
-    gcm.gcm_loss(None, lambda *_, **__: (F, 0 * F), x, z, t, s, density, None, difference=False, gamma=0.5, lam=2.0).backward()
+    gcm.gcm_loss(None, lambda *_, **__: (F, 0 * F), x, z, t, s, density, None, difference=False, gamma=0.5,
+                 lam=2.0).backward()
     share = F.grad.square().sum((1, 2, 3)).sqrt() * 64 * x[0].numel() ** 0.5       # of a sample: its weight
     assert torch.allclose(share, t ** 0.5 * torch.exp(-2 * t) / density)
 

@@ -19,6 +19,7 @@ import facm
 import fid
 import sample
 from common import imagefiles
+from common.messages import say_once
 
 
 def picture(k):
@@ -74,8 +75,8 @@ def test_dataset_json_says_that_there_are_none(tmp_path, kind, labels):
 
 @BOTH
 @pytest.mark.parametrize("labels, word", [
-    (LABELS[:3], "gives 00001/img3.png no label"), ([[n, "cat"] for n, _ in LABELS], "label cat; want numbers"),
-    ([[n, -1] for n, _ in LABELS], "label -1"), ([[n, [0, 1]] for n, _ in LABELS], "want numbers"),
+    (LABELS[:3], "gives 00001/img3.png no label"), ([[n, "cat"] for n, _ in LABELS], "label cat; labels are whole numbers"),
+    ([[n, -1] for n, _ in LABELS], "label -1"), ([[n, [0, 1]] for n, _ in LABELS], "labels are whole numbers"),
     (7, "dataset.json has no"), (LABELS, "only 3 classes")])
 def test_a_dataset_json_that_does_not_fit(tmp_path, kind, labels, word):
     path = write_tree(tmp_path, kind, FOUR | {"dataset.json": table(labels)})
@@ -224,7 +225,7 @@ def test_oblong_data_are_refused_in_one_place(tmp_path, kind):
         file = io.BytesIO()
         Image.new("RGB", (12, 8)).save(file, "PNG")
         path = write_tree(tmp_path, kind, {"a/0.png": file.getvalue()})
-    with pytest.raises(ValueError, match="samples of 12x8; want square ones: --resolution"):
+    with pytest.raises(ValueError, match="samples of 12x8 are not square; --resolution crops and scales images, but not latents"):
         data.load(str(path))
     if kind != "latents":
         assert data.load(str(path), 8).shape == (3, 8, 8)
@@ -303,9 +304,9 @@ def test_shards_of_every_type(tmp_path, latents, labels):
 
 
 @pytest.mark.parametrize("content, word", [
-    (dict(latents=torch.zeros(3, 4, 2, 2, dtype=torch.uint8)), "latents are U8; want F32"),
-    (dict(labels=torch.zeros(3)), "labels are F32; want whole numbers"),
-    (dict(labels=torch.zeros(3, dtype=torch.bool)), "labels are BOOL; want whole numbers")])
+    (dict(latents=torch.zeros(3, 4, 2, 2, dtype=torch.uint8)), "latents are U8, not F32"),
+    (dict(labels=torch.zeros(3)), "labels are F32, not whole numbers"),
+    (dict(labels=torch.zeros(3, dtype=torch.bool)), "labels are BOOL, not whole numbers")])
 def test_shards_of_other_types_say_so(tmp_path, content, word):
     held = dict(latents=torch.zeros(3, 4, 2, 2), latents_flip=torch.zeros(3, 4, 2, 2), labels=torch.zeros(3).long())
     safetensors.torch.save_file(held | content, tmp_path / "x.safetensors")
@@ -326,7 +327,7 @@ def test_a_latent_that_is_not_finite_is_named(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs.
 
-TINY = ("--device cpu --preset glyphs --batch 4 --pretrain 0 --w 1 --net name=DDPM++ width=32 mult=1 blocks=1 --resolution 8 "
+TINY = ("--device cpu --preset glyphs --batch 4 --teacher none --w 1 --net name=DDPM++ width=32 mult=1 blocks=1 --resolution 8 "
         "--preview-every 100 --warmup 0 --lr-final 1").split()
 
 

@@ -331,7 +331,7 @@ OPERATIONS = {
     # Layers
     "linear": lambda x: F.linear(x, rows), "linear by keyword": lambda x: F.linear(input=x, weight=rows, bias=rows[:, 0]), "linear, bias": lambda x: F.linear(x, rows, bias=rows[:, 0]),
     "linear of its weight": lambda x: F.linear(tokens, x[0]), "layer_norm": lambda x: F.layer_norm(x, (6,)), "layer_norm, affine": lambda x: F.layer_norm(x, (4, 6), w, w),
-    "layer_norm of its weight": lambda x: F.layer_norm(x, (6,), x[0, 0]), "rms_norm": lambda x: F.rms_norm(x, (6,), w[0]), "nn.RMSNorm": nn.RMSNorm(6).double(), "group_norm": lambda x: F.group_norm(x, 2),
+    "layer_norm of its weight": lambda x: F.layer_norm(x, (6,), x[0, 0]), "rms_norm": lambda x: F.rms_norm(x, (6,), w[0]), "nn.RMSNorm": nn.RMSNorm(6).double(), "rms_norm, eps": lambda x: F.rms_norm(x, (4, 6), eps=0.1), "group_norm": lambda x: F.group_norm(x, 2),
     "group_norm, affine": lambda x: F.group_norm(x, 2, mean, var), "instance_norm": F.instance_norm, "batch_norm, eval": lambda x: F.batch_norm(x, mean, var), "nn.BatchNorm1d, eval": nn.BatchNorm1d(4).double().eval(),
     "batch_norm of the batch": lambda x: F.batch_norm(x, None, None, training=True), "dropout, eval": lambda x: F.dropout(x, 0.5, False), "nn.Dropout, eval": nn.Dropout(0.5).eval(),
     "dropout, p = 0": lambda x: F.dropout(x, 0.0), "conv1d": lambda x: F.conv1d(x, filter1, filter1[:, 0, 0], 2, padding=1), "avg_pool1d": lambda x: F.avg_pool1d(x, 2), "max_pool1d": lambda x: F.max_pool1d(x, 2),

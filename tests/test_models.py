@@ -3,11 +3,13 @@ is built also runs."""
 
 import copy
 import math
+from random import Random
 
 import pytest
 import torch
 from oracle import Gaussian
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
@@ -448,11 +450,258 @@ def test_without_augmentation_its_labels_are_zero():
     assert net.map_augment.weight.grad is not None and not net.map_augment.weight.grad.any()
 
 
-def test_a_teacher_that_knew_augmentation_teaches_one_that_does_not(tmp_path):
-    teacher = build(augment_dim=9, edm_time=True)
-    torch.save(teacher.state_dict(), tmp_path / "edm.pt")
-    student = models.create(**UNET | dict(edm_time=True))
-    x, t, *_ = inputs(student)
-    args = argparse.Namespace(net={}, fsdp=False, compile=False, dry_run=None, weights=None)
-    loaded = weights.load_teacher(tmp_path / "edm.pt", student, args, torch.device("cpu"))
-    assert torch.equal(loaded(x, t), student(x, t)) and not any(p.requires_grad for p in loaded.parameters())
+def test_a_network_that_was_trained_with_augmentation_runs_without_it(tmp_path):
+    net = build(augment_dim=9, edm_time=True)
+    torch.save(net.state_dict(), tmp_path / "edm.pt")
+    loaded = weights.load(tmp_path / "edm.pt")
+    x, t, *_ = inputs(net)
+    assert loaded.augment_dim == 9 and torch.equal(loaded(x, t), net(x, t))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The second time that is not given.
+
+SECOND = [dict(name=name) for name in SMALL] + [dict(edm_time=True), dict(name="DiT", prediction="noise")]
+
+
+@pytest.mark.parametrize("options", SECOND, ids=str)
+def test_without_a_second_time_it_is_the_first(options):
+    """F(x, t, t): the value, its gradient, and its derivative, in which s moves with t."""
+    net = build(**options, num_classes=4, second_time=True).double()
+    x, t, s, y, v = inputs(net, dtype=torch.float64)
+    value = net(x, t, None, y)
+    assert torch.equal(value, net(x, t, t, y)) and not torch.equal(value, net(x, t, s, y))
+    assert torch.equal(net(x, t), net(x, t, t, None))
+    moving, still = (forward_mode(net, (x, t, t, y), (v, 1, ds)) for ds in (1, 0))
+    assert (moving - still).abs().max() > 1e-6 * moving.abs().max()
+    for derivative in (forward_mode(net, (x, t, None, y), (v, 1, 0)),
+                       net(x, t, None, y, tangent=(v, torch.ones_like(t), None))[1],
+                       net(x, t, None, y, tangent=(v, torch.ones_like(t), torch.full_like(t, 7)))[1]):     # without effect
+        assert (derivative - moving).abs().max() < 1e-10 * moving.abs().max()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# create and expand.
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")], ids=str)
+def test_networks_of_fake_tensors(name, device, monkeypatch):
+    """Shapes and memory layouts of the real ones; Module.to, which fails on fake parameters, is not called."""
+    def refuse(*args, **options):
+        raise AssertionError("Module.to")
+
+    real = models.create(**SMALL[name], seed=0)
+    monkeypatch.setattr(torch.nn.Module, "to", refuse)
+    with FakeTensorMode():
+        net = models.create(**SMALL[name], seed=0, device=device)
+        assert net(torch.zeros(2, 3, 8, 8), torch.zeros(2)).shape == (2, 3, 8, 8)
+        net(torch.zeros(2, 3, 8, 8), torch.zeros(2)).sum().backward()
+    for (name, fake), tensor in zip(net.state_dict().items(), real.state_dict().values(), strict=True):
+        assert isinstance(fake, FakeTensor) and fake.shape == tensor.shape and fake.stride() == tensor.stride(), name
+
+
+def test_convolutions_have_their_channels_last():
+    for name in SMALL:
+        wide = [p for p in models.create(**SMALL[name]).parameters() if p.dim() == 4]
+        assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+
+
+def test_a_device():
+    net = models.create(**UNET, seed=0, device="meta")
+    assert all(a.is_meta for a in net.state_dict().values())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_do_not_depend_on_the_device(name):
+    state = torch.cuda.get_rng_state()
+    one, two = models.create(**SMALL[name], seed=7), models.create(**SMALL[name], seed=7, device="cuda")
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert b.is_cuda and torch.equal(a, b.cpu()) and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("options, spelled_out", [
+    (dict(name="DDPM++", width=8), dict(name="DDPM++", width=8)),
+    (dict(name="NCSN++"), dict(name="NCSN++")),
+    (dict(name="EDM2-S", blocks=2), dict(name="EDM2", width=192, blocks=2)),
+    (dict(name="EDM2-S", width=64), dict(name="EDM2", width=64)),
+    (dict(name="DiT-B/4", qknorm=True), dict(name="DiT", patch=4, width=768, depth=12, heads=12, qknorm=True)),
+    (dict(name="LightningDiT", patch=1, rope=False),
+     dict(name="DiT", patch=1, input_size=16, in_channels=32, swiglu=True, rope=False, rmsnorm=True)),
+    (dict(name="LightningDiT-XL/1"), dict(name="DiT", patch=1, width=1152, depth=28, heads=16, input_size=16, in_channels=32,
+                                          swiglu=True, rope=True, rmsnorm=True)),
+    (dict(name="VAVAE-f16d32"), dict(name="AutoencoderKL", z_channels=32, mult=(1, 1, 2, 2, 4), attention=(4,))),
+    (dict(name="DDPM++", attention=8, mult=[1, 2]), dict(name="DDPM++", attention=(8,), mult=(1, 2))),
+    (dict(name="DiT", of_no_network=1), dict(name="DiT", of_no_network=1))], ids=str)
+def test_what_a_name_implies(options, spelled_out):
+    before = dict(options)
+    assert models.expand(options) == spelled_out and options == before
+    assert models.expand(spelled_out) == spelled_out
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_options_that_are_spelled_out_build_the_same_network(name):
+    needed = {"AutoencoderKL": dict(z_channels=4, mult=(1, 2)), "AutoencoderKL-f8d4": {}, "VAVAE-f16d32": {}}
+    given = needed.get(name, dict(input_size=16))
+    expanded = models.expand(dict(name=name, **given))
+    assert expanded["name"] in ("DDPM++", "NCSN++", "EDM2", "DiT", "AutoencoderKL")
+    with torch.device("meta"):
+        one, two = models.create(name, **given), models.create(**expanded)
+    assert str(one) == str(two)
+    assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in two.state_dict().items()}
+
+
+def test_every_public_name_is_there():
+    sizes = [f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
+    light = [f"LightningDiT-{size}" for size in "B/1 B/2 L/2 XL/1 XL/2 1p0B/1 1p0B/2 1p6B/1 1p6B/2".split()]
+    edm2 = [f"EDM2-{size}" for size in ("XS", "S", "M", "L", "XL")]
+    others = "DDPM++ NCSN++ EDM2 DiT LightningDiT AutoencoderKL AutoencoderKL-f8d4 VAVAE-f16d32".split()
+    assert sorted(models.NETWORKS) == sorted(sizes + light + edm2 + others)
+
+
+def test_names_and_types_that_expand_refuses():
+    for options in (dict(name="UNet"), dict(width=8)):
+        with pytest.raises(ValueError, match="unknown network .*; there is: DDPM"):
+            models.expand(options)
+    with pytest.raises(ValueError, match="width='8': expected int"):
+        models.expand(dict(name="DDPM++", width="8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whatever create accepts also runs.
+
+VAE = dict(name="AutoencoderKL", z_channels=4, mult=(1, 2), width=32, blocks=1, attention=(1,))
+BASES = SMALL | dict(AutoencoderKL=VAE)
+
+# Of each option some values that can be and some that cannot
+UNETS = dict(
+    input_size=[8, 1, 2, 3, 4, 6, 12, 0, -8], in_channels=[3, 1, 0], num_classes=[0, 1, 4, -1],
+    width=[8, 2, 3, 4, 5, 6, 12, 20, 32, 36, 0, -4], mult=[(1, 2), (1,), (2, 1), (1, 1, 1), (3,), 2, [], (0, 1), (1, -1)],
+    blocks=[1, 0, 2, -1], attention=[(8,), (), (4, 2), 5, (16,), (0,)], dropout=[0.0, 0.5, 1.0, -0.1],
+    second_time=[False, True], sigma_data=[0.5, None, 2, 0.0, -1.0, math.inf])
+CHOICES = {
+    "DDPM++": UNETS | dict(adaptive_scale=[False, True], augment_dim=[0, 3, -1], time_scale=[1.0, 0.0, -8], edm_time=[False, True],
+                           pixelnorm=[False, True]),
+    "EDM2": UNETS | dict(head_channels=[8, 1, 2, 3, 5, 64, 0, -1], dropout_res=[None, 4, 0]),
+    "DiT": dict(
+        input_size=[8, 1, 4, 6, 0], in_channels=[3, 1, 0], num_classes=[0, 4, -1], patch=[2, 1, 3, 8, 0, -2],
+        width=[32, 4, 8, 12, 24, 6, 30, 0], depth=[2, 1, 0, -1], heads=[4, 1, 2, 3, 0, -1], mlp_ratio=[4.0, 1, 0.03, 0.01, 0.0, -1.0],
+        qknorm=[False, True], swiglu=[False, True], rope=[False, True], rmsnorm=[False, True], wo_shift=[False, True],
+        learn_sigma=[False, True], second_time=[False, True], pixelnorm=[False, True], prediction=["velocity", "noise", "score"]),
+    "AutoencoderKL": dict(
+        z_channels=[4, 1, 0, -1], mult=[(1, 2), (1,), (2, 1, 1), 3, (), (0,), (1, -1)], width=[32, 64, 16, 48, 0],
+        blocks=[1, 2, 0, -1], attention=[(1,), (), (0,), (0, 1), (5,), (-1,)], scale=[1.0, 0.2, 0.0, -1.0])}
+CHOICES["NCSN++"], CHOICES["LightningDiT"] = CHOICES["DDPM++"], CHOICES["DiT"]
+
+
+def run(net, options):
+    """Values, and derivatives, of a network at both ends of the time, which have to be finite."""
+    for p in net.parameters():
+        p.data.add_(0.05)
+    if isinstance(net, models.AutoencoderKL):
+        mean, std = net.encode(torch.randn(2, 3, 8, 8))
+        assert net.decode(mean).shape == (2, 3, 8, 8) and std.isfinite().all()
+        return
+    size = options["input_size"]
+    x, t = torch.randn(2, options.get("in_channels", 3), size, size), torch.tensor([0.0, 1.0])
+    y = torch.tensor([0, options["num_classes"]]) if options.get("num_classes") else None
+    value, derivative = net(x, t, None, y, tangent=(x, torch.ones(2), None))
+    assert value.shape == derivative.shape == x.shape and value.isfinite().all() and derivative.isfinite().all()
+
+
+def single_and_drawn(name, draws=60):
+    """Options of a small network with each choice alone, then with several choices at random."""
+    for key, values in CHOICES[name].items():
+        for value in values:
+            yield BASES[name] | {key: value}
+    random = Random(0)
+    for _ in range(draws):
+        changed = [key for key in CHOICES[name] if random.random() < 0.3]
+        yield BASES[name] | {key: random.choice(CHOICES[name][key]) for key in changed}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_whatever_is_built_also_runs(name):
+    built = 0
+    for options in single_and_drawn(name):
+        try:
+            net = models.create(**options, seed=0)
+        except ValueError as error:
+            assert str(error).startswith(("cannot build the network", "network option")), options
+            continue
+        run(net, options)
+        built += 1
+    assert built > 30
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("DDPM++", dict(width=5), "width=5 is odd"), ("DDPM++", dict(width=2), "2 channels are less than the 4 of a group"),
+    ("DDPM++", dict(width=0), "width=0 is out of range"), ("NCSN++", dict(blocks=-1), "blocks=-1 is out of range"),
+    ("DDPM++", dict(mult=()), "mult is empty"), ("DDPM++", dict(mult=(1, 0)), r"mult=\(1, 0\) is out of range"),
+    ("DDPM++", dict(dropout=1.0), "dropout=1.0 is out of range"), ("DDPM++", dict(sigma_data=0.0), "sigma_data=0.0 is out of range"),
+    ("DDPM++", dict(sigma_data="a"), "sigma_data='a': expected a finite number"),
+    ("DDPM++", dict(time_scale=math.nan), "time_scale=nan: expected a finite number"), ("DDPM++", dict(num_classes=-1), "num_classes=-1"),
+    ("DDPM++", dict(foo=1), "unexpected keyword argument 'foo'"), ("DDPM++", dict(width=True), "width=True: expected int"),
+    ("DDPM++", dict(width=2 ** 40), "too large"), ("DDPM++", dict(augment_dim=-1), "augment_dim=-1"),
+    ("EDM2", dict(width=28, mult=(1,)), "28 channels do not divide into 3 attention heads; change head_channels=8, width=28 or mult"),
+    ("EDM2", dict(head_channels=0), "head_channels=0"), ("EDM2", dict(mult=[]), "mult is empty"),
+    ("EDM2", dict(sigma_data=None), "sigma_data=None: expected a finite number"), ("EDM2", dict(dropout_res=0), "dropout_res=0"),
+    ("EDM2", dict(dropout_res=0.5), "dropout_res=0.5: expected int"),
+    ("DiT", dict(patch=0), "patch=0"), ("DiT", dict(heads=0), "heads=0"), ("DiT", dict(heads=3), "3 heads do not divide the width 32"),
+    ("DiT", dict(heads=16), "4 does not divide the 2 channels of a head"), ("DiT", dict(depth=0), "depth=0"),
+    ("DiT", dict(mlp_ratio=0.01), "mlp_ratio=0.01 is too small"), ("DiT", dict(num_classes=-1), "num_classes=-1"),
+    ("DiT", dict(input_size=-8), "input_size=-8"),
+    ("AutoencoderKL", dict(blocks=0), "blocks=0"), ("AutoencoderKL", dict(width=48), "48 channels do not divide into 32 groups"),
+    ("AutoencoderKL", dict(attention=(2,)), "names level 2, and the autoencoder has the levels 0 to 1"),
+    ("AutoencoderKL", dict(mult=()), "mult is empty"), ("AutoencoderKL", dict(z_channels=0), "z_channels=0"),
+    ("AutoencoderKL", dict(scale=0.0), "scale=0.0")])
+def test_what_cannot_run_is_refused(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        models.create(**BASES[name] | options)
+
+
+def test_a_missing_option_is_named():
+    with pytest.raises(ValueError, match="missing a required argument: 'input_size'"):
+        models.create("DDPM++")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision of a noise predictor.
+
+def test_a_noise_predictor_is_float32_under_autocast():
+    """Value, derivative and gradient are those without autocast, to the bit; an input of half precision gives half precision."""
+    net = build("DiT", prediction="noise", num_classes=4)
+    x, _, s, y, v = inputs(net)
+    t = torch.tensor([0.0, 0.01, 0.6])
+    tangent = (v, torch.ones(3), None)
+    results = []
+    for half in (False, True):
+        for checkpointing in (False, True):
+            net.grad_checkpoint = checkpointing
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                value, derivative = net(x, t, s, y, tangent=tangent)
+                plain = net(x, t, s, y)
+            gradient, = torch.autograd.grad(plain.square().sum(), net.final_layer.linear.weight)
+            results.append((value, derivative, plain, gradient))
+    for other in results[1:]:
+        assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(results[0], other))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x.bfloat16(), t, s, y)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, net(x.bfloat16().float(), t, s, y).bfloat16())
+
+
+def test_in_bfloat16_a_noise_predictor_would_be_wrong():
+    """What autocast would do, inside: the error grows as 1 / t. A velocity network keeps its precision."""
+    net = build("DiT", prediction="noise")
+    x, *_ = inputs(net)
+    t = torch.tensor([0.0, 0.01, 0.6])
+    exact, honest = net(x, t), net.output
+
+    def rounded(x, emb):
+        with torch.autocast("cpu", torch.bfloat16):
+            return honest(x, emb)
+
+    net.output = rounded
+    error = (net(x, t) - exact).square().mean((1, 2, 3)).sqrt()
+    assert error[0] > 30 * error[2] and error[1] > 30 * error[2]

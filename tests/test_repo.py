@@ -257,7 +257,7 @@ def test_help_is_whole(name, monkeypatch, capsys):
 
 
 def test_flags_that_may_change_at_a_resume_are_said_once():
-    assert flags.MAY_CHANGE == set("data data_dir skip_broken class_names steps save_every log_every preview_every device fresh out fsdp "
+    assert flags.MAY_CHANGE == set("data data_dir skip_broken class_names steps save_every keep_every log_every preview_every device fresh out fsdp "
                                    "grad_checkpoint micro_batch dry_run teacher given net_given".split())
 
 

@@ -40,12 +40,19 @@ T, S = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.5, 0.9, 1.0])
 
 
 def test_signs_and_times():
-    """diffusers has the data at sigma 0 and tells noise - data; decm.py has them at t = 1 and wants data - noise."""
+    """diffusers has the data at sigma 0 and its output is noise - data; decm.py has them at t = 1, and data - noise."""
     torch.manual_seed(0)
     model = SD3Transformer2DModel(**TINY)
     _, _, x, y, _ = build()
     theirs = model(hidden_states=x, timestep=1000 * (1 - T), encoder_hidden_states=y.tokens, pooled_projections=y.pooled).sample
     assert torch.equal(sd3_decm.Velocity(model)(x, T, None, y), -theirs)
+
+
+def test_the_output_is_float32_whatever_computes_it():
+    student, teacher, x, y, _ = build(trained=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = [student(x, T, S, y), teacher(x, T, None, y), *student(x, T, S, y, tangent=(x, torch.ones(3), torch.ones(3)))]
+    assert {value.dtype for value in values} == {torch.float32}
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def test_a_text_is_a_y():
     nulls = torch.full_like(y, null)
     assert len(nulls) == 3 and all(torch.equal(row, null.tokens[0]) for row in nulls.tokens)
     assert y.to(torch.float64).pooled.dtype == torch.float64
-    guided = decm.guided_velocity(lambda x, t, s, y: x * y.pooled.mean(), x, T, y, y_null=null, w=2.0)
+    guided = decm.guided_velocity(lambda x, t, s, y: x * y.pooled.mean(), x, T, y, y_null=null, w=2.0, eta=None)
     assert guided.shape == x.shape
 
 
@@ -92,9 +99,76 @@ def test_a_folder_of_images_and_captions_is_encoded_once(tmp_path):
 
 def test_the_derivative_in_one_pass_is_the_exact_one():
     student, _, x, y, _ = build(trained=True)
-    ways = {way: jvp.JVP[way](student, x, T, S, y, torch.ones_like(x), 1, 0.5) for way in ("fused", "exact")}
+    ways = {way: jvp.JVP[way](student, at=(x, T, S, y), along=(torch.ones_like(x), 1, 0.5)) for way in ("fused", "exact")}
     for a, b in zip(*ways.values()):
         assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_the_derivative_in_one_pass_with_checkpointing():
+    (student, _, x, y, _), (again, *_) = build(trained=True), build(trained=True)
+    again.transformer.enable_gradient_checkpointing()
+    for net in (student, again):
+        F, dF = net(x, T, S, y, tangent=(x, torch.ones_like(T), torch.ones_like(S)))
+        (F - (F.detach() - 1e-3 * dF).tanh()).square().mean().backward()
+    grads = [(a.grad, b.grad) for a, b in zip(sd3_decm.trained(student).values(), sd3_decm.trained(again).values()) if a.grad is not None]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-8) for a, b in grads)
+    assert sum(bool(a.any()) for a, _ in grads) > 0.8 * len(sd3_decm.trained(student))
+
+
+def test_a_difference_is_no_derivative_here(monkeypatch, capsys):
+    """fd is off by more than its own size, so the program does not offer it."""
+    student, _, x, y, _ = build(trained=True)
+    (_, exact), (_, difference) = (jvp.JVP[way](student, at=(x, T, S, y), along=(torch.ones_like(x), 1, 0.5)) for way in ("exact", "fd"))
+    assert (exact - difference).norm() > 0.5 * exact.norm()
+    monkeypatch.setattr(sys, "argv", ["sd3_decm.py", "train", "--dry-run", "--jvp", "fd"])
+    with pytest.raises(SystemExit):
+        sd3_decm.main()
+    assert "invalid choice: 'fd'" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_step_keeps_the_times_of_decm(monkeypatch):
+    """N2N begins at r <= t, also for t = 0, and has the x_t and v that the first loss had. Seed and step change the draws."""
+    student, teacher, x, y, null = build()
+    x, y = x[:1].expand(512, -1, -1, -1), y[torch.zeros(512, dtype=torch.int64)]
+    seen = []
+
+    def first(net, way, x1, x0, t, y, **options):
+        seen.append((x0, t))
+        return torch.zeros(()), torch.zeros(()), ("xt", "v")
+
+    def second(net, way, x1, x0, xt, v, r, t, y, **options):
+        assert (xt, v) == ("xt", "v") and torch.equal(seen[-1][0], x0) and torch.equal(seen[-1][1], t)
+        assert (0 <= r).all() and (r <= t).all() and (r <= 0.02).all() and (t == 0).any() and options["lam"] == options["gam"] == 1
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(sd3_decm, "decm_loss", first)
+    monkeypatch.setattr(sd3_decm, "n2n_loss", second)
+    for step, seed in ((0, 0), (3, 0), (0, 3), (0, 0)):
+        sd3_decm.losses(student, teacher, x, y, null, step, seed)
+    same = [[torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for b in seen] for a in seen]
+    assert same == [[i == j or {i, j} == {0, 3} for j in range(4)] for i in range(4)]
+
+
+def test_the_program_trains_from_folders(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    SD3Transformer2DModel(**TINY).save_pretrained(tmp_path / "model/transformer")
+    (tmp_path / "data").mkdir()
+    text = dict(tokens=torch.randn(7, 12), pooled=torch.randn(10))
+    for i in range(4):
+        text_to_image.write(tmp_path / f"data/{i}.safetensors", text | dict(x1=torch.randn(4, 8, 8)))
+    text_to_image.write(tmp_path / "data/null.safetensors", text)
+    words = ["sd3_decm.py", "train", "--model", tmp_path / "model", "--data", tmp_path / "data", "--out", tmp_path / "out",
+             "--steps", 2, "--batch", 2, "--rank", 2, "--device", "cpu", "--freq", 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    sd3_decm.main()
+    said = capsys.readouterr().out
+    assert "step 1: loss " in said and "step 2: loss " in said
+    student, _, x, y, _ = build()
+    student.transformer.load_state_dict(SD3Transformer2DModel.from_pretrained(tmp_path / "model/transformer").state_dict(), strict=False)
+    before = student(x, T, S, y)
+    sd3_decm.load(student, tmp_path / "out")
+    assert not torch.equal(student(x, T, S, y), before)
 
 
 @pytest.mark.parametrize("way", ["fused", "exact"])
@@ -118,7 +192,7 @@ def test_the_velocity_of_a_fixed_batch_is_learned():
     student, _, x, y, _ = build()
     optimizer, found, x0 = torch.optim.AdamW(sd3_decm.trained(student).values(), lr=1e-2), [], torch.randn_like(x)
     for _ in range(20):
-        L_fm, _, _ = decm.decm_loss(student, jvp.JVP["fused"], x, x0, T, y, w1=decm.WEIGHTS["1"])
+        L_fm, _, _ = decm.decm_loss(student, jvp.JVP["fused"], x, x0, T, y)
         L_fm.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -133,8 +207,8 @@ def test_what_is_saved_draws_the_same(tmp_path):
     again, *_ = build()
     sd3_decm.load(again, tmp_path)
     noise = torch.randn(2, 3, 4, 8, 8)
-    assert torch.equal(decm.sample(student, noise, y, 2), decm.sample(again, noise, y, 2))
-    assert not torch.equal(decm.sample(build()[0], noise, y, 2), decm.sample(again, noise, y, 2))
+    assert torch.equal(decm.sample(student, noise, y, nfe=2), decm.sample(again, noise, y, nfe=2))
+    assert not torch.equal(decm.sample(build()[0], noise, y, nfe=2), decm.sample(again, noise, y, nfe=2))
 
 
 def half_of_the_batch(rank, folder):

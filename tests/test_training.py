@@ -30,6 +30,7 @@ import sample
 from common import checkpoints, processes, seeds
 from common.ema import gamma_of
 from common.messages import say_once
+from common.run import Run
 
 TINY = ["--device", "cpu", "--resolution", "12", "--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2",
         "--batch", "8", "--warmup", "2", "--lr-final", "1", "--log-every", "1",
@@ -628,7 +629,7 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--lr", "1"], "lr"),
+    (["--betas", "0.5", "0.9"], "betas"),
     (["--net", "width=16", "mult=1,1", "blocks=1", "dropout=0.2"], "net"),
     (["--resolution", "16"], "resolution"),
     (["--batch", "4"], "batch"),
@@ -880,3 +881,75 @@ def test_a_default_teacher_with_another_network_is_refused(teacher, tmp_path, mo
     command[command.index("width=8") + 1:command.index("width=8") + 1] = given
     assert f"runs/flow-glyphs/ckpt.pt has a network with {key}, and this run" in refused(
         monkeypatch, capsys, facm, *command, "--out", tmp_path / "run")
+
+
+def test_a_rate_may_change_at_a_resume_and_the_log_says_so(tmp_path, monkeypatch, capsys):
+    """Twice; the record is then enough to run it again: the same bits, whatever else happened in between."""
+    out = tmp_path / "run"
+    changes = [["--lr", "1e-3"], ["--lr", "1e-4", "--clip", 0.5], ["--lr", "1e-4", "--clip", 0.5, "--warmup", 0, "--precision", "bf16"]]
+    for name in ("run", "again"):
+        say_once.cache_clear()
+        capsys.readouterr()
+        for steps, flags in enumerate(changes, 1):
+            call(monkeypatch, flow, *FLOW, *flags, "--steps", steps, "--out", tmp_path / name)
+        said = capsys.readouterr().err
+        assert f"{name}, step 1: lr 0.001 is now 0.0001, clip 1.0 is now 0.5\n" in said
+        assert f"{name}, step 2: warmup 2 is now 0, precision float32 is now bf16\n" in said
+    assert [row["changed"] for row in rows(out) if "changed" in row] == [
+        dict(lr=[1e-3, 1e-4], clip=[1.0, 0.5]), dict(warmup=[2, 0], precision=["float32", "bf16"])]
+    assert [row["step"] for row in rows(out)] == [1, 1, 2, 2, 3]
+    assert_same_run(out, tmp_path / "again")
+
+
+def test_snapshots_are_kept_and_sampled(tmp_path, monkeypatch):
+    """Every 2 of 5 steps, whatever --save-every says; they have no optimiser, and are teachers as well."""
+    out = tmp_path / "run"
+    call(monkeypatch, flow, *FLOW, "--steps", 5, "--keep-every", 2, "--save-every", 3, "--out", out)
+    assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt.pt", "step-0000002.pt", "step-0000004.pt"]
+    held = checkpoints.read(out / "step-0000002.pt")
+    assert held["step"] == 2 and "optimizer" not in held
+    call(monkeypatch, flow, *FLOW, "--steps", 2, "--out", tmp_path / "short")
+    short = checkpoints.read(tmp_path / "short/ckpt.pt")
+    assert all(same(held[part], short[part]) for part in ("model", "ema"))
+    call(monkeypatch, sample, "--ckpt", out / "step-0000002.pt", "--n", 4, "--device", "cpu", "--out", tmp_path / "x.png")
+    call(monkeypatch, facm, *TINY, "--teacher", out / "step-0000004.pt", "--steps", 1, "--out", tmp_path / "student")
+
+
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Writing takes half a second here; three steps are made meanwhile, and the next save waits."""
+    honest, times = checkpoints.save, []
+
+    def slow(path, checkpoint):
+        begun = time.time()
+        time.sleep(0.5)
+        honest(path, checkpoint)
+        times.append((checkpoint["step"], begun, time.time()))
+
+    steps = []
+    log = Run.log
+
+    def logged(self, step, **figures):
+        steps.append(time.time())
+        return log(self, step, **figures)
+    monkeypatch.setattr(checkpoints, "save", slow)
+    monkeypatch.setattr(Run, "log", logged)
+    call(monkeypatch, flow, *FLOW, "--steps", 8, "--save-every", 4, "--out", tmp_path / "run")
+    (first, begun, ended), (second, begun_again, _) = times
+    assert (first, second) == (4, 8) and begun_again >= ended
+    assert sum(begun < moment < ended for moment in steps) >= 3
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    """The thread's error comes out of it, and the checkpoint before is kept."""
+    honest, calls = torch.save, []
+
+    def full(checkpoint, file):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        honest(checkpoint, file)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, flow, *FLOW, "--steps", 8, "--save-every", 2, "--out", tmp_path / "run")
+    assert end.value.code == 2 and "ckpt.pt could not be written (No space left on device); what was there is kept" in capsys.readouterr().err
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 2 and not list((tmp_path / "run").glob("*.part"))
