@@ -731,7 +731,7 @@ def check_flags(args):
         raise ValueError("--batch must be at least 1")
     if args.save_stats and args.save_stats.suffix != ".npz":
         raise ValueError(f"--save-stats {args.save_stats}: the name must end in .npz")
-    if args.save_stats and args.save_stats == args.json:
+    if args.save_stats and args.json and args.save_stats.resolve() == args.json.resolve():
         raise ValueError("--save-stats and --json name the same file; give two")
     for flag, output in (("--save-stats", args.save_stats), ("--json", args.json)):
         for given in (args.samples, args.ref, args.features, args.inception):
@@ -853,7 +853,7 @@ def measure(args, device, rank=0, world=1):
         if any(plan):
             side |= collect(source, extract, plan.moments, plan.score, plan.keep, width,
                             args.batch or 64, device, rank, world)
-        if "mu" in plan.moments:           # else the statistics of the file go before, as in ADM
+        if "mu" in plan.moments:           # otherwise mu and sigma are the file's, as in ADM
             side["features"] = name
         if rank == 0 and side.get("n", FEW) < FEW:
             print(f"warning: {source.name}: figures from {side['n']} images, fewer than {FEW:,}, "
@@ -891,6 +891,18 @@ def compare(args, sides, name, device):
     return figures
 
 
+def compare_once(args, sides, name, device, rank, world):
+    """The figures of `compare` on process 0, {} on the others, and its ValueError on all."""
+    figures, problem = {}, None
+    if rank == 0:
+        try:
+            figures = compare(args, sides, name, device)
+        except ValueError as e:
+            problem = str(e)
+    raise_together(problem, world)
+    return figures
+
+
 def format_figure(figure):
     """Six decimals, and no sign before a zero: a KID may be -1e-9."""
     return f"{round(figure, 6) + 0.0:12.6f}"
@@ -905,7 +917,7 @@ def main():
         device, rank, world = processes.start(args.device)
         torch.backends.cudnn.allow_tf32 = False            # it rounds features to 10 bits
         sides, name = measure(args, device, rank, world)
-        figures = compare(args, sides, name, device) if rank == 0 else {}
+        figures = compare_once(args, sides, name, device, rank, world)
     except ValueError as e:
         fail(" ".join(str(e).split()))     # a library's message may have several lines
     processes.end()
@@ -917,12 +929,12 @@ def main():
     print(f"{'features':12}{name}")
     for key, figure in figures.items():
         print(f"{key:40}{format_figure(figure)}")
+    report = dict(figures=figures, samples=args.samples, n=counts[0], ref=args.ref, ref_n=counts[1],
+                  features=name, torch=torch.__version__,
+                  command=shlex.join(["python", *sys.argv]))
     try:
         if args.json:
-            args.json.write_text(json.dumps(dict(
-                figures=figures, samples=args.samples, n=counts[0], ref=args.ref, ref_n=counts[1],
-                features=name, torch=torch.__version__, command=shlex.join(["python", *sys.argv])),
-                indent=2) + "\n")
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
         if args.save_stats:
             known = {key: np.asarray(sides[0][key]) for key in STATISTICS if key in sides[0]}
             np.savez(args.save_stats, **known)

@@ -1,5 +1,5 @@
-"""What the text-to-image examples share: captions as labels, folders of encoded images, and the
-tangents of two operations of diffusers' networks.
+"""What the text-to-image examples share: captions as labels, folders of encoded images, and a rule
+for the derivative of diffusers' networks.
 
 Such a folder has a .safetensors file for each image, with its latents x1 [C, H, W] and the
 embeddings of its caption, and null.safetensors with those of the empty caption.
@@ -16,20 +16,14 @@ import jvp
 from common import imagefiles
 
 # --------------------------------------------------------------------------------------------------
-# Rules for jvp.fused, for operations of diffusers' networks that jvp.py has no rule for, or not
-# with these arguments. y: the value of the operation; x: its argument, which has a tangent.
+# A rule for jvp.fused. y: the value of the operation; x: its argument, which has a tangent.
 
 def no_dropout(y, x, *rate_and_mode, **options):
-    """The rate of dropout is 0 in these networks, but they may be in train mode."""
+    """The rate of dropout is 0 in diffusers' networks, but they may be in train mode."""
     return x.tangent
 
 
-def einsum(y, equation, x):
-    """torch.einsum of one tensor is linear."""
-    return torch.einsum(equation, x.tangent)
-
-
-jvp.RULES |= dict(dropout=no_dropout, einsum=einsum)
+jvp.RULES["dropout"] = no_dropout
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ has the data at time 0, and its output is the velocity from data to noise. So wi
 and the time 2 - t of FACM's anchor is the negative time -1000 (1 - t).
 
 FACM's later version trains Wan 2.2 with its Chain-JVP: value and tangent go through the network
-together, block by block, so that FSDP gathers one block at once. Here that is jvp.fused, and the
-rules that Wan's blocks need are below. No setting of that run is published. All numbers here are
+together, block by block, so that FSDP gathers one block at once. Here that is jvp.fused. No setting of that run is published. All numbers here are
 ours; where facm.py has a number, it is that of ImageNet.
 
 Wan 2.2 A14B has two transformers, its experts: `transformer` for the timesteps from a boundary on
@@ -58,8 +57,7 @@ SIZES = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# Rules for jvp.fused, for operations of Wan's blocks. y: the value of the operation; x: its
-# argument, which has a tangent.
+# A rule for jvp.fused. y: the value of the operation; x: its argument, which has a tangent.
 
 def rms_norm(y, x, shape, weight=None, eps=None):
     """y = w x / r with r^2 = mean(x^2) + eps. Therefore dy = w (dx - x mean(x dx) / r^2) / r."""
@@ -71,12 +69,7 @@ def rms_norm(y, x, shape, weight=None, eps=None):
     return tangent if weight is None else tangent * weight
 
 
-def type_as(y, x, other):
-    """A change of the dtype alone."""
-    return x.tangent.to(y.dtype)
-
-
-jvp.RULES |= dict(rms_norm=rms_norm, type_as=type_as)
+jvp.RULES["rms_norm"] = rms_norm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,7 +322,7 @@ def main():
     a("--lr", type=float, default=1e-5, help="learning rate")
     a("--w", type=float, default=1.75, help="guidance scale of the teacher (Eq. 9)")
     a("--jvp", choices=["fused", "exact"], default="fused", help="dF/dt: in one pass with F, or by "
-      "torch.func.jvp, which does not work with several processes")
+      "torch.func.jvp (one process)")
     a("--seed", type=int, default=0, help="everything random follows from it")
     a("--device", default="cuda", help="cuda or cpu")
     a("--dry-run", action="store_true", help="train: print the memory that a step needs, and end")
@@ -341,6 +334,8 @@ def main():
         return
     if not args.out:
         p.error("--out is needed: the folder to write")
+    if args.jvp == "exact" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        p.error("--jvp exact: torch.func.jvp does not see sharded weights; use --jvp fused")
     if args.what == "encode":
         encode(args)
     else:

@@ -1,6 +1,7 @@
 """Data sets in every form and their faults, the addressing of batches, latents, EDM's augmentation, 8 bits."""
 
 import argparse
+import gzip
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import facm
 import models
 from common import checkpoints, folders, imagefiles, processes, seeds, torchrun
 from common.augment import augment
-from common.flags import Parser, add_flags
+from common.flags import Parser, add_flags, parse
 from common.log import Log
 from common.messages import fail
 from common.run import Run
@@ -261,6 +262,564 @@ def test_classes_are_not_made_up(tmp_path):
     with pytest.raises(ValueError, match="x.npz has no labels: take --uncond"):
         data.load(str(tmp_path / "x.npz"), num_classes=10)
     assert data.load(str(tmp_path / "x.npz"), num_classes=10, uncond=True).num_classes == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every kind of data in, every file out.
+
+SQUARES = np.random.default_rng(1).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+GREY = SQUARES[..., :1]
+SEVEN = np.array([0, 0, 1, 1, 2, 2, 2])
+
+
+def offline(*args, **options):
+    raise OSError("no route")
+
+
+def write_idx(folder, name, values, packed):
+    """An IDX file: two zeros, the type 8, the number of dimensions, the sizes, the bytes."""
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    content = header + values.astype(np.uint8).tobytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    if packed:
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    else:
+        (folder / name).write_bytes(content)
+
+
+def write_kind(folder, kind):
+    """A data set of this kind below a folder. Returns --data, --data-dir, further flags and the expected pixels [7, 16, 16, C]."""
+    colour, _, form = kind.partition(" ")
+    pixels, flags = (SQUARES, []) if colour == "RGB" else (GREY, [])
+    names = [f"{label}/{i}.png" for i, label in enumerate(SEVEN)]
+    if form in ("gz", "unpacked"):
+        raw = folder / "data" / ("MNIST" if colour == "mnist" else "FashionMNIST") / "raw"
+        for part, shift in (("train", 0), ("t10k", 1)):
+            write_idx(raw, f"{part}-images-idx3-ubyte", np.roll(GREY[..., 0], shift, axis=0), form == "gz")
+            write_idx(raw, f"{part}-labels-idx1-ubyte", np.roll(SEVEN, shift), form == "gz")
+        return colour, folder / "data", flags, pixels
+    if form.startswith("npz"):
+        squeezed = pixels[..., 0] if form.endswith("3") else pixels
+        np.savez(folder / "x.npz", images=squeezed, labels=SEVEN)
+        return folder / "x.npz", None, flags, pixels
+    for name, image in zip(names, pixels):
+        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(folder / "set" / name)
+    if form.endswith("--channels 1"):
+        flags = ["--channels", 1]
+    else:
+        pixels = np.broadcast_to(pixels, SQUARES.shape)
+    if form.startswith("folder"):
+        return folder / "set", None, flags, pixels
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+        for name in names:
+            archive.write(folder / "set" / name, name)
+    return folder / "x.zip", None, flags, pixels
+
+
+def read_shard(path):
+    """{name: array} of a .safetensors file, by NumPy alone."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    arrays = {}
+    for name, tensor in json.loads(content[8:8 + length]).items():
+        if name != "__metadata__":
+            first, last = (8 + length + place for place in tensor["data_offsets"])
+            arrays[name] = np.frombuffer(content[first:last], {"F32": "<f4", "I64": "<i8"}[tensor["dtype"]]).reshape(tensor["shape"])
+    return arrays
+
+
+def read_statistics(path):
+    """The arrays in latents_stats.pt, mean and std, by NumPy alone: it is a zip archive, whose files are numbered."""
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(name for name in archive.namelist() if "/data/" in name)
+        return [np.frombuffer(archive.read(name), "<f4") for name in names]
+
+
+def tiles(pixels, scale):
+    """Images [N, H, W, C], ten in a row on white, each pixel `scale` times wide and high."""
+    sheet = np.full((16 * -(-len(pixels) // 10), 160, pixels.shape[3]), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        row, column = divmod(i, 10)
+        sheet[16 * row:16 * row + 16, 16 * column:16 * column + 16] = image
+    return np.kron(sheet, np.ones((scale, scale, 1), np.uint8)).squeeze()
+
+
+KINDS = ["RGB folder", "RGB zip", "RGB npz", "grey folder", "grey folder --channels 1", "grey zip", "grey zip --channels 1", "grey npz",
+         "grey npz of 3", "mnist gz", "mnist unpacked", "fashion gz", "fashion unpacked"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_through_every_output(tmp_path, monkeypatch, capsys, kind):
+    """Each file that is written is read back by NumPy and Pillow alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.MNIST", offline)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
+    name, place, flags, pixels = write_kind(tmp_path, kind)
+    vae = small_vae(tmp_path)
+
+    # inspect
+    where = ["--data-dir", place] if place else []
+    command(monkeypatch, data, "inspect", name, *flags, *where, "--grid", "grid.png")
+    said = capsys.readouterr().out
+    assert f"7 samples of shape [{pixels.shape[3]}, 16, 16], 3 classes with 2 to 3 samples each" in said
+    assert np.array_equal(np.asarray(Image.open("grid.png")), tiles(pixels, 4))
+
+    # The batches, and a preview of them
+    dataset = data.load(str(name), data_dir=place, channels=flags[1] if flags else None)
+    assert dataset.labels.tolist() == SEVEN.tolist() and np.array_equal(all_images(dataset), pixels)
+    x, y = dataset.batch(0, 0, 14)
+    data.save_preview(tmp_path / "preview.png", x)
+    index = dataset.index(0, 0, 14).numpy()
+    assert np.array_equal(np.asarray(Image.open("preview.png")), tiles(pixels[index], 3)) and y.tolist() == SEVEN[index].tolist()
+
+    # encode, which makes grey images RGB
+    command(monkeypatch, encode, "--images", name, "--vae", "vae.pt", "--out", "z", "--resolution", 16, "--device", "cpu", "--shard", 4,
+            "--batch", 1)
+    shards = [read_shard(path) for path in sorted((tmp_path / "z").glob("*.safetensors"))]
+    assert [len(shard["labels"]) for shard in shards] == [4, 3]
+    assert np.concatenate([shard["labels"] for shard in shards]).tolist() == SEVEN.tolist()
+    rgb = torch.from_numpy(np.broadcast_to(pixels, SQUARES.shape) / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+    for key, mirror in (("latents", False), ("latents_flip", True)):
+        z = np.concatenate([shard[key] for shard in shards])
+        mean, std = vae.encode(rgb.flip(3) if mirror else rgb)
+        noise = torch.stack([torch.randn(4, 4, 4, generator=seeds.generator("cpu", 0, i, mirror)) for i in range(7)])
+        assert z.dtype == np.float32 and np.allclose(z, (mean + std * noise).numpy(), atol=1e-4)
+    z = np.concatenate([shard["latents"] for shard in shards]).astype(np.float64)
+    mean, std = read_statistics(tmp_path / "z/latents_stats.pt")
+    assert np.allclose(mean, z.mean((0, 2, 3)), atol=1e-5) and np.allclose(std, z.std((0, 2, 3), ddof=1), rtol=1e-5)
+
+    # The latents themselves
+    command(monkeypatch, data, "inspect", "z", "--grid", "latents.png")
+    wide = (1, 4, 1, 1)
+    shown = np.clip(np.rint(127.5 * (z - mean.reshape(wide)) / std.reshape(wide) / 3 + 127.5), 0, 255)[:, :3]
+    grid = np.asarray(Image.open("latents.png"))           # 4x4 latents, 16 times as large
+    assert grid.shape == (64, 640, 3)
+    found = np.stack([grid[::16, 64 * i:64 * i + 64:16].transpose(2, 0, 1) for i in range(7)])
+    assert np.abs(found.astype(int) - shown).max() <= 1
+    assert "holds no images, but latents" in refused_by(monkeypatch, capsys, encode, "--images", "z", "--vae", "vae.pt", "--out", "y")
+
+
+def refused_by(monkeypatch, capsys, script, *argv):
+    """The line with which a program ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, script, *argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "are cropped and scaled to" not in line and "left out" not in line]
+    assert end.value.code == 2 and len([line for line in lines if line]) == 1 and lines[-1].startswith("error: "), lines
+    return lines[-1]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 32])
+def test_latents_of_any_number_of_channels_are_shown(tmp_path, monkeypatch, channels):
+    write_shards(tmp_path / "z", shape=(channels, 2, 2))
+    command(monkeypatch, data, "inspect", tmp_path / "z", "--grid", tmp_path / "grid.png")
+    assert np.asarray(Image.open(tmp_path / "grid.png")).shape[2:] == ((3,) if channels >= 3 else ())
+
+
+def test_test_images_are_read_from_idx_files_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST", offline)
+    _, place, _, _ = write_kind(tmp_path, "mnist gz")
+    images, labels = data.read_torchvision("mnist", place, train=False)
+    assert np.array_equal(images, np.roll(GREY, 1, axis=0)) and labels.tolist() == np.roll(SEVEN, 1).tolist()
+
+
+@pytest.mark.parametrize("damage", ["cut", "no gzip", "other magic", "too short", "labels of another length", "empty"])
+def test_a_damaged_idx_file_is_one_line(tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setattr("torchvision.datasets.MNIST", offline)
+    _, place, _, _ = write_kind(tmp_path, "mnist gz")
+    path = place / "MNIST/raw/train-images-idx3-ubyte.gz"
+    held = path.read_bytes()
+    content = {"cut": held[:len(held) // 2], "no gzip": b"<html>", "other magic": gzip.compress(b"\0\0\x0d\1" + bytes(20)), "empty": b"",
+               "too short": gzip.compress(gzip.decompress(held)[:-9]), "labels of another length": held}[damage]
+    path.write_bytes(content)
+    if damage.startswith("labels"):
+        write_idx(path.parent, "train-labels-idx1-ubyte", SEVEN[:5], packed=True)
+    assert str(path) in refused_by(monkeypatch, capsys, data, "inspect", "mnist", "--data-dir", place, "--grid", tmp_path / "g.png")
+
+
+def test_mnist_without_a_network_asks_for_files_that_are_read(tmp_path, monkeypatch):
+    """What the error asks for is what works."""
+    monkeypatch.setattr("torchvision.datasets.MNIST", offline)
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.gz from https://.* into .*MNIST/raw") as error:
+        data.load("mnist", data_dir=str(tmp_path / "data"))
+    assert "unpacked" not in str(error.value)
+    write_kind(tmp_path, "mnist gz")
+    assert len(data.load("mnist", data_dir=str(tmp_path / "data")).labels) == 7
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which data set is this?
+
+def identity(*argv):
+    """args.samples of facm.py with these flags."""
+    args = facm_args(*argv)
+    data.load_for(args)
+    return args.samples
+
+
+def facm_args(*argv):
+    parser = Parser()
+    add_flags(parser, facm.PRESETS, teacher=True)
+    return parse(parser, "facm", facm.PRESETS, list(map(str, argv)))
+
+
+def change_one(folder, kind):
+    """Writes the same data set with one pixel, or one number, changed; counts, names and labels stay."""
+    if kind == "latents":
+        path = folder / "z/latents_rank00_shard001.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1                  # of a latent
+        path.write_bytes(content)
+    elif kind == "statistics":
+        torch.save(dict(mean=torch.zeros(4), std=torch.ones(4)), folder / "z/latents_stats.pt")
+    elif kind == "mnist gz":
+        other = GREY.copy()
+        other[3, 5, 5] ^= 1
+        write_idx(folder / "data/MNIST/raw", "train-images-idx3-ubyte", other[..., 0], packed=True)
+    elif "npz" in kind:
+        other = np.load(folder / "x.npz")
+        images = other["images"].copy()
+        images[3, 5, 5] ^= 1
+        np.savez(folder / "x.npz", images=images, labels=other["labels"])
+    else:
+        path = folder / "set/1/3.png"
+        image = np.asarray(Image.open(path)).copy()
+        image[5, 5] ^= 1
+        Image.fromarray(image).save(path)
+        if (folder / "x.zip").exists():
+            with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+                for name in sorted((folder / "set").rglob("*.png")):
+                    archive.write(name, name.relative_to(folder / "set").as_posix())
+
+
+@pytest.mark.parametrize("kind", ["RGB folder", "RGB zip", "RGB npz", "grey npz of 3", "grey zip", "mnist gz", "latents", "statistics"])
+def test_a_data_set_is_known_by_its_content(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("torchvision.datasets.MNIST", offline)
+
+    def write(folder):
+        folder.mkdir()
+        if kind in ("latents", "statistics"):
+            write_shards(folder / "z")
+            return ["--data", folder / "z", "--preset", "imagenet_latents"]
+        name, place, _, _ = write_kind(folder, kind)
+        return ["--data", name, "--preset", "mnist", *(["--data-dir", place] if place else [])]
+
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    known = identity(*first)
+    assert re.fullmatch(r"(7|12) \(fingerprint [0-9a-f]{12}\)", known)
+    assert identity(*first) == known and identity(*second) == known    # elsewhere
+    change_one(tmp_path / "b", kind)
+    assert identity(*second) != known and identity(*first) == known
+
+
+def test_the_same_data_in_another_process_and_as_a_zip_have_the_same_fingerprint(tmp_path):
+    zipped, *_ = write_kind(tmp_path, "RGB zip")
+    code = ("import sys; sys.path[:0] = sys.argv[1:2]; import data; print(data.fingerprint(data.load(sys.argv[2], 12)))")
+    done = [subprocess.run([sys.executable, "-c", code, ROOT, path], capture_output=True, text=True).stdout for path in (zipped, tmp_path / "set")]
+    assert done[0] == done[1] == data.fingerprint(data.load(str(zipped))) + "\n"
+
+
+def test_a_fingerprint_depends_neither_on_the_size_nor_on_the_mirrors_of_images(tmp_path):
+    """These are flags of a run, which are compared as such."""
+    for kind in ("RGB npz", "grey folder --channels 1"):
+        name = str(write_kind(tmp_path, kind)[0])
+        assert len({data.fingerprint(data.load(name, size, xflip=xflip)) for size in (None, 8) for xflip in (True, False)}) == 1
+
+
+def test_a_large_set_is_not_read_as_a_whole(tmp_path, monkeypatch):
+    """256 files of 3,000, from the first to the last, and no more than their beginnings."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / "0.png")
+    for i in range(3000):
+        (folder / f"{i:04d}.png").hardlink_to(tmp_path / "0.png")
+    dataset = data.load(str(folder))
+    read = []
+    honest = imagefiles.Tree.beginning
+    monkeypatch.setattr(imagefiles.Tree, "beginning", lambda tree, name, length: (read.append((name, length)), honest(tree, name, length))[1])
+    monkeypatch.setattr(dataset.tree, "open", None)                    # 190 KB: they are not decoded
+    data.fingerprint(dataset)
+    assert len(read) == 256 and {length for _, length in read} == {2 ** 16}
+    assert {"0000.png", "2999.png"} <= {name for name, _ in read}
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 255, 256, 257, 1_281_167])
+def test_samples_that_are_looked_at_are_spread_over_the_set(n):
+    chosen = data.spread(n)
+    assert len(chosen) == min(n, 256) and chosen[0] == 0 and chosen[-1] == n - 1
+    assert chosen == sorted(set(chosen)) and max(np.diff([0, *chosen])) <= n // 255 + 1
+
+
+def test_glyphs_are_known_by_what_they_are_drawn_from(monkeypatch):
+    monkeypatch.setattr(data, "_glyph", None)                          # none is drawn
+    assert identity("--data", "glyphs") == identity("--data", "glyphs") != identity("--data", "glyphs", "--resolution", 12)
+
+
+def test_a_broken_file_is_told_before_the_first_step(tmp_path):
+    """It says what to do; --skip-broken then works."""
+    path = write_images(tmp_path / "set", NAMES)
+    (path / "dog/0.png").write_bytes((path / "dog/0.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="dog/0.png: no readable image .*; --skip-broken leaves such files out"):
+        identity("--data", path, "--preset", "mnist")
+    assert identity("--data", path, "--preset", "mnist", "--skip-broken").startswith("6 (")
+
+
+def test_the_statistics_of_latents_travel_with_a_run(tmp_path):
+    write_shards(tmp_path / "z")
+    args = facm_args("--data", "imagenet_latents", "--data-dir", tmp_path / "z")
+    dataset = data.load_for(args)
+    mean, std = read_statistics(tmp_path / "z/latents_stats.pt")
+    assert args.latent_stats == dict(mean=mean.tolist(), std=std.tolist()) and args.class_names == []
+    assert dataset.mean.flatten().tolist() == mean.tolist() and json.loads(json.dumps(args.latent_stats)) == args.latent_stats
+    (tmp_path / "z/latents_stats.pt").unlink()
+    data.load_for(args)                    # the SD-VAE's
+    assert args.latent_stats["mean"] == [0.0] * 4 and np.allclose(args.latent_stats["std"], 1 / 0.18215)
+    args = facm_args("--data", "glyphs")
+    data.load_for(args)
+    assert args.latent_stats is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags that have no effect.
+
+@pytest.mark.parametrize("flags, words", [
+    ("--data Z --preset imagenet_latents --data-dir elsewhere", "--data-dir elsewhere: Z does not lie there"),
+    ("--data SET --preset mnist --data-dir elsewhere", "--data-dir elsewhere: SET does not lie there"),
+    ("--data NPZ --preset cifar10 --data-dir elsewhere", "--data-dir elsewhere"), ("--data glyphs --data-dir data", "--data-dir data: glyphs"),
+    ("--data Z --preset imagenet_latents --resolution 16", "--resolution 16: latents cannot be scaled"),
+    ("--data Z --preset cifar10 --resolution 16", "--resolution 16: latents cannot be scaled"),
+    ("--data Z --preset imagenet_latents --skip-broken", "--skip-broken: Z has no image files"),
+    ("--data NPZ --preset mnist --skip-broken", "--skip-broken: NPZ has no image files"), ("--data glyphs --skip-broken", "--skip-broken: glyphs"),
+    ("--data NPZ --preset mnist --channels 1", "3 channels, whatever --channels says"), ("--data glyphs --channels 1", "--channels"),
+    ("--data Z --preset imagenet_latents --channels 3", "4 channels, whatever --channels says"),
+    ("--data glyphs --xflip", "--xflip: glyphs are never mirrored"),
+    ("--data glyphs --uncond --num-classes 10", "--num-classes 10: the labels are left out"),
+    ("--data NPZ --preset cifar10 --num-classes 3", "--num-classes 3: the labels are left out by --uncond, or by the preset cifar10"),
+    ("--data FLAT --preset mnist --no-uncond", "has no labels; leave out --no-uncond"),
+    ("--data FLAT --preset mnist --num-classes 3", "has no labels: take --uncond in place of --num-classes")])
+def test_a_flag_of_the_data_without_effect_is_refused(tmp_path, flags, words):
+    write_shards(tmp_path / "z")
+    write_kind(tmp_path, "RGB npz")
+    write_images(tmp_path / "set", NAMES)
+    write_images(tmp_path / "flat", ["0.png", "1.png"])
+    places = dict(Z=tmp_path / "z", SET=tmp_path / "set", NPZ=tmp_path / "x.npz", FLAT=tmp_path / "flat")
+    for name, path in places.items():
+        flags, words = flags.replace(name, str(path)), words.replace(name, str(path))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        data.load_for(facm_args(*flags.split()))
+
+
+@pytest.mark.parametrize("kind", ["glyphs", "mnist gz", "grey folder", "RGB npz", "latents"])
+@pytest.mark.parametrize("preset", facm.PRESETS)
+def test_no_preset_is_refused_on_any_data(tmp_path, kind, preset):
+    """A preset's resolution, --xflip or --uncond may have no effect."""
+    if kind == "latents":
+        write_shards(tmp_path / "z")
+        name, where = tmp_path / "z", []
+    elif kind == "glyphs":
+        name, where = "glyphs", []
+    else:
+        name, place, _, _ = write_kind(tmp_path, kind)
+        where = ["--data-dir", place] if place else []
+    args = facm_args("--data", name, *where, "--preset", preset)
+    dataset = data.load_for(args)
+    resolution = facm.PRESETS[preset].get("resolution")
+    if kind == "latents":
+        assert dataset.shape == (4, 4, 4)
+    elif resolution:
+        assert dataset.shape[1:] == (resolution, resolution)
+    assert dataset.num_classes == 0 if facm.PRESETS[preset].get("uncond") else dataset.num_classes > 0
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    (data, "inspect Z --resolution 8", "--resolution 8: latents cannot be scaled"), (data, "inspect Z --data-dir D", "--data-dir D"),
+    (data, "inspect NPZ --skip-broken", "--skip-broken"), (data, "inspect NPZ --save-stats", "--save-stats: NPZ has no latents"),
+    (data, "inspect glyphs --save-stats", "--save-stats"), (data, "inspect SET --data-dir D", "--data-dir D"),
+    (data, "inspect imagenet_latents --save-stats", "no latents"), (data, "inspect NPZ --resolution 0", "--resolution 0"),
+    (encode, "--images NPZ --skip-broken", "--skip-broken: NPZ has no image files"), (encode, "--images Z", "Z holds no images, but latents"),
+    (encode, "--images SET --resolution 18", "no multiple of 4")])
+def test_programs_refuse_flags_without_effect(tmp_path, monkeypatch, capsys, script, argv, words):
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "z", stats=False)
+    before = sorted((tmp_path / "z").iterdir())
+    write_kind(tmp_path, "RGB npz")
+    write_images(tmp_path / "set", NAMES)
+    small_vae(tmp_path)
+    for name, path in dict(Z=tmp_path / "z", SET=tmp_path / "set", NPZ=tmp_path / "x.npz").items():
+        argv, words = argv.replace(name, str(path)), words.replace(name, str(path))
+    argv = argv.split() + (["--vae", "vae.pt", "--out", "out"] if script is encode else [])
+    assert words in refused_by(monkeypatch, capsys, script, *argv)
+    assert sorted((tmp_path / "z").iterdir()) == before and not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Broken images and encode.py, damaged files beside latents.
+
+@pytest.mark.parametrize("broken", [["cat/0.png"], ["dog/sub/1.png"], ["eel/2.png"], ["eel/0.png", "eel/1.png"], ["cat/0.png", "cat/1.png"]], ids=str)
+def test_encode_continues_with_skip_broken_as_its_error_advises(tmp_path, monkeypatch, capsys, broken):
+    """The shards that were whole stay, and every other image has the latents that it has without the broken ones."""
+    small_vae(tmp_path)
+    folder = write_images(tmp_path / "images", NAMES)
+    flags = ["--images", folder, "--vae", tmp_path / "vae.pt", "--resolution", 16, "--shard", 2, "--batch", 1, "--device", "cpu", "--out"]
+    command(monkeypatch, encode, *flags, tmp_path / "whole")
+    for name in broken:
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, encode, *flags, tmp_path / "z")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and broken[0] in said and said.endswith("; --skip-broken leaves such files out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "z").glob("*.safetensors")}
+    command(monkeypatch, encode, *flags, tmp_path / "z", "--skip-broken")
+    assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "z").iterdir()}.items()
+    whole, left = data.load(str(tmp_path / "whole")), data.load(str(tmp_path / "z"))
+    kept = torch.tensor([i for i, name in enumerate(NAMES) if name not in broken])
+    assert left.labels.tolist() == whole.labels[kept].tolist()
+    for mirror in (False, True):
+        flips = torch.full((len(kept),), mirror)
+        assert torch.equal(left.raw(torch.arange(len(kept)), flips), whole.raw(kept, flips))
+    command(monkeypatch, encode, *flags, tmp_path / "z", "--skip-broken")      # and once more, though all is there
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"3", b"[]", b"null", b"{", b'{"n": 7}'], ids=range(8))
+def test_a_damaged_encode_json_is_one_line(tmp_path, monkeypatch, capsys, content):
+    small_vae(tmp_path)
+    write_images(tmp_path / "images", NAMES)
+    flags = ["--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--resolution", 16, "--device", "cpu", "--out", tmp_path / "z"]
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z/encode.json").write_bytes(content)
+    said = refused_by(monkeypatch, capsys, encode, *flags)
+    assert str(tmp_path / "z") in said and "use another --out" in said and (tmp_path / "z/encode.json").read_bytes() == content
+
+
+def test_a_damaged_shard_of_encode_is_one_line_that_helps(tmp_path, monkeypatch, capsys):
+    small_vae(tmp_path)
+    write_images(tmp_path / "images", NAMES)
+    flags = ["--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--resolution", 16, "--device", "cpu", "--out", tmp_path / "z"]
+    command(monkeypatch, encode, *flags)
+    path, = (tmp_path / "z").glob("*.safetensors")
+    held = path.read_bytes()
+    path.write_bytes(held[:1000])
+    assert "remove it, and the same command encodes it anew" in refused_by(monkeypatch, capsys, encode, *flags)
+    path.unlink()
+    command(monkeypatch, encode, *flags)
+    assert path.read_bytes() == held
+
+
+BAD_STATS = {
+    "empty": b"", "text": b"version https://git-lfs.github.com/spec/v1\n", "a list": [1, 2], "a number": 3, "no std": dict(mean=torch.zeros(4)),
+    "lists": dict(mean=[0.0] * 4, std=[1.0] * 4), "other channels": dict(mean=torch.zeros(32), std=torch.ones(32)),
+    "zero": dict(mean=torch.zeros(4), std=torch.zeros(4)), "negative": dict(mean=torch.zeros(4), std=-torch.ones(4)),
+    "nan": dict(mean=torch.full((4,), float("nan")), std=torch.ones(4)), "infinite": dict(mean=torch.zeros(4), std=torch.full((4,), float("inf")))}
+
+
+@pytest.mark.parametrize("content", BAD_STATS.values(), ids=BAD_STATS)
+def test_damaged_statistics_are_one_line_that_helps(tmp_path, monkeypatch, capsys, content):
+    write_shards(tmp_path / "z")
+    path = tmp_path / "z/latents_stats.pt"
+    good = read_statistics(path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    said = refused_by(monkeypatch, capsys, data, "inspect", tmp_path / "z", "--grid", tmp_path / "g.png")
+    assert f"{path}: no statistics of these latents" in said and f"python data.py inspect {tmp_path / 'z'} --save-stats" in said
+    command(monkeypatch, data, "inspect", tmp_path / "z", "--grid", tmp_path / "g.png", "--save-stats")
+    assert np.array_equal(read_statistics(path), good)
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b'{"latents": 3}', b'{"latents": {"dtype": "F32"}}', b"\xff\xfe", b'{"latents": {"dtype": ["F32"]}}',
+                                    b'{"latents": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+                                    b'{"latents": {"dtype": "F32", "shape": [1e99], "data_offsets": [0, 4]}}'], ids=range(7))
+def test_a_foreign_header_of_a_shard_is_one_line(tmp_path, monkeypatch, capsys, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    assert f"{path} is no readable shard" in refused_by(monkeypatch, capsys, data, "inspect", tmp_path, "--grid", tmp_path / "g.png")
+
+
+def test_shards_without_latents_are_one_line(tmp_path, monkeypatch, capsys):
+    safetensors.torch.save_file(dict(latents=torch.zeros(0, 4, 2, 2), latents_flip=torch.zeros(0, 4, 2, 2), labels=torch.zeros(0).long()),
+                                tmp_path / "x.safetensors")
+    said = refused_by(monkeypatch, capsys, data, "inspect", tmp_path, "--grid", tmp_path / "g.png")
+    assert str(tmp_path) in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("full", ["statistics", "grid"])
+def test_inspect_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, full):
+    write_shards(tmp_path / "z")
+    before = (tmp_path / "z/latents_stats.pt").read_bytes()
+
+    def no_space(*args, **options):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(*((data.os, "replace") if full == "statistics" else (Image.Image, "save")), no_space)
+    assert "No space left" in refused_by(monkeypatch, capsys, data, "inspect", tmp_path / "z", "--save-stats", "--grid", tmp_path / "g.png")
+    assert full == "grid" or (tmp_path / "z/latents_stats.pt").read_bytes() == before
+
+
+def test_inspect_shows_labels_that_training_refuses(tmp_path, monkeypatch, capsys):
+    """It has no --num-classes; it is there to show what is in a data set."""
+    np.savez(tmp_path / "x.npz", images=SQUARES, labels=SEVEN * 2 + 1)
+    command(monkeypatch, data, "inspect", tmp_path / "x.npz", "--grid", tmp_path / "g.png")
+    said = capsys.readouterr().out
+    assert "6 classes with 0 to 3 samples each" in said and "samples of each class: 0 2 0 2 0 3" in said
+    np.savez(tmp_path / "y.npz", images=SQUARES, labels=SEVEN - 1)
+    command(monkeypatch, data, "inspect", tmp_path / "y.npz", "--grid", tmp_path / "g.png")
+    assert "labels from -1 on, which training refuses" in capsys.readouterr().out
+    np.savez(tmp_path / "z.npz", images=SQUARES)
+    command(monkeypatch, data, "inspect", tmp_path / "z.npz", "--grid", tmp_path / "g.png")
+    assert "7 samples of shape [3, 16, 16], no classes\n" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers of the training scripts.
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (3, 2, 4, 5)], ids=str)
+def test_a_batch_of_samples_of_any_shape(shape):
+    """What addresses the samples knows nothing of images."""
+    class Anything(data.Dataset):
+        def items(self, index, flip):
+            values = torch.where(flip, -index, index).float()
+            return values.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+
+    dataset = Anything(torch.arange(11), (1, 2, 2), 11, xflip=True)
+    for ahead in (False, True):
+        dataset.ahead = ahead
+        for first in (0, 8, 16):
+            x, y = dataset.batch(3, first, 8, slice(2, 7))
+            assert x.shape == (5, *shape) and torch.equal(y, dataset.index(3, first, 8)[2:7])
+            assert torch.equal(x.reshape(5, -1)[:, 0].abs(), y.float())
+
+
+def test_previews(tmp_path, capsys):
+    noise = data.preview_noise(3, (1, 4, 4))
+    assert noise.shape == (2, 20, 1, 4, 4) and noise.device.type == "cpu" and torch.equal(noise, data.preview_noise(3, (1, 4, 4)))
+    data.save_preview(None, noise[0])
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "previews/0000001.png"
+    data.save_preview(path, torch.full((13, 1, 4, 4), -1.0))
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape == (24, 120) and (sheet[:12] == 0).all() and (sheet[12:, :36] == 0).all() and (sheet[12:, 36:] == 255).all()
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_bytes(b"a file in the way")
+    capsys.readouterr()
+    for _ in range(2):
+        data.save_preview(path, torch.zeros(3, 3, 4, 4))
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r".*previews: no previews \(.+\); the run continues", said) and said.count("\n") == 0
+
+
+@pytest.mark.parametrize("options, word", [
+    (dict(), None), (dict(num_classes=3), None), (dict(num_classes=0), None), (dict(num_classes=9, width=3), None),
+    (dict(num_classes=2), "num_classes 2, the data 3"), (dict(in_channels=1), "in_channels 1, the data 3"), (dict(input_size=8), "input_size 8, the data 12")])
+def test_a_network_fits_its_data(options, word):
+    dataset = data.Images(PIXELS, np.array([0, 0, 1, 1, 2, 2, 2]), 3)
+    if word:
+        with pytest.raises(ValueError, match=word):
+            data.fit_network_to(dataset, options)
+    else:
+        assert data.fit_network_to(dataset, options) == dict(input_size=12, in_channels=3, num_classes=3) | options
 
 
 def test_cifar10_says_what_to_do_without_a_network(tmp_path, monkeypatch):

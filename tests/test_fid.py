@@ -20,7 +20,7 @@ from conftest import ROOT
 from formula import fill, uniform
 from PIL import Image
 from test_golden import assert_equal, golden
-from test_training import call, refused, run_two
+from test_training import call, popen_two, refused, run_two
 
 import data
 import fid
@@ -864,7 +864,8 @@ def test_spatial_statistics_are_saved_and_compared(stand_in, monkeypatch, tmp_pa
     ("few.npz --ref b.npz --features small.pt --json small.pt", "small.pt"),
     ("few.npz --ref b.npz --inception file.pth --json file.pth", "file.pth"),
     ("few.npz --ref b.npz --save-stats link.npz", "link.npz"), ("few.npz --ref b.npz --save-stats ./deep/../b.npz", "b.npz"),
-    ("few.npz --save-stats same.npz --json same.npz", "same file")])
+    ("few.npz --save-stats same.npz --json same.npz", "same file"),
+    ("few.npz --save-stats same.npz --json deep/../same.npz", "same file")])
 def test_nothing_that_is_read_is_overwritten(stand_in, monkeypatch, capsys, words, named):
     pathlib.Path("link.npz").hardlink_to("b.npz")
     pathlib.Path("deep").mkdir()
@@ -962,6 +963,16 @@ def test_a_mistake_in_the_part_of_the_second_process_is_told_once(net, tmp_path)
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(told) == 1 and "7.png" in told[0], done.stderr
     assert "fid.py\", line" not in done.stderr
+
+
+def test_statistics_that_do_not_compare_are_told_once(tmp_path):
+    """The mistake is found by process 0 alone, after the pass over the images."""
+    for name, d in (("a", 3), ("b", 4)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(d), sigma=np.eye(d))
+    processes = popen_two(tmp_path / "a.npz", "--ref", tmp_path / "b.npz", "--device", "cpu", script="fid.py")
+    told = "".join(process.communicate()[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert told == "error: statistics of 3 and of 4 features do not compare\n"
 
 
 def test_the_constants_of_adm_and_torch_fidelity():

@@ -1,6 +1,5 @@
 """flow.py against closed forms: Gaussian data, whose loss and flow are known, in any shape; and as a program."""
 
-import argparse
 import math
 import pathlib
 
@@ -360,13 +359,15 @@ def test_an_unfinished_default_teacher_is_resumed_where_it_lies(tmp_path, monkey
 
 def test_a_finished_default_teacher_may_have_a_batch_that_the_processes_do_not_divide(teacher, monkeypatch):
     """Three processes, and the preset's batch is 16: only a student that trains its teacher would have to split it."""
-    held = checkpoints.read(teacher)
     path = pathlib.Path("runs/flow-glyphs/ckpt.pt")
     path.parent.mkdir(parents=True)
-    checkpoints.save(path, held)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    args = argparse.Namespace(preset="glyphs", data="glyphs", dry_run=None, samples=held["args"]["samples"])
-    assert flow.default_teacher(args, None) == path
+    checkpoints.save(path, checkpoints.read(teacher))
+    torchrun = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["facm.py", *TINY, "--batch", "9"])
+    args = facm.parse_args()
+    assert flow.default_teacher(args, data.load_for(args), None) == path
 
 
 def test_a_run_of_another_method_is_no_default_teacher(tmp_path, monkeypatch, capsys, teacher):

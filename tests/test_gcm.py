@@ -624,9 +624,11 @@ def test_every_option_trains(tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("letter", list(gcm.ROWS))
 def test_every_row_trains_and_flags_beat_it(tmp_path, monkeypatch, letter):
-    call(monkeypatch, gcm, *TINY, "--row", letter, "--mu", 3, "--steps", 1, "--out", tmp_path / "run")
+    mu = [] if letter in "AG" else ["--mu", 3]                         # without effect there
+    call(monkeypatch, gcm, *TINY, "--row", letter, *mu, "--gamma", 0.5, "--steps", 1, "--out", tmp_path / "run")
     args = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]
-    assert args["mu"] == 3 and all(args[k] == v for k, v in gcm.ROWS[letter].items())
+    assert args["mu"] == (3 if mu else 3.5)
+    assert all(args[k] == v for k, v in (gcm.ROWS[letter] | dict(gamma=0.5)).items())
 
 
 def test_rows_say_what_tables_2_3_and_10_say():
@@ -699,7 +701,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     (["--epsilon", "0"], "--epsilon"), (["--t-mid", "0.6", "1.2"], "--t-mid"), (["--init", "nowhere.pt"], "nowhere.pt"),
     (["--init", "SMALL"], "num_classes 3, the data 10"), (["--init", "SMALL", "--resolution", "24"], "input_size 12"),
     (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
-    (["--steps", "0"], "--steps 0"), (["--teacher", "x.pt"], "--teacher"),
+    (["--epsilon", "0.1", "--curriculum", "9"], "--epsilon has no effect"), (["--steps", "0"], "--steps 0"), (["--teacher", "x.pt"], "--teacher"),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     if "SMALL" in flags:
@@ -865,7 +867,7 @@ def test_no_step_is_shorter_than_float32_can_take(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ([], (650, 0.0)), (["--epsilon", "0.1"], (0, 0.0)), (["--epsilon", "0.1", "--curriculum", "9"], (9, 0.0)),
+    ([], (650, 0.0)), (["--epsilon", "0.1"], (0, 0.0)), (["--curriculum", "9"], (9, 0.0)),
     (["--preset", "cifar10"], (None, 0.9999)), (["--preset", "cifar10", "--ema-sigma", "0.1"], (None, 0.0)),
     (["--preset", "cifar10_finetune", "--epsilon", "0.1"], (0, 0.9999))], ids=str)
 def test_a_flag_given_by_hand_beats_its_alternative_in_the_preset(monkeypatch, flags, expected):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import facm
@@ -113,6 +114,127 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, kind, parts):
 def test_a_train_is_a_class_beside_a_car(tmp_path, kind):
     path = write_tree(tmp_path, kind, {f"{name}/{i}.png": None for name in ("car", "train") for i in range(2)})
     assert data.load(str(path)).class_names == ["car", "train"]
+
+
+PARTS = ["train2017 val2017", "training_set test_set", "images masks", "imgs annotations", "trainA testA", "train_cats test_cats",
+         "coco-train coco-val", "trainset testset", "trainval test", "JPEGImages SegmentationClass", "train_32x32 valid_32x32",
+         "train train_masks", "Testing Data|Training Data", "images labels", "img gt"]
+CLASSES = ["train car ship", "test_tube beaker", "test_tube train", "train_station test_tube", "with_mask without_mask", "mask no_mask",
+           "train mask car", "valid invalid", "bullet_train steam_train", "image text", "trainer tester", "train_\u732b test_\u72ac",
+           "fold1 fold2", "value valley", "label logo"]
+
+
+def split_names(text):
+    return text.split("|" if "|" in text else " ")
+
+
+@BOTH
+@pytest.mark.parametrize("names", PARTS)
+def test_names_like_those_of_parts_are_no_classes(tmp_path, kind, names):
+    path = write_tree(tmp_path, kind, {f"{name}/{i}.png": None for name in split_names(names) for i in range(2)})
+    with pytest.raises(ValueError, match="parts of a data set, not classes: give one of them"):
+        data.load(str(path))
+    assert len(data.load(str(path), uncond=True).labels) == 4          # all of them, without labels
+    assert len(imagefiles.Tree(path, labelled=False).names) == 4
+
+
+@pytest.mark.parametrize("names", CLASSES)
+def test_names_of_classes_are_not_taken_for_parts(tmp_path, names):
+    path = write_tree(tmp_path, "folder", {f"{name}/{i}.png": None for name in split_names(names) for i in range(2)})
+    assert data.load(str(path)).class_names == sorted(split_names(names))
+
+
+@pytest.mark.parametrize("names, first", [("masks images", "images"), ("test2017 train2017", "train2017"), ("val_masks val_imgs", "val_imgs"),
+                                          ("a_test a_train a_train_masks", "a_train")])
+def test_the_part_that_is_proposed_is_the_one_that_most_people_need(tmp_path, names, first):
+    path = write_tree(tmp_path, "folder", {f"{name}/0.png": None for name in names.split()})
+    with pytest.raises(ValueError, match=f"as in {path}/{first}$"):
+        data.load(str(path))
+
+
+def test_annotations_that_are_no_images_are_parts_too(tmp_path):
+    path = write_tree(tmp_path, "folder", {"images/0.png": None, "images/1.png": None, "annotations/0.xml": b"<a/>"})
+    with pytest.raises(ValueError, match="parts of a data set, not classes: give one of them, as in .*images"):
+        data.load(str(path))
+
+
+@BOTH
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_dataset_json_of_any_editor(tmp_path, kind, encoding):
+    """Windows' editors begin a file by a byte order mark."""
+    held = table(LABELS).decode().encode(encoding)
+    assert imagefiles.Tree(write_tree(tmp_path, kind, FOUR | {"dataset.json": held})).labels == [3, 0, 3, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("content", [
+    b"", b"\xff\x00\x81", b"[" * 100_000, b"3", b"[]", b'{"labels": 3}', b'{"labels": {"a": 1}}', b'{"labels": [["a"]]}',
+    b'{"labels": [[1, 2]]}', b'{"labels": [["00000/img0.png", true]]}', table([[n, 10 ** 30] for n in FOUR]), b"\0" * 100], ids=range(12))
+def test_a_damaged_dataset_json_is_one_line(tmp_path, kind, content, monkeypatch, capsys):
+    path = write_tree(tmp_path, kind, FOUR | {"dataset.json": content})
+    said = inspect_fails(monkeypatch, capsys, path)
+    assert "dataset.json" in said and str(path) in said
+
+
+def inspect_fails(monkeypatch, capsys, *argv):
+    """The one line on stderr with which data.py inspect ends."""
+    monkeypatch.setattr(sys, "argv", ["data.py", "inspect", *map(str, argv)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        data.main()
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if not line.startswith((f"{argv[0]}: left out", f"{argv[0]}: images of"))]
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), said.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no zip", "wrong checksum", "encrypted", "unknown compression", "empty", "end alone"])
+def test_a_damaged_zip_is_one_line(tmp_path, monkeypatch, capsys, damage):
+    path = write_tree(tmp_path, "zip", FOUR | {"dataset.json": table(LABELS)})
+    held = bytearray(path.read_bytes())
+    central = held.index(b"PK\1\2")
+    if damage == "cut":
+        held = held[:len(held) // 2]
+    elif damage == "no zip":
+        held = b"<html>not found</html>"
+    elif damage == "wrong checksum":
+        held[held.index(b"labels")] ^= 1
+    elif damage == "encrypted":
+        for place in range(len(held)):
+            if held[place:place + 4] == b"PK\1\2":
+                held[place + 8] |= 1
+            elif held[place:place + 4] == b"PK\3\4":
+                held[place + 6] |= 1
+    elif damage == "unknown compression":
+        for place in range(len(held)):
+            if held[place:place + 4] == b"PK\1\2":
+                held[place + 10] = 77
+    elif damage == "empty":
+        held = b""
+    else:
+        held = held[central:]
+    path.write_bytes(held)
+    assert str(path) in inspect_fails(monkeypatch, capsys, path)
+
+
+@pytest.mark.parametrize("before", ["/", "./", "/data//", "\\", ".\\"])
+def test_names_in_a_zip_may_begin_as_paths_do(tmp_path, before):
+    path = write_tree(tmp_path, "zip", {f"{before}{name}/{i}.png": None for name in ("cat", "dog") for i in range(2)})
+    tree = imagefiles.Tree(path)
+    assert tree.classes == ["cat", "dog"] and tree.labels == [0, 0, 1, 1]
+    assert all(imagefiles.read_image(tree.open(name)).size == (8, 8) for name in tree.names)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    path, honest = write_tree(tmp_path, "folder", FOUR), os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("00001"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return honest(folder)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="00001: the folder cannot be read .Permission denied"):
+        data.load(str(path))
 
 
 @BOTH
@@ -249,6 +371,203 @@ def test_a_name_that_is_no_utf8_is_told(tmp_path):
     assert done.returncode == 0 and b"1 broken images" in done.stderr and b"udcff" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("encoding, names, shown", [
+    ("ascii", ["katze-\u00fc", "\u732b"], ["katze-\\xfc: 1", "\\u732b: 1"]), ("cp1252", ["\U0001f431", "\u0142"], ["\\U0001f431: 1", "\\u0142: 1"]),
+    ("utf-8", [os.fsdecode(b"a\xff"), os.fsdecode(b"\xfe")], ["a\\udcff: 1", "\\udcfe: 1"])])
+def test_names_that_the_console_lacks_are_escaped(tmp_path, encoding, names, shown):
+    """Of class folders, of the data set, and of the grid."""
+    path = write_tree(tmp_path, "folder", {f"{name}/0.png": None for name in names})
+    path = path.rename(tmp_path / names[0])
+    done = subprocess.run([sys.executable, ROOT / "data.py", "inspect", path, "--grid", f"{names[1]}.png"], cwd=tmp_path,
+                          capture_output=True, env=os.environ | dict(PYTHONIOENCODING=encoding))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert all(text.encode() in done.stdout for text in shown)
+    assert (tmp_path / f"{names[1]}.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Colour profiles. They are made here, byte by byte, and what they mean is computed by NumPy.
+
+def entry(kind, content):
+    return kind + bytes(4) + content
+
+
+def fixed(*values):
+    return b"".join(struct.pack(">i", round(2 ** 16 * value)) for value in values)
+
+
+def icc(space, tags, kind=b"mntr", pcs=b"XYZ "):
+    """An ICC profile (version 2.4) with these tags."""
+    text = b"a test\0"
+    tags = {b"desc": entry(b"desc", struct.pack(">I", len(text)) + text + bytes(78)), b"cprt": entry(b"text", text),
+            b"wtpt": entry(b"XYZ ", fixed(0.9642, 1, 0.8249))} | tags
+    index, content, start = b"", b"", 132 + 12 * len(tags)
+    for name, held in tags.items():
+        index += name + struct.pack(">II", start + len(content), len(held))
+        content += held + bytes(-len(held) % 4)
+    header = struct.pack(">I4xI", start + len(content), 0x02400000) + kind + space + pcs
+    header += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + index + content
+
+
+def power(exponent):
+    return entry(b"curv", struct.pack(">IH", 1, round(256 * exponent)))
+
+
+def to_linear(x):
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+def to_encoded(x):
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.clip(x, 0, None) ** (1 / 2.4) - 0.055)
+
+
+def samples_of_srgb(n):
+    """sRGB's curve as a table, as HP's and Microsoft's profile has it (n 1024)."""
+    values = np.rint(65535 * to_linear(np.linspace(0, 1, n))).astype(">u2")
+    return entry(b"curv", struct.pack(">I", n) + values.tobytes())
+
+
+SRGB_FORMULA = entry(b"para", struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+# Colourants for the white point D50, columns R, G, B: of sRGB as HP rounds them, and of Adobe RGB (1998)
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+
+
+def icc_rgb(primaries, curve):
+    tags = {name: entry(b"XYZ ", fixed(*column)) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries.T)}
+    return icc(b"RGB ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve))
+
+
+def icc_grey(curve):
+    return icc(b"GRAY", {b"kTRC": curve})
+
+
+def icc_cmyk():
+    """Black is black, and each other ink takes a quarter of the lightness away."""
+    corners = []
+    for i in range(16):
+        inks = (i >> 3 & 1) + (i >> 2 & 1) + (i >> 1 & 1)
+        corners += [0 if i & 1 else 255 - 64 * inks, 128, 128]
+    identity = bytes(range(256))
+    table = struct.pack(">BBBx", 4, 3, 2) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + 4 * identity + bytes(corners) + 3 * identity
+    return icc(b"CMYK", {b"A2B0": entry(b"mft1", table)}, b"prtr", b"Lab ")
+
+
+ADOBE_RGB = icc_rgb(ADOBE, power(563 / 256))
+COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def shown_as(pixels, primaries, exponent):
+    """sRGB of what a profile with these colourants and this exponent means, by its definition."""
+    linear = (pixels / 255) ** exponent
+    linear = linear @ (np.linalg.inv(SRGB) @ primaries).T
+    return np.rint(255 * np.clip(to_encoded(linear), 0, 1))
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("mode, ending", [("RGB", "png"), ("RGB", "tif"), ("RGBA", "png"), ("P", "png"), ("L with RGB's", "png"), ("L", "png"),
+                                          ("LA", "png"), ("1", "png")])
+def test_colours_of_a_profile_become_srgb(tmp_path, mode, ending, channels):
+    pixels, profile = COLOURS.copy(), ADOBE_RGB
+    image = Image.fromarray(pixels)
+    if mode[0] in "L1":
+        image = image.convert("L") if mode[0] == "L" else image.convert("1")
+        pixels = np.asarray(image.convert("RGB"))
+        profile = ADOBE_RGB if "RGB" in mode else icc_grey(power(1.8))
+        expected = shown_as(pixels, SRGB, 563 / 256 if "RGB" in mode else 1.8)
+    else:
+        if mode == "P":
+            image = image.quantize(64)
+            pixels = np.asarray(image.convert("RGB"))
+        expected = shown_as(pixels, ADOBE, 563 / 256)
+    if mode.endswith("A"):
+        alpha = np.full((16, 16), 255, np.uint8)
+        alpha[8:] = 0
+        expected[8:] = 255                 # transparent parts are white, and not the profile's white
+        image.putalpha(Image.fromarray(alpha))
+    image.save(tmp_path / f"0.{ending}", icc_profile=profile)
+    found = np.asarray(imagefiles.read_image(tmp_path / f"0.{ending}", channels)).astype(float)
+    if channels == 1:
+        expected = expected @ [0.299, 0.587, 0.114]
+    assert np.abs(found - expected).max() <= 2
+    if mode == "1":
+        assert set(found.flatten().tolist()) == {0.0, 255.0}
+    else:
+        plain = np.asarray(imagefiles.read_image(io.BytesIO(without_profile(image, ending)), channels)).astype(float)
+        assert np.abs(plain - expected).max() > 5                      # the profile matters
+
+
+def without_profile(image, ending):
+    file = io.BytesIO()
+    image.info.pop("icc_profile", None)
+    image.save(file, {"tif": "TIFF", "png": "PNG", "jpg": "JPEG"}[ending])
+    return file.getvalue()
+
+
+def test_inks_become_colours(tmp_path):
+    inks = np.zeros((8, 32, 4), np.uint8)
+    inks[:, 8:16, 3] = 255                 # paper, black, cyan, all but black
+    inks[:, 16:24, 0] = 255
+    inks[:, 24:, :3] = 255
+    Image.fromarray(inks, "CMYK").save(tmp_path / "0.tif", icc_profile=icc_cmyk())
+    shown = np.asarray(imagefiles.read_image(tmp_path / "0.tif")).astype(int)
+    lightness = np.array([100, 0, 100 * 191 / 255, 100 * 63 / 255])
+    y = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)          # CIE's definition of L*
+    assert np.abs(shown[4, 4::8] - np.rint(255 * to_encoded(y))[:, None]).max() <= 2
+    assert np.abs(np.asarray(imagefiles.read_image(tmp_path / "0.tif", 1)).astype(int)[4, 4::8] - np.rint(255 * to_encoded(y))).max() <= 2
+
+
+@pytest.mark.parametrize("profile", {
+    "lcms": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), "as HP": icc_rgb(SRGB, samples_of_srgb(1024)),
+    "4096": icc_rgb(SRGB, samples_of_srgb(4096)), "formula": icc_rgb(SRGB, SRGB_FORMULA)}.items(), ids=lambda p: p[0])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1"])
+def test_srgb_profiles_leave_pixels_untouched(tmp_path, profile, mode):
+    image = Image.fromarray(COLOURS)
+    image = image.quantize(64) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "0.png", icc_profile=profile[1])
+    image.save(tmp_path / "1.png")
+    assert "icc_profile" in Image.open(tmp_path / "0.png").info
+    for channels in (3, 1):
+        one, two = (np.asarray(imagefiles.read_image(tmp_path / name, channels)) for name in ("0.png", "1.png"))
+        assert np.array_equal(one, two)
+
+
+def test_grey_srgb_profiles_leave_pixels_untouched(tmp_path):
+    for number, curve in enumerate((samples_of_srgb(1024), SRGB_FORMULA)):
+        image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+        image.save(tmp_path / "0.png", icc_profile=icc_grey(curve))
+        assert np.array_equal(np.asarray(imagefiles.read_image(tmp_path / "0.png", 1)), np.asarray(image)), number
+
+
+@pytest.mark.parametrize("mode, profile", {
+    "noise": ("RGB", bytes(COLOURS.tobytes()[:500])), "short": ("RGB", b"x"), "cut": ("RGB", ADOBE_RGB[:300]),
+    "cut in its header": ("L", ADOBE_RGB[:100]), "inks' on colours": ("RGB", icc_cmyk()), "grey's on colours": ("RGBA", icc_grey(power(1.8))),
+    "colours' on inks": ("CMYK", ADOBE_RGB), "inks' on grey": ("L", icc_cmyk()), "no curve": ("RGB", icc(b"RGB ", {})),
+    "no curve of grey": ("L", icc(b"GRAY", {}))}.values(), ids=str)
+def test_damaged_and_foreign_profiles_are_ignored(tmp_path, mode, profile, capfd):
+    image = Image.fromarray(COLOURS).convert(mode)
+    image.save(tmp_path / "0.tif", icc_profile=profile)
+    image.save(tmp_path / "1.tif")
+    one, two = (np.asarray(imagefiles.read_image(tmp_path / name)) for name in ("0.tif", "1.tif"))
+    assert np.array_equal(one, two) and capfd.readouterr() == ("", "")
+
+
+def test_a_photograph_with_everything(tmp_path):
+    """A profile, an orientation, and several threads that read such images at once."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = (120, 200, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6                       # a viewer turns it by 90 degrees, clockwise
+    for i in range(64):
+        (tmp_path / f"c{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"c{i % 2}/{i}.jpg", exif=exif, icc_profile=ADOBE_RGB, quality=100, subsampling=0)
+    dataset = data.load(str(tmp_path))
+    x = data.to_uint8(dataset.items(torch.arange(64), torch.zeros(64, dtype=torch.bool))).numpy().astype(int)
+    assert np.abs(x[:, :, 9:] - shown_as(np.array([120, 200, 60]), ADOBE, 563 / 256)).max() <= 6 and x[:, :, :7].max() <= 3
+    assert np.array_equal(fid.open_source(str(tmp_path)).read(0, 1)[0], x[0])          # fid.py reads by the same rules
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Grey images.
 
@@ -341,7 +660,8 @@ def test_class_names_are_told_and_kept(tmp_path, monkeypatch, capsys):
     say_once.cache_clear()
     train(monkeypatch, "--data", path, "--out", tmp_path / "run", "--steps", 1)
     assert f"{path}: 6 images, 2 classes: cat ... dog" in capsys.readouterr().err
-    for labels, word in (("dog,cat,1", None), ("cow", "list such as 3,3,7 or cat,dog")):
+    for labels, word in (("dog,cat,dog", None), ("dog,cat,1", "list of one kind such as 3,3,7 or cat,dog"),
+                         ("cow", "such as 3,3,7 or cat,dog")):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(tmp_path / "run"), "--nfe", "1", "--n", "3", "--device", "cpu",
                                           "--labels", labels, "--out", str(tmp_path / "x.npz")])
         if word:

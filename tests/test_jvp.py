@@ -286,7 +286,7 @@ OPERATIONS = {
     # Operators
     "x + 1": lambda x: x + 1, "1 + x": lambda x: 1 + x, "w - x": lambda x: w - x, "1 - x": lambda x: 1 - x, "x * w": lambda x: x * w,
     "2 * x": lambda x: 2 * x, "x / 2": lambda x: x / 2, "1 / x": lambda x: 1 / x, "w / x": lambda x: w / x, "x / sin(x)": lambda x: x / x.sin(),
-    "x ** 2": lambda x: x ** 2, "x ** -1": lambda x: x ** -1, "x ** 0": lambda x: x ** 0, "2 ** x": lambda x: 2 ** x, "w ** x": lambda x: w.abs() ** x,
+    "x ** 2": lambda x: x ** 2, "x ** -1": lambda x: x ** -1, "x ** 0": lambda x: (0 * x) ** 0, "2 ** x": lambda x: 2 ** x, "w ** x": lambda x: w.abs() ** x,
     "x ** x": lambda x: x.abs() ** x, "x % 2": lambda x: x % 2, "x @ square": lambda x: x @ square, "w.T @ x": lambda x: w.T @ x, "x @ x.mT": lambda x: x @ x.mT,
     "-x": lambda x: -x, "+x": lambda x: +x, "abs(x)": abs, "x += 1": in_place_operators,
     "x > 0": lambda x: x * (x > 0), "0 < x": lambda x: x * (0 < x), "x == x": lambda x: x * (x == x), "x != w": lambda x: x * (w != x), "x >= w": lambda x: x * (x >= w),

@@ -1,5 +1,6 @@
 """examples/wan_facm.py on a tiny random model of diffusers' own class."""
 
+import json
 import os
 import sys
 
@@ -31,7 +32,7 @@ def build():
 
 @torch.no_grad()
 def test_signs_times_and_the_attention():
-    """diffusers has the data at time 0 and tells noise - data; ours, with our attention, is minus that at 1000 (1 - t)."""
+    """diffusers has the data at time 0 and its output is noise - data; ours, with our attention, is minus that at 1000 (1 - t)."""
     student, _, x, y, _ = build()
     model = WanTransformer3DModel(**TINY)
     model.load_state_dict(student.transformer.state_dict())
@@ -44,12 +45,45 @@ def test_signs_times_and_the_attention():
 def test_the_derivative_in_one_pass_is_the_exact_one():
     student, _, x, y, _ = build()
     dx = torch.randn_like(x)
-    ways = {way: jvp.JVP[way](student, x, T, None, y, dx, 1, 0) for way in ("fused", "exact")}
+    ways = {way: jvp.JVP[way](student, at=(x, T, None, y), along=(dx, 1, 0)) for way in ("fused", "exact")}
     for a, b in zip(*ways.values()):
         assert (a - b).norm() < 1e-5 * b.norm()
-    still = jvp.fused(student, x, T, None, y, dx, 0, 0)[1]
+    still = jvp.fused(student, at=(x, T, None, y), along=(dx, 0, 0))[1]
     assert (still - ways["exact"][1]).norm() > 0.01 * still.norm()     # the time's tangent counts
 
+
+def test_a_difference_is_no_derivative_here(monkeypatch, capsys):
+    """fd is off by more than its own size, so the program does not offer it; nor exact to several processes."""
+    student, _, x, y, _ = build()
+    (_, exact), (_, difference) = (jvp.JVP[way](student, at=(x, T, None, y), along=(torch.randn_like(x), 1, 0)) for way in ("exact", "fd"))
+    assert (exact - difference).norm() > 0.5 * exact.norm()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for way, words in (("fd", "invalid choice: 'fd'"), ("exact", "does not see sharded weights")):
+        monkeypatch.setattr(sys, "argv", ["wan_facm.py", "train", "--out", "out", "--jvp", way])
+        with pytest.raises(SystemExit) as end:
+            wan_facm.main()
+        assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_output_is_float32_whatever_computes_it():
+    student, teacher, x, y, _ = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = [student(x, T, None, y), teacher(x, T, None, y), *student(x, T, None, y, tangent=(x, torch.ones(3), None))]
+    assert {value.dtype for value in values} == {torch.float32}
+
+
+@torch.no_grad()
+def test_each_expert_has_its_times():
+    """diffusers' WanPipeline: transformer at timesteps of the boundary and above, transformer_2 below."""
+    noisy, _, _, _, null = build()
+    clean = wan_facm.Velocity(WanTransformer3DModel(**TINY))
+    x, y = torch.randn(5, 16, 8, 8), torch.full_like(wan_facm.Text(torch.randn(5, 7, 10)), null)
+    t = torch.tensor([0.0, 0.1, 0.125, 0.126, 1.0])        # timesteps 1000, 900, 875, 874, 0
+    v = wan_facm.Experts(noisy, clean, 875.0)(x, t, None, y)
+    assert torch.equal(v[:3], noisy(x, t, None, y)[:3]) and torch.equal(v[3:], clean(x, t, None, y)[3:])
+    assert not torch.allclose(noisy(x, t, None, y), clean(x, t, None, y), atol=0.1)
+    drawn = facm.sample_t(torch.randn(100_000), P_mean=-0.8, P_std=1.6)
+    assert 0.925 < (1000 * (1 - drawn) < 875).float().mean() < 0.94    # "93%" of the docstring
 
 def test_the_derivative_in_one_pass_with_checkpointing():
     (student, _, x, y, _), (parts, *_) = build(), build()
@@ -78,7 +112,7 @@ def test_the_velocity_of_a_fixed_batch_is_learned():
     student, _, x, y, _ = build()
     optimizer, found, x0 = torch.optim.AdamW(student.parameters(), lr=3e-3), [], torch.randn_like(x)
     for _ in range(40):
-        losses = facm.facm_loss(student, jvp.fused, x, x0, T, y, alpha=lambda t: 1 - t.sqrt(), beta=torch.ones_like)
+        losses = facm.facm_loss(student, jvp.fused, x, x0, T, y, beta="1")
         sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -94,10 +128,15 @@ def test_the_guidance_takes_the_null_caption():
     assert not torch.allclose(v, teacher(x, T, None, y), atol=1e-4)
 
 
-def train_tiny(tmp_path, monkeypatch, steps):
+def train_tiny(tmp_path, monkeypatch, steps, boundary_ratio=None):
     """The program itself, from a folder of diffusers' and a folder that encode would have written."""
     torch.manual_seed(0)
     WanTransformer3DModel(**TINY).save_pretrained(tmp_path / "model/transformer")
+    index = dict(_class_name="WanPipeline", transformer=["diffusers", "WanTransformer3DModel"])
+    if boundary_ratio:
+        WanTransformer3DModel(**TINY).save_pretrained(tmp_path / "model/transformer_2")
+        index["boundary_ratio"] = boundary_ratio
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
     (tmp_path / "data").mkdir()
     for i in range(4):
         safetensors.torch.save_file(dict(x1=torch.randn(16, 8, 8), tokens=torch.randn(7, 10)), tmp_path / f"data/{i}.safetensors")
@@ -116,9 +155,30 @@ def test_the_program_trains_and_diffusers_reads_what_it_saved(tmp_path, monkeypa
     assert moved > 20
     _, _, x, y, _ = build()
     noise = torch.randn(2, 3, 16, 8, 8)
-    draws = [facm.sample(wan_facm.Velocity(WanTransformer3DModel.from_pretrained(tmp_path / place)), noise, y, 2)
+    draws = [facm.sample(wan_facm.Velocity(WanTransformer3DModel.from_pretrained(tmp_path / place)), noise, y, nfe=2)
              for place in ("out", "out", "model/transformer")]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_the_teacher_of_a_model_with_two_experts_is_both(tmp_path, monkeypatch):
+    """The program finds the second expert and its boundary in the model's own files, and begins with the first."""
+    seen = []
+    honest = wan_facm.loss
+
+    def watched(student, teacher, *others, **options):
+        seen.append((student, teacher))
+        return honest(student, teacher, *others, **options)
+
+    monkeypatch.setattr(wan_facm, "loss", watched)
+    train_tiny(tmp_path, monkeypatch, steps=1, boundary_ratio=0.875)
+    (student, teacher), = seen
+    assert isinstance(teacher, wan_facm.Experts) and teacher.boundary == 875
+    for net, place in ((teacher.noisy, "transformer"), (teacher.clean, "transformer_2"), (student, "transformer")):
+        held = WanTransformer3DModel.from_pretrained(tmp_path / "model" / place)
+        for a, b in zip(net.transformer.parameters(), held.parameters()):
+            assert (a - b).norm() < 0.01 * b.norm() + 0.1              # bfloat16, or one step
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert wan_facm.boundary_of(tmp_path / "model") == 875
 
 
 def half_of_the_batch(rank, folder):
