@@ -674,12 +674,15 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=None, xf
     """The data set `name`: glyphs, mnist, fashion, cifar10, imagenet_latents, or the path of an
     npz, a zip archive, a folder of images or a folder of latents.
 
-    resolution: images are cropped and scaled to it (None: as they are; glyphs: 16); data_dir: where
-    the data sets lie that have a name, but glyphs; num_classes: the number of classes, though some
-    may have no images; uncond: True leaves the labels out, False says that there are some; xflip:
-    half of the images come mirrored (None: of latents alone; glyphs never do); skip_broken: image
-    files that do not decode are left out; channels: of image files, 3 (None) or 1. Under torchrun
-    all processes call it, and one of each machine downloads.
+    resolution    images are cropped and scaled to it (None: as they are; glyphs: 16)
+    data_dir      the folder of mnist, fashion, cifar10 or imagenet_latents
+    num_classes   the number of classes, of which some may have no images
+    uncond        True leaves the labels out, and False requires that there are some
+    xflip         half of the images are mirrored (None: of latents alone; glyphs never are)
+    skip_broken   image files that do not decode are left out
+    channels      of image files: 3 (None) or 1
+
+    Under torchrun all processes call it, and one of each machine downloads.
 
     Raises ValueError, naming the file, for what cannot be read, and for a flag that has no effect.
     """
@@ -863,7 +866,7 @@ def inspect(args):
             if kind_of(args.data) != "latents":
                 raise ValueError(f"--save-stats: {args.data} has no latents; leave it out")
             save_stats(latents_folder(args.data, args.data_dir))
-        dataset = open_data(args.data, args.resolution, args.data_dir,
+        dataset = open_data(args.data, args.resolution, args.data_dir, xflip=False,
                             skip_broken=args.skip_broken, channels=args.channels)
         index = torch.tensor(spread(len(dataset.labels), 100))
         x = dataset.items(index, torch.zeros(len(index), dtype=torch.bool))
@@ -874,12 +877,12 @@ def inspect(args):
         mean, std = latent_stats(dataset.shards)
         print(f"{len(dataset.shards)} shards; latents' mean", *mean.flatten().numpy().round(4))
         print("std", *std.flatten().numpy().round(4))
-        # Latents have no colours: the first channels are shown as such, and 3 std are white
-        shown = 3 if x.shape[1] >= 3 else 1
-        x = x[:, :shown] / 3
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
     print(f"of {len(x)} samples as a network sees them: mean", *mean.numpy().round(4), "std",
           *std.numpy().round(4))
+    if isinstance(dataset, Latents):       # the first channels become colours, and 3 std are white
+        shown = 3 if x.shape[1] >= 3 else 1
+        x = x[:, :shown] / 3
     try:
         save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
     except OSError as e:

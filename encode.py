@@ -21,7 +21,8 @@ from common.messages import fail
 def parse_args():
     p = flags.Parser(description="Images to shards of latents.")
     a = p.add_argument
-    a("--images", required=True, help="folder, zip or npz; grey images become RGB")
+    a("--images", required=True, help="folder, zip, npz, or glyphs, mnist, fashion or "
+      "cifar10; grey images become RGB")
     a("--vae", required=True, help="checkpoint of an AutoencoderKL")
     a("--out", required=True, help="folder of the shards; the same command continues in it")
     a("--resolution", type=flags.number(int, 1), default=256, help="crop and scale to it")

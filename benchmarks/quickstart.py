@@ -1,15 +1,19 @@
-"""How good is a run on glyphs or MNIST? Share of digits recognised and Frechet distance, beside the
-teacher's and those of real digits.
+"""How good is a run on glyphs or MNIST? The share of digits that are recognised, and a Frechet
+distance, beside those of its teacher and of real digits.
 
     python benchmarks/quickstart.py runs/facm-glyphs
     python benchmarks/quickstart.py runs/facm-mnist
+    python benchmarks/quickstart.py runs/flow-glyphs       # a teacher alone
 
-A small classifier is trained on real digits (some minutes on 2 cores, then kept in runs/): on 20,000
-glyphs of seed 1, or on MNIST's training images. It judges n samples of each sampler, n/10 of each
-digit: the share whose digit it recognises, and the Frechet distance of its 64 features to those of
-real digits: 20,000 glyphs of seed 2, or MNIST's training images. Blurred digits are recognised too,
-so the distance is the figure that counts. The teacher's 20 Euler steps with the guidance that was
-distilled are the yardstick. The last row is n other real digits: glyphs of seed 3, or test images.
+A small classifier is trained on real digits: on 20,000 glyphs of seed 1, or on MNIST's training
+images. This takes some minutes on 2 cores, and the classifier is kept in runs/. It judges n samples
+of each sampler, n/10 of each digit: the share whose digit it recognises, and the Frechet distance
+of its 64 features to those of real digits, which are 20,000 glyphs of seed 2 or MNIST's training
+images. Blurred digits are recognised as well, so the distance is the figure that counts.
+
+The student is to reach the teacher's 20 Euler steps with guidance, which it was trained to follow.
+The last row is n real digits that neither network has seen, glyphs of seed 3 or MNIST's test
+images, because the distance depends on the number of samples.
 """
 
 import contextlib
@@ -21,6 +25,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +34,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import data
+import facm
 import fid
 import sample
 from common import checkpoints, flags, folders
 from common.messages import fail
 
+# --------------------------------------------------------------------------------------------------
+# The classifier, and what it measures.
 
 class Classifier(nn.Module):
     """uint8 images [N, H, W, C] -> logits [N, 10], or 64 features with features=True."""
@@ -48,29 +56,36 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, images, features=False):
-        h = self.body(torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        h = self.body(x)
         return h if features else self.head(h)
 
 
 def real_images(name, size, part, n=20_000):
-    """uint8 images [N, size, size, C] and labels int64 [N] of the data set `name`. part: "classifier",
-    "reference" or "test"; n: so many glyphs."""
+    """uint8 images [N, size, size, C] and labels int64 [N] of the data set `name`.
+
+    part: "classifier", "reference" or "test"; n: so many glyphs. MNIST has as many as it has.
+    """
     if name == "glyphs":
-        return data.glyphs(n, size, seed=dict(classifier=1, reference=2, test=3)[part])
+        seeds = dict(classifier=1, reference=2, test=3)
+        return data.glyphs(n, size, seed=seeds[part])
     return data.read_torchvision(name, "data", train=part != "test")
 
 
 def train_classifier(images, labels, seen=160_000, batch=128):
-    """seen: images in training, which are 8 epochs of glyphs and 2 of MNIST."""
+    """A classifier of these images. It sees `seen` images in training: 8 epochs of glyphs, 2 of
+    MNIST."""
     torch.manual_seed(0)
-    n, labels = len(images), torch.as_tensor(labels)
-    images = torch.as_tensor(images)
-    net, epochs = Classifier(images.shape[3]), seen // n
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    net = Classifier(images.shape[3])
+    epochs, steps = seen // len(images), len(images) // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (n // batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * steps)
     for _ in range(epochs):
-        for index in torch.randperm(n)[: n - n % batch].view(-1, batch):
-            F.cross_entropy(net(images[index]), labels[index]).backward()
+        order = torch.randperm(len(images))[:steps * batch]
+        for index in order.view(steps, batch):
+            loss = F.cross_entropy(net(images[index]), labels[index])
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -78,14 +93,16 @@ def train_classifier(images, labels, seen=160_000, batch=128):
 
 
 def load_classifier(name, size):
-    """The classifier of this data set's images of this size: from runs/, or trained and put there."""
-    path, real = pathlib.Path("runs") / f"{name}{size}-classifier.pt", real_images(name, size, "classifier")
+    """The classifier of this data set's images of this size: from runs/, or trained and put there.
+    """
+    path = pathlib.Path("runs") / f"{name}{size}-classifier.pt"
+    images, labels = real_images(name, size, "classifier")
     if path.exists():
-        net = Classifier(real[0].shape[3])
+        net = Classifier(images.shape[3])
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
     print(f"training the classifier, once, for some minutes; it is kept as {path}")
-    net = train_classifier(*real)
+    net = train_classifier(images, labels)
     path.parent.mkdir(exist_ok=True)
     checkpoints.save(path, net.state_dict())
     return net
@@ -93,18 +110,62 @@ def load_classifier(name, size):
 
 @torch.no_grad()
 def judge(net, images, labels):
-    """The share recognised, and mean and covariance of the features."""
-    h = torch.cat([net(part, features=True) for part in torch.as_tensor(images).split(1000)])
-    share = (net.head(h).argmax(1) == torch.as_tensor(labels)).double().mean().item()
+    """The share of images that are recognised, and mean and covariance of their features."""
+    batches = torch.as_tensor(images).split(1000)
+    h = torch.cat([net(batch, features=True) for batch in batches])
+    right = net.head(h).argmax(dim=1) == torch.as_tensor(labels)
     h = h.double().numpy()
-    return share, h.mean(0), np.cov(h, rowvar=False)
+    return right.double().mean().item(), h.mean(0), np.cov(h, rowvar=False)
+
+
+def reference_of(net, name, size):
+    """Mean and covariance of the features of real digits, with which samples are compared."""
+    _, mean, covariance = judge(net, *real_images(name, size, "reference"))
+    return mean, covariance
 
 
 def measure(net, images, labels, reference):
-    """The share recognised, and the Frechet distance to the reference (mean, covariance)."""
-    share, *moments = judge(net, images, labels)
+    """The share of images that are recognised, and the Frechet distance to the reference."""
+    share, mean, covariance = judge(net, images, labels)
     with contextlib.redirect_stderr(io.StringIO()):    # a note that some features are always 0
-        return share, fid.frechet_distance(*moments, *reference)
+        return share, fid.frechet_distance(mean, covariance, *reference)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs and their teachers.
+
+def teacher_of(train):
+    """The network and the checkpoint of a student's teacher; None if it has none.
+
+    train: the flags of the student's run, a dict. Raises ValueError if the teacher is not there, or
+    is another one by now.
+    """
+    if "teacher" not in train or train["teacher"] == "none":           # gcm.py's runs have none
+        return None
+    if train["teacher"] is None:
+        path = pathlib.Path("runs") / f"flow-{train['data']}" / "ckpt.pt"
+    else:
+        path = pathlib.Path(train["teacher"])
+    if path.is_dir():
+        path = path / "ckpt.pt"
+    teacher = sample.load(path)
+    if checkpoints.fingerprint(path) != train.get("teacher_id"):
+        raise ValueError(f"{path} has changed since this run was trained with it")
+    return teacher
+
+
+def guidance_of(train):
+    """The options of guided Euler steps of a teacher: those that a student's run followed. For a
+    run of flow.py they are those of FACM's preset for glyphs.
+
+    train: the flags of the run, a dict.
+    """
+    w, t_low = train.get("w"), train.get("t_low", 0.0)
+    if w is None:
+        w, t_low = facm.PRESETS["glyphs"]["w"], facm.PRESETS["glyphs"]["t_low"]
+    if w == 1:
+        return dict(sampler="euler")
+    return dict(sampler="euler", cfg=w, cfg_interval=(t_low, 1.0))
 
 
 def provenance():
@@ -115,64 +176,108 @@ def provenance():
                 commit=subprocess.run(git, text=True, capture_output=True).stdout.strip())
 
 
-# The samplers that are measured, with their NFE
-SAMPLERS = {
-    "facm": [(None, 1), (None, 2)],        # None: the method's own
-    "decm": [("cm", 1), ("cm", 2), *((s, n) for n in (4, 8, 16) for s in ("cm", "mix", "euler")),
-             ("euler", 50)],
-    "gcm": [(None, 1), (None, 2)],
-    "baselines": [(None, 1), (None, 2)]}
+# --------------------------------------------------------------------------------------------------
+# The rows of the table.
+
+class Row(NamedTuple):
+    """Samples that are judged."""
+
+    label: str
+    network: tuple         # a network and its checkpoint, as sample.load returns them
+    nfe: int
+    options: dict          # the sampler and its options, for sample.draw
+
+
+def rows_of_student(student, method):
+    """The rows of a run of facm.py, decm.py, gcm.py or baselines.py."""
+    if method != "decm":
+        return [Row(f"student, NFE {nfe}", student, nfe, {}) for nfe in (1, 2)]
+    choices = [("cm", 1), ("cm", 2)]
+    for nfe in (4, 8, 16):
+        choices += [("cm", nfe), ("mix", nfe), ("euler", nfe)]
+    choices.append(("euler", 50))
+    return [Row(f"student, NFE {nfe}, {name}", student, nfe, dict(sampler=name))
+            for name, nfe in choices]
+
+
+def rows_of_teacher(teacher, guidance, guided_steps=(20,)):
+    """The rows of a run of flow.py."""
+    rows = []
+    if "cfg" in guidance:
+        for nfe in guided_steps:
+            label = f"teacher, {nfe} Euler steps, w {guidance['cfg']}"
+            rows.append(Row(label, teacher, nfe, guidance))
+    plain = dict(sampler="euler")
+    rows.append(Row("teacher, 20 Euler steps", teacher, 20, plain))
+    rows.append(Row("teacher, 1 Euler step", teacher, 1, plain))
+    return rows
+
+
+def rows_of_run(folder, student_alone):
+    """The rows of a run folder, and the checkpoint of the run. Raises ValueError for a run that
+    cannot be judged."""
+    network = sample.load(folder / "ckpt.pt")
+    _, checkpoint = network
+    method, train = checkpoint["method"], checkpoint["args"]
+    if train["data"] not in ("glyphs", "mnist", "fashion"):
+        raise ValueError(f"{folder} is a run on {train['data']}; this judges glyphs and MNIST")
+    if method == "flow":
+        return rows_of_teacher(network, guidance_of(train)), checkpoint
+    rows = rows_of_student(network, method)
+    teacher = None if student_alone else teacher_of(train)
+    if teacher is not None:
+        guided_steps = (20, 50) if method == "decm" else (20,)
+        rows += rows_of_teacher(teacher, guidance_of(train), guided_steps)
+    return rows, checkpoint
 
 
 def main():
-    p = flags.Parser(description="Recognised share and Frechet distance of a run on glyphs or MNIST.")
+    p = flags.Parser(description="Recognised share and Frechet distance of a run on glyphs or "
+                     "MNIST.")
     p.add_argument("run", type=pathlib.Path, help="run folder of a script's --data glyphs or mnist")
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
-    p.add_argument("--log", action="store_true", help="add a line to RUN/distance.jsonl: the step, and "
-                   "the student's figures alone")
+    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
+    p.add_argument("--log", action="store_true", help="add a line to RUN/distance.jsonl: the step, "
+                   "and the figures of this run without its teacher's")
     args = p.parse_args()
     folders.check_output(args.json)
     if args.n < 100:
-        fail(f"--n {args.n}: 64 features want 100 samples or more")
+        fail(f"--n {args.n}: 64 features need 100 samples or more")
     try:
-        student, teacher = sample.load(args.run / "ckpt.pt"), None     # network and checkpoint
-        method, train = student[1]["method"], student[1]["args"]
-        if train["data"] not in ("glyphs", "mnist", "fashion"):
-            raise ValueError(f"{args.run} is a run on {train['data']}; this judges glyphs and MNIST")
-        if train["teacher"] or train["pretrain"]:
-            teacher = sample.load(train["teacher"] or args.run / "teacher.pt")
+        rows, checkpoint = rows_of_run(args.run, student_alone=args.log)
     except ValueError as e:
         fail(e)
-    rows = [(f"student, NFE {nfe}" + (method == "decm") * f", {sampler}", student, sampler, nfe, None)
-            for sampler, nfe in SAMPLERS[method]]
-    if teacher and not args.log:
-        w = train["w"]
-        rows += [(f"teacher, 20 Euler steps, w {w}", teacher, "euler", 20, w)]
-        rows += [(f"teacher, 50 Euler steps, w {w}", teacher, "euler", 50, w)] * (method == "decm")
-        rows += [("teacher, 20 Euler steps", teacher, "euler", 20, 1),
-                 ("teacher, 1 Euler step", teacher, "euler", 1, 1)]
-    name, size, labels = train["data"], train["net"]["input_size"], torch.arange(args.n) % 10
-    net = load_classifier(name, size)
-    _, *reference = judge(net, *real_images(name, size, "reference"))
+    train = checkpoint["args"]
+    name, size = train["data"], train["net"]["input_size"]
+    classifier = load_classifier(name, size)
+    reference = reference_of(classifier, name, size)
 
-    print(f"{args.run}: {args.n} samples a row, seed {args.seed}\n{'':32}recognised  distance")
+    print(f"{args.run}: {args.n} samples a row, seed {args.seed}")
+    print(f"{'':32}recognised  distance")
     figures = {}
-    tests = real_images(name, size, "test", args.n)
-    for row, weights, sampler, nfe, w in [*rows, ("other real digits", None, None, None, None)]:
-        judged = tests if weights is None else (sample.draw(
-            *weights, nfe, labels, args.seed, sampler=sampler, cfg=w), labels)
-        share, distance = measure(net, *judged, reference)
-        figures[row] = dict(recognised=share, distance=distance)
-        print(f"{row:32}{share:10.1%}{distance:10.2f}", flush=True)
+
+    def show(label, images, labels):
+        share, distance = measure(classifier, images, labels, reference)
+        figures[label] = dict(recognised=share, distance=distance)
+        print(f"{label:32}{share:10.1%}{distance:10.2f}", flush=True)
+
+    labels = torch.arange(args.n) % 10
+    for row in rows:
+        images = sample.draw(*row.network, row.nfe, labels, args.seed, **row.options)
+        show(row.label, images, labels)
+    real, real_labels = real_images(name, size, "test", args.n)
+    real, real_labels = real[:args.n], real_labels[:args.n]            # as many as the samples
+    show(f"{len(real):,} real digits", real, real_labels)
+
     if args.log:
         with open(args.run / "distance.jsonl", "a") as f:
-            f.write(json.dumps(dict(step=student[1]["step"], figures=figures)) + "\n")
+            f.write(json.dumps(dict(step=checkpoint["step"], figures=figures)) + "\n")
     if args.json:
-        args.json.write_text(json.dumps(dict(
+        text = json.dumps(dict(
             figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
-            pretrain=train.get("pretrain"), **provenance()), indent=2) + "\n")
+            teacher=train.get("teacher"), **provenance()), indent=2)
+        args.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ highest. The allocator's own reserve, CUDA's context (about 0.5 GiB) and NCCL's 
 import copy
 import gc
 import math
+import warnings
 import weakref
 
 import torch
@@ -148,7 +149,9 @@ def report(train, method, args):
     one.steps, one.batch, one.micro_batch = 1, slices[0].stop - slices[0].start, None
     one.compile = one.fsdp = False
     run = DryRun(one, method, living, flops)
-    with fake, living:
+    with fake, living, warnings.catch_warnings():
+        # Copying a network looks at the address of its parameters, which nothing here depends on
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         run.call(train)
         flops.__exit__(None, None, None)
     print_report(args, run, one, len(slices))
@@ -175,8 +178,9 @@ def print_report(args, run, one, count):
     flops = run.flops.get_total_flops() * count * world
     rate = world * SHARE * H100[args.precision]
     parameters = sum(p.numel() for p in run.net.parameters())
+    hidden = ("dry_run", "given", "net", "net_given", "out")
     options = " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())
-                       if v is not None and k not in ("dry_run", "out", "net", "net_given"))
+                       if v is not None and k not in hidden)
     print(f"{run.method}.py, {args.data}, {world} processes, fake tensors of PyTorch "
           f"{torch.__version__}")
     for name, text in (

@@ -19,8 +19,8 @@ The paper names the rank 64, the learning rate 5e-4 and AdamW. The rest is ours:
     Both updates of Algorithm 1 are made in one step of the optimiser: the losses are added. L_FM,
     which is in both, then counts twice in such a step.
 
-The derivative has no choice `fd`. The model's features of 1000 t turn so fast that a central
-difference is off by more than its own size.
+The derivative has no choice `fd`. The model's features of 1000 t turn so fast that the error of a
+central difference is about as large as the derivative.
 
 The weights of SD3.5 are under Stability's Community Licence, and so is a LoRA made from them.
 """

@@ -3,7 +3,7 @@ as it is.
 
     pip install -r examples/requirements.txt
     python examples/wan_facm.py encode --images DIR --out data/wan                     # once
-    python examples/wan_facm.py train --data data/wan --out runs/wan                   # 1.3 B, one GPU
+    python examples/wan_facm.py train --data data/wan --out runs/wan                   # one GPU
     torchrun --nproc_per_node=8 examples/wan_facm.py train --data data/wan --out runs/wan \\
         --model Wan-AI/Wan2.2-T2V-A14B-Diffusers
     python examples/wan_facm.py train --dry-run --size A14B --processes 8      # prints the memory
@@ -16,16 +16,17 @@ has the data at time 0, and its output is the velocity from data to noise. So wi
 and the time 2 - t of FACM's anchor is the negative time -1000 (1 - t).
 
 FACM's later version trains Wan 2.2 with its Chain-JVP: value and tangent go through the network
-together, block by block, so that FSDP gathers one block at once. Here that is jvp.fused. No setting of that run is published. All numbers here are
-ours; where facm.py has a number, it is that of ImageNet.
+together, block by block, so that FSDP gathers one block at once. Here that is jvp.fused. No setting
+of that run is published. All numbers here are ours; where facm.py has a number, it is that of
+ImageNet.
 
 Wan 2.2 A14B has two transformers, its experts: `transformer` for the timesteps from a boundary on
 (875 of 1000), and `transformer_2` for the less noisy ones below it, where 93% of FACM's times are.
 The teacher is both of them, each at its times. The student is one network for all times, which
 begins with the weights of `transformer`, where sampling starts.
 
-The derivative has no choice `fd`. The model's features of 1000 t turn so fast that a central
-difference is off by more than its own size. The weights of Wan are under Apache-2.0.
+The derivative has no choice `fd`. The model's features of 1000 t turn so fast that the error of a
+central difference is about as large as the derivative. The weights of Wan are under Apache-2.0.
 """
 
 import argparse
@@ -102,8 +103,8 @@ class Attention:
 
 
 class Velocity(nn.Module):
-    """A transformer of diffusers as a network net(x, t, s, y) of facm.py: x [B, 16, H, W], time from
-    noise to data, s is None, y is a Text, and the output is float32."""
+    """A transformer of diffusers as a network net(x, t, s, y) of facm.py: x [B, 16, H, W], times
+    from noise to data, s is None, y is a Text, and the output is float32."""
 
     def __init__(self, transformer):
         super().__init__()

@@ -24,7 +24,7 @@ import facm
 import models
 from common import checkpoints, folders, imagefiles, processes, seeds, torchrun
 from common.augment import augment
-from common.flags import Parser, add_flags, parse
+from common.flags import Parser, add_flags
 from common.log import Log
 from common.messages import fail
 from common.run import Run
@@ -384,7 +384,7 @@ def test_every_kind_of_image_through_every_output(tmp_path, monkeypatch, capsys,
         z = np.concatenate([shard[key] for shard in shards])
         mean, std = vae.encode(rgb.flip(3) if mirror else rgb)
         noise = torch.stack([torch.randn(4, 4, 4, generator=seeds.generator("cpu", 0, i, mirror)) for i in range(7)])
-        assert z.dtype == np.float32 and np.allclose(z, (mean + std * noise).numpy(), atol=1e-4)
+        assert z.dtype == np.float32 and np.allclose(z, (mean + std * noise).detach().numpy(), atol=1e-4)
     z = np.concatenate([shard["latents"] for shard in shards]).astype(np.float64)
     mean, std = read_statistics(tmp_path / "z/latents_stats.pt")
     assert np.allclose(mean, z.mean((0, 2, 3)), atol=1e-5) and np.allclose(std, z.std((0, 2, 3), ddof=1), rtol=1e-5)
@@ -411,9 +411,14 @@ def refused_by(monkeypatch, capsys, script, *argv):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 32])
-def test_latents_of_any_number_of_channels_are_shown(tmp_path, monkeypatch, channels):
-    write_shards(tmp_path / "z", shape=(channels, 2, 2))
+def test_latents_of_any_number_of_channels_are_shown(tmp_path, monkeypatch, capsys, channels):
+    write_shards(tmp_path / "z", shape=(channels, 2, 2), latents_flip=None)    # which are not shown
     command(monkeypatch, data, "inspect", tmp_path / "z", "--grid", tmp_path / "grid.png")
+    line = capsys.readouterr().out.splitlines()[-2]
+    figures = [float(word) for word in re.findall(r"-?\d+\.\d+", line)]
+    z = data.load(str(tmp_path / "z"), num_classes=6, xflip=False).items(torch.arange(12), torch.zeros(12, dtype=torch.bool))
+    assert "as a network sees them" in line
+    assert np.allclose(figures, [*z.mean((0, 2, 3)).tolist(), *z.std((0, 2, 3)).tolist()], atol=1e-3)
     assert np.asarray(Image.open(tmp_path / "grid.png")).shape[2:] == ((3,) if channels >= 3 else ())
 
 
@@ -459,18 +464,18 @@ def identity(*argv):
 
 
 def facm_args(*argv):
-    parser = Parser()
-    add_flags(parser, facm.PRESETS, teacher=True)
-    return parse(parser, "facm", facm.PRESETS, list(map(str, argv)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["facm.py", "--precision", "float32", *map(str, argv)])
+        return facm.parse_args()
 
 
 def change_one(folder, kind):
     """Writes the same data set with one pixel, or one number, changed; counts, names and labels stay."""
-    if kind == "latents":
+    if kind.startswith("latents"):
         path = folder / "z/latents_rank00_shard001.safetensors"
-        content = bytearray(path.read_bytes())
-        content[-20] ^= 1                  # of a latent
-        path.write_bytes(content)
+        held = safetensors.torch.load_file(path)
+        held[kind][1, 2, 3, 0] += 1
+        safetensors.torch.save_file(held, path)
     elif kind == "statistics":
         torch.save(dict(mean=torch.zeros(4), std=torch.ones(4)), folder / "z/latents_stats.pt")
     elif kind == "mnist gz":
@@ -493,13 +498,14 @@ def change_one(folder, kind):
                     archive.write(name, name.relative_to(folder / "set").as_posix())
 
 
-@pytest.mark.parametrize("kind", ["RGB folder", "RGB zip", "RGB npz", "grey npz of 3", "grey zip", "mnist gz", "latents", "statistics"])
+@pytest.mark.parametrize("kind", ["RGB folder", "RGB zip", "RGB npz", "grey npz of 3", "grey zip", "mnist gz", "latents", "latents_flip",
+                                  "statistics"])
 def test_a_data_set_is_known_by_its_content(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("torchvision.datasets.MNIST", offline)
 
     def write(folder):
         folder.mkdir()
-        if kind in ("latents", "statistics"):
+        if kind.startswith("latents") or kind == "statistics":
             write_shards(folder / "z")
             return ["--data", folder / "z", "--preset", "imagenet_latents"]
         name, place, _, _ = write_kind(folder, kind)
@@ -584,30 +590,28 @@ def test_the_statistics_of_latents_travel_with_a_run(tmp_path):
 # Flags that have no effect.
 
 @pytest.mark.parametrize("flags, words", [
-    ("--data Z --preset imagenet_latents --data-dir elsewhere", "--data-dir elsewhere: Z does not lie there"),
-    ("--data SET --preset mnist --data-dir elsewhere", "--data-dir elsewhere: SET does not lie there"),
-    ("--data NPZ --preset cifar10 --data-dir elsewhere", "--data-dir elsewhere"), ("--data glyphs --data-dir data", "--data-dir data: glyphs"),
-    ("--data Z --preset imagenet_latents --resolution 16", "--resolution 16: latents cannot be scaled"),
-    ("--data Z --preset cifar10 --resolution 16", "--resolution 16: latents cannot be scaled"),
-    ("--data Z --preset imagenet_latents --skip-broken", "--skip-broken: Z has no image files"),
-    ("--data NPZ --preset mnist --skip-broken", "--skip-broken: NPZ has no image files"), ("--data glyphs --skip-broken", "--skip-broken: glyphs"),
-    ("--data NPZ --preset mnist --channels 1", "3 channels, whatever --channels says"), ("--data glyphs --channels 1", "--channels"),
-    ("--data Z --preset imagenet_latents --channels 3", "4 channels, whatever --channels says"),
+    ("--data {Z} --preset imagenet_latents --data-dir elsewhere", "--data-dir elsewhere: {Z} does not lie there"),
+    ("--data {SET} --preset mnist --data-dir elsewhere", "--data-dir elsewhere: {SET} does not lie there"),
+    ("--data {NPZ} --preset cifar10 --data-dir elsewhere", "--data-dir elsewhere"), ("--data glyphs --data-dir data", "--data-dir data: glyphs"),
+    ("--data {Z} --preset imagenet_latents --resolution 16", "--resolution 16: latents cannot be scaled"),
+    ("--data {Z} --preset cifar10 --resolution 16", "--resolution 16: latents cannot be scaled"),
+    ("--data {Z} --preset imagenet_latents --skip-broken", "--skip-broken: {Z} has no image files"),
+    ("--data {NPZ} --preset mnist --skip-broken", "--skip-broken: {NPZ} has no image files"), ("--data glyphs --skip-broken", "--skip-broken: glyphs"),
+    ("--data {NPZ} --preset mnist --channels 1", "3 channels, whatever --channels says"), ("--data glyphs --channels 1", "--channels"),
+    ("--data {Z} --preset imagenet_latents --channels 3", "4 channels, whatever --channels says"),
     ("--data glyphs --xflip", "--xflip: glyphs are never mirrored"),
     ("--data glyphs --uncond --num-classes 10", "--num-classes 10: the labels are left out"),
-    ("--data NPZ --preset cifar10 --num-classes 3", "--num-classes 3: the labels are left out by --uncond, or by the preset cifar10"),
-    ("--data FLAT --preset mnist --no-uncond", "has no labels; leave out --no-uncond"),
-    ("--data FLAT --preset mnist --num-classes 3", "has no labels: take --uncond in place of --num-classes")])
+    ("--data {NPZ} --preset cifar10 --num-classes 3", "--num-classes 3: the labels are left out by --uncond, or by the preset cifar10"),
+    ("--data {FLAT} --preset mnist --no-uncond", "has no labels; leave out --no-uncond"),
+    ("--data {FLAT} --preset mnist --num-classes 3", "has no labels: take --uncond in place of --num-classes")])
 def test_a_flag_of_the_data_without_effect_is_refused(tmp_path, flags, words):
     write_shards(tmp_path / "z")
     write_kind(tmp_path, "RGB npz")
     write_images(tmp_path / "set", NAMES)
     write_images(tmp_path / "flat", ["0.png", "1.png"])
     places = dict(Z=tmp_path / "z", SET=tmp_path / "set", NPZ=tmp_path / "x.npz", FLAT=tmp_path / "flat")
-    for name, path in places.items():
-        flags, words = flags.replace(name, str(path)), words.replace(name, str(path))
-    with pytest.raises(ValueError, match=re.escape(words)):
-        data.load_for(facm_args(*flags.split()))
+    with pytest.raises(ValueError, match=re.escape(words.format(**places))):
+        data.load_for(facm_args(*flags.format(**places).split()))
 
 
 @pytest.mark.parametrize("kind", ["glyphs", "mnist gz", "grey folder", "RGB npz", "latents"])
@@ -633,12 +637,12 @@ def test_no_preset_is_refused_on_any_data(tmp_path, kind, preset):
 
 
 @pytest.mark.parametrize("script, argv, words", [
-    (data, "inspect Z --resolution 8", "--resolution 8: latents cannot be scaled"), (data, "inspect Z --data-dir D", "--data-dir D"),
-    (data, "inspect NPZ --skip-broken", "--skip-broken"), (data, "inspect NPZ --save-stats", "--save-stats: NPZ has no latents"),
-    (data, "inspect glyphs --save-stats", "--save-stats"), (data, "inspect SET --data-dir D", "--data-dir D"),
-    (data, "inspect imagenet_latents --save-stats", "no latents"), (data, "inspect NPZ --resolution 0", "--resolution 0"),
-    (encode, "--images NPZ --skip-broken", "--skip-broken: NPZ has no image files"), (encode, "--images Z", "Z holds no images, but latents"),
-    (encode, "--images SET --resolution 18", "no multiple of 4")])
+    (data, "inspect {Z} --resolution 8", "--resolution 8: latents cannot be scaled"), (data, "inspect {Z} --data-dir D", "--data-dir D"),
+    (data, "inspect {NPZ} --skip-broken", "--skip-broken"), (data, "inspect {NPZ} --save-stats", "--save-stats: {NPZ} has no latents"),
+    (data, "inspect glyphs --save-stats", "--save-stats"), (data, "inspect {SET} --data-dir D", "--data-dir D"),
+    (data, "inspect imagenet_latents --save-stats", "no latents"), (data, "inspect {NPZ} --resolution 0", "--resolution 0"),
+    (encode, "--images {NPZ} --skip-broken", "--skip-broken: {NPZ} has no image files"), (encode, "--images {Z}", "{Z} holds no images, but latents"),
+    (encode, "--images {SET} --resolution 18", "no multiple of 4")])
 def test_programs_refuse_flags_without_effect(tmp_path, monkeypatch, capsys, script, argv, words):
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "z", stats=False)
@@ -646,10 +650,9 @@ def test_programs_refuse_flags_without_effect(tmp_path, monkeypatch, capsys, scr
     write_kind(tmp_path, "RGB npz")
     write_images(tmp_path / "set", NAMES)
     small_vae(tmp_path)
-    for name, path in dict(Z=tmp_path / "z", SET=tmp_path / "set", NPZ=tmp_path / "x.npz").items():
-        argv, words = argv.replace(name, str(path)), words.replace(name, str(path))
-    argv = argv.split() + (["--vae", "vae.pt", "--out", "out"] if script is encode else [])
-    assert words in refused_by(monkeypatch, capsys, script, *argv)
+    places = dict(Z=tmp_path / "z", SET=tmp_path / "set", NPZ=tmp_path / "x.npz")
+    argv = argv.format(**places).split() + (["--vae", "vae.pt", "--out", "out"] if script is encode else [])
+    assert words.format(**places) in refused_by(monkeypatch, capsys, script, *argv)
     assert sorted((tmp_path / "z").iterdir()) == before and not (tmp_path / "out").exists()
 
 
@@ -673,7 +676,7 @@ def test_encode_continues_with_skip_broken_as_its_error_advises(tmp_path, monkey
     before = {path.name: path.read_bytes() for path in (tmp_path / "z").glob("*.safetensors")}
     command(monkeypatch, encode, *flags, tmp_path / "z", "--skip-broken")
     assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "z").iterdir()}.items()
-    whole, left = data.load(str(tmp_path / "whole")), data.load(str(tmp_path / "z"))
+    whole, left = (data.load(str(tmp_path / name), num_classes=3) for name in ("whole", "z"))
     kept = torch.tensor([i for i, name in enumerate(NAMES) if name not in broken])
     assert left.labels.tolist() == whole.labels[kept].tolist()
     for mirror in (False, True):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT
 from oracle import mutant
 from test_models import SMALL, VARIANTS, inputs
 from torch.distributed.device_mesh import init_device_mesh
@@ -271,6 +272,7 @@ w, square, rows = numbers(4, 6), numbers(6, 6), numbers(5, 6)
 tokens, mask, index = numbers(2, 7, 6), numbers(2, 4, 6) > 0, torch.tensor([2, 0, 1])
 filter1, filter2, filter3 = numbers(8, 4, 3), numbers(8, 2, 3, 3), numbers(3, 4, 1, 2, 2)
 mean, var = numbers(4), numbers(4).exp()
+attend = nn.MultiheadAttention(6, 2, batch_first=True).double().eval()
 
 
 def in_place_operators(x):
@@ -284,10 +286,10 @@ def in_place_operators(x):
 
 OPERATIONS = {
     # Operators
-    "x + 1": lambda x: x + 1, "1 + x": lambda x: 1 + x, "w - x": lambda x: w - x, "1 - x": lambda x: 1 - x, "x * w": lambda x: x * w,
+    "x + 1": lambda x: x + 1, "x.sum() + w": lambda x: x.sum() + w, "1 + x": lambda x: 1 + x, "w - x": lambda x: w - x, "1 - x": lambda x: 1 - x, "x * w": lambda x: x * w,
     "2 * x": lambda x: 2 * x, "x / 2": lambda x: x / 2, "1 / x": lambda x: 1 / x, "w / x": lambda x: w / x, "x / sin(x)": lambda x: x / x.sin(),
     "x ** 2": lambda x: x ** 2, "x ** -1": lambda x: x ** -1, "x ** 0": lambda x: (0 * x) ** 0, "2 ** x": lambda x: 2 ** x, "w ** x": lambda x: w.abs() ** x,
-    "x ** x": lambda x: x.abs() ** x, "x % 2": lambda x: x % 2, "x @ square": lambda x: x @ square, "w.T @ x": lambda x: w.T @ x, "x @ x.mT": lambda x: x @ x.mT,
+    "x ** w": lambda x: x.abs() ** w, "x ** x": lambda x: x.abs() ** x, "x % 2": lambda x: x % 2, "x @ square": lambda x: x @ square, "w.T @ x": lambda x: w.T @ x, "x @ x.mT": lambda x: x @ x.mT,
     "-x": lambda x: -x, "+x": lambda x: +x, "abs(x)": abs, "x += 1": in_place_operators,
     "x > 0": lambda x: x * (x > 0), "0 < x": lambda x: x * (0 < x), "x == x": lambda x: x * (x == x), "x != w": lambda x: x * (w != x), "x >= w": lambda x: x * (x >= w),
     "x[0]": lambda x: x[0], "x[..., ::2]": lambda x: x[..., ::2], "x[mask]": lambda x: x[mask], "x[:, index]": lambda x: x[:, index], "x[x > 0]": lambda x: x[x > 0],
@@ -296,7 +298,7 @@ OPERATIONS = {
     # Arithmetic
     "add, alpha": lambda x: torch.add(x, x.sin(), alpha=3), "sub, alpha": lambda x: x.sub(x.sin(), alpha=3), "add by keyword": lambda x: torch.add(input=w, other=x),
     "rsub": lambda x: torch.rsub(x, 2), "div, floor": lambda x: torch.div(x, 0.3, rounding_mode="floor"), "addcmul": lambda x: torch.addcmul(w, x, x.sin()),
-    "addcmul, value": lambda x: torch.addcmul(x, x, x, value=2), "addcmul, alone": lambda x: torch.addcmul(x, w, w), "addcdiv": lambda x: torch.addcdiv(x, x, x.exp()),
+    "addcmul, value": lambda x: torch.addcmul(x, x, x, value=2), "addcmul, alone": lambda x: torch.addcmul(x, w, w), "addcmul, wide": lambda x: torch.addcmul(filter3.view(12, 1, 1, 4)[..., :1], x, x), "addcdiv": lambda x: torch.addcdiv(x, x, x.exp()),
     "lerp": lambda x: torch.lerp(x, x.sin(), 0.3), "maximum": lambda x: torch.maximum(x, -x), "minimum": lambda x: torch.minimum(x, w), "fmod": lambda x: torch.fmod(x, 0.7),
     "where": lambda x: torch.where(x > 0, x, 0.1 * x), "bmm": lambda x: torch.bmm(x, x.mT), "bmm by keyword": lambda x: torch.bmm(x, mat2=x.mT), "mm": lambda x: torch.mm(x[0], square),
     "baddbmm": lambda x: torch.baddbmm(x @ x.mT, x, x.mT), "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x.sin()), "tensordot": lambda x: torch.tensordot(x, square, 1),
@@ -312,7 +314,7 @@ OPERATIONS = {
     "sum": lambda x: x.sum(), "mean": lambda x: x.mean(-1, keepdim=True), "var": lambda x: x.var(-1), "std_mean": lambda x: torch.std_mean(x, dim=1), "prod": lambda x: x.prod(-1),
     "cumsum": lambda x: x.cumsum(1), "norm": lambda x: x.norm(dim=-1), "vector_norm": lambda x: torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True),
     "vector_norm, 1": lambda x: torch.linalg.vector_norm(x, 1, dim=1), "vector_norm, all": lambda x: torch.linalg.vector_norm(x), "normalize": lambda x: F.normalize(x, dim=-1),
-    "softmax": lambda x: x.softmax(-1), "F.softmax": lambda x: F.softmax(x, dim=1), "softmax, dtype": lambda x: torch.softmax(x.float(), -1, dtype=torch.float64),
+    "softmax": lambda x: x.softmax(-1), "F.softmax": lambda x: F.softmax(x, dim=1), "softmax, dtype": lambda x: torch.softmax(x, -1, dtype=torch.float32),
     "log_softmax": lambda x: x.log_softmax(-1), "logsumexp": lambda x: x.logsumexp(-1), "amax": lambda x: x.amax(-1), "cosine_similarity": lambda x: F.cosine_similarity(x, w[None], dim=-1),
     # Shapes
     "flip": lambda x: x.flip(-1), "roll": lambda x: x.roll(2, -1), "movedim": lambda x: x.movedim(0, -1), "tril": lambda x: x.tril(), "expand": lambda x: x[:, None].expand(2, 3, 4, 6),
@@ -340,6 +342,7 @@ OPERATIONS = {
     "attention by keyword": lambda x: F.scaled_dot_product_attention(query=x, key=x, value=x.sin()), "attention of the keys": lambda x: F.scaled_dot_product_attention(tokens, x, tokens[:, :4]),
     "attention of the values": lambda x: F.scaled_dot_product_attention(tokens, tokens[:, :4], x), "attention, causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
     "attention, mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(4, 4, dtype=torch.bool).tril()), "attention, scale": lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3),
+    "nn.MultiheadAttention": lambda x: attend(x, x, x), "nn.MultiheadAttention to constants": lambda x: attend(x, tokens, tokens, need_weights=False),
     # In two and in three dimensions
     "conv2d [2, 4, 4, 6]": lambda x: F.conv2d(x, filter2, padding=1, groups=2), "conv_transpose2d [2, 4, 4, 6]": lambda x: F.conv_transpose2d(x, filter2.view(4, 4, 3, 3), mean, stride=2),
     "conv2d of its weight [2, 2, 3, 3]": lambda x: F.conv2d(filter2, x), "avg_pool2d [2, 4, 4, 6]": lambda x: F.avg_pool2d(x, 2), "max_pool2d [2, 4, 4, 6]": lambda x: F.max_pool2d(x, 2, return_indices=True),
@@ -354,12 +357,17 @@ def moving_parts(result):
     return [a for a in parts if isinstance(a, (Dual, torch.Tensor)) and (a.dtype.is_floating_point or a.dtype.is_complex)]
 
 
+def point_and_direction(name):
+    """x and dx for an operation, of the shape that ends its name, or [2, 4, 6]."""
+    shape = re.search(r" \[(\d.*)\]$", name)
+    shape = (2, 4, 6) if shape is None else tuple(map(int, shape[1].split(", ")))
+    return torch.randn((2, *shape), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation(name):
     """Value and gradient are those of the plain operation to the bit, the tangent is that of torch.func.jvp."""
-    operation, shape = OPERATIONS[name], re.search(r" \[(\d.*)\]$", name)
-    shape = (2, 4, 6) if shape is None else tuple(map(int, shape[1].split(", ")))
-    x, dx = torch.randn((2, *shape), dtype=torch.float64)
+    operation, (x, dx) = OPERATIONS[name], point_and_direction(name)
     x.requires_grad_()
     result = operation(Dual(x, dx))
     parts, plain = moving_parts(result), moving_parts(operation(x))
@@ -441,6 +449,26 @@ def test_other_errors_are_pytorchs_own():
         torch.maximum(Dual(torch.rand(3), torch.rand(3)), torch.rand(4))
     with pytest.raises(AttributeError, match="no_such_method"):
         Dual(torch.rand(3), torch.rand(3)).no_such_method()
+
+
+def test_the_page_names_what_has_a_rule_and_what_falls_back(monkeypatch):
+    """The table of docs/jvp.md; "fallback" are the operations above that have no rule for any arguments."""
+    fallen, fall_back = set(), jvp._fall_back
+
+    def recorded(func, *args):
+        fallen.add(func.__name__)
+        return fall_back(func, *args)
+
+    monkeypatch.setattr(jvp, "_fall_back", recorded)
+    for name, operation in OPERATIONS.items():
+        operation(Dual(*point_and_direction(name)))
+    expected = {"linear": jvp.LINEAR, "rule": set(jvp.RULES), "fallback": fallen - jvp.LINEAR - set(jvp.RULES),
+                "refused: it draws random numbers": set(REFUSED[DRAWS]), "refused: it writes into an argument": set(REFUSED[WRITES]),
+                "refused: it has no forward mode": set(REFUSED[NO_FORWARD_MODE])}
+    page = (ROOT / "docs/jvp.md").read_text()
+    for kind, names in expected.items():
+        cell = re.search(rf"^\| {kind} \|.*\| (.*) \|$", page, flags=re.MULTILINE)[1]
+        assert set(cell.replace("`", "").split(", ")) == names, kind
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_the_derivative_in_one_pass_with_checkpointing():
 
 
 def test_a_difference_is_no_derivative_here(monkeypatch, capsys):
-    """fd is off by more than its own size, so the program does not offer it."""
+    """The error of fd is about as large as the derivative, so the program does not offer it."""
     student, _, x, y, _ = build(trained=True)
     (_, exact), (_, difference) = (jvp.JVP[way](student, at=(x, T, S, y), along=(torch.ones_like(x), 1, 0.5)) for way in ("exact", "fd"))
     assert (exact - difference).norm() > 0.5 * exact.norm()

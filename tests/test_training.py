@@ -763,8 +763,8 @@ def test_clip_bounds_the_gradient(tmp_path, monkeypatch, script, flags):
     ("--label-drop -1", "--label-drop"), ("--betas 2 0.9", "--betas 2"), ("--P-mean nan", "--P-mean nan"),
     ("--save-every 0", "--save-every"), ("--net input_size=8", "input_size 8"),
     ("--net in_channels=4", "in_channels 4"), ("--net num_classes=2", "num_classes 2"),
-    ("--net width=0", "DDPM++ with these options"), ("--net mult=1,x", "mult='1,x': want int"),
-    ("--net width=abc", "width='abc': want int"), ("--net blocks=True", "blocks=True: want int"), ("--num-classes -1", "--num-classes")])
+    ("--net width=0", "DDPM++ with these options"), ("--net mult=1,x", "mult='1,x': expected int"),
+    ("--net width=abc", "width='abc': expected int"), ("--net blocks=True", "blocks=True: expected int"), ("--num-classes -1", "--num-classes")])
 def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, facm, *TINY[:4], *flags.split(), "--out", tmp_path / "run")
 

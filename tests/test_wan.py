@@ -53,7 +53,7 @@ def test_the_derivative_in_one_pass_is_the_exact_one():
 
 
 def test_a_difference_is_no_derivative_here(monkeypatch, capsys):
-    """fd is off by more than its own size, so the program does not offer it; nor exact to several processes."""
+    """The error of fd is about as large as the derivative, so the program does not offer it; nor exact to several processes."""
     student, _, x, y, _ = build()
     (_, exact), (_, difference) = (jvp.JVP[way](student, at=(x, T, None, y), along=(torch.randn_like(x), 1, 0)) for way in ("exact", "fd"))
     assert (exact - difference).norm() > 0.5 * exact.norm()
