@@ -200,7 +200,8 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # Optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and where the run stands
+    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         for network in (net, ema, teacher):
             if network is not None:
@@ -219,7 +220,6 @@ def train(args, run):
     if args.compile and teacher is not None:
         teacher.compile()
     jvp = select(args.jvp, args.compile)
-    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     shape = (args.batch, *dataset.shape)
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 

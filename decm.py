@@ -439,7 +439,8 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # Optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and where the run stands
+    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         for network in (net, ema, teacher):
             if network is not None:
@@ -457,7 +458,6 @@ def train(args, run):
     if args.compile and teacher is not None:
         teacher.compile()
     jvp = select(args.jvp, args.compile)
-    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     fm_weight = 1 if "fm" in args.objectives else 0
     cd_weight = 1 if "cd" in args.objectives else 0
     shape = (args.batch, *dataset.shape)

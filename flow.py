@@ -166,8 +166,8 @@ def sample_t(normal, times="arctan", P_mean=0.0, P_std=1.2):
 # SAMPLERS. noise [1, B, ...], standard normal; y [B] labels or None; -> samples [B, ...].
 
 @torch.no_grad()
-def integrate(net, noise, y, *, nfe, y_null=0, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
-              shift=1.0, heun=False):
+def integrate(net, noise, y, *, nfe, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
+              y_null=None, shift=1.0, heun=False):
     """Steps along the velocity net(x, t, None, y): Euler's, or Heun's.
 
     nfe           evaluations of the velocity; Heun's method needs two in a step and one in the
@@ -177,7 +177,14 @@ def integrate(net, noise, y, *, nfe, y_null=0, cfg=1.0, cfg_interval=(0.0, 1.0),
     shift         equal steps in u become the times shift u / (1 + (shift-1) u); below 1 they are
                   shorter near the noise. LightningDiT's timestep_shift is the same number, and
                   SD3's alpha is 1 / shift (Esser et al. 2024, Eq. 23, where sigma = 1-t)
+
+    Raises ValueError for an even nfe of Heun's method, and for guidance without y or y_null.
     """
+    if cfg != 1 and (y is None or y_null is None):
+        raise ValueError("guidance (cfg other than 1) needs the labels y and the null label y_null")
+    if heun and nfe % 2 == 0:
+        raise ValueError(f"Heun's method needs an odd nfe, not {nfe}")
+
     def velocity(x, t):
         time = x.new_full(x.shape[:1], t)
         if cfg == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
@@ -249,7 +256,8 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # Optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and where the run stands
+    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         models.shard(net)
         models.shard(ema)
@@ -263,7 +271,6 @@ def train(args, run):
         model = torch.compile(net)
     if world > 1 and not args.fsdp:
         model = DistributedDataParallel(model, broadcast_buffers=False)
-    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     shape = (args.batch, *dataset.shape)
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
@@ -397,6 +404,7 @@ def default_teacher(args, dataset, run):
     for name in MACHINE:
         setattr(own, name, getattr(args, name))
     own.data, own.data_dir, own.fresh, own.dry_run = args.data, args.data_dir, False, None
+    own.out = str(path.parent)             # also if the folder was moved
     processes.barrier()                    # all have read it before it is written
     Run(own, METHOD, run.device, run.rank, run.world, announcement=f"the teacher, {path}, is not "
         "finished: it is trained first, as by flow.py").call(train)

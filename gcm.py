@@ -607,7 +607,8 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # Optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and where the run stands
+    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch, args.group)
     if args.fsdp:
         models.shard(net)
         models.shard(ema)
@@ -625,7 +626,6 @@ def train(args, run):
     if world > 1 and not args.fsdp:
         model = DistributedDataParallel(model, broadcast_buffers=False)
     jvp = select(args.jvp, args.compile)
-    micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch, args.group)
     constant = args.epsilon
     if args.ht != "exp":
         constant = equal_integral(args.ht, args.epsilon, args.mu)
@@ -699,7 +699,9 @@ def train(args, run):
             grad_norm = grad_norm.full_tensor()
         if grad_norm.isfinite():
             optimizer.step()
-            beta = args.ema_beta or (1 - 1 / (step + 1)) ** (gamma + 1)
+            beta = (1 - 1 / (step + 1)) ** (gamma + 1)
+            if args.ema_beta:
+                beta = args.ema_beta
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()

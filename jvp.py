@@ -260,7 +260,7 @@ class Dual:
     __floordiv__, __rfloordiv__ = _operator(operator.floordiv), _reversed(operator.floordiv)
     __mod__, __rmod__ = _operator(operator.mod), _reversed(operator.mod)
     __pow__, __rpow__ = _operator(operator.pow), _reversed(operator.pow)
-    __matmul__, __rmatmul__ = _operator(operator.matmul), _reversed(operator.matmul)
+    __matmul__ = _operator(operator.matmul)
 
     __eq__, __ne__ = _operator(operator.eq), _operator(operator.ne)
     __lt__, __le__ = _operator(operator.lt), _operator(operator.le)

@@ -197,9 +197,6 @@ def fill_in(args, method, preset):
     args.out = args.out or f"runs/{method}-{pathlib.Path(args.data).stem}"
     if args.data == "imagenet_latents":
         args.data_dir = args.data_dir or "data/imagenet_latents"
-    processes = args.dry_run or torchrun.world_size()
-    if args.batch % processes:
-        fail(f"--batch {args.batch} is no multiple of {processes}, the number of processes")
     if args.fsdp and not torchrun.started() and not args.dry_run:
         fail("--fsdp shards over processes: start them by torchrun --nproc_per_node=N")
     if args.fsdp and getattr(args, "jvp", None) == "exact":

@@ -55,8 +55,8 @@ class Log:
         if not (now or step % self.every == 0 or (alone and signals)):
             return 0
         means, votes = self.average(len(signals))
-        finite = self.without_skipped(means)
-        self.write(step, finite, len(means) - len(finite))
+        skipped = self.count_skipped(means)
+        self.write(step, means, skipped)
         return votes
 
     def average(self, votes):
@@ -73,15 +73,15 @@ class Log:
                  for step, _, figures in self.window]
         return means, int(votes)
 
-    def without_skipped(self, means):
-        """The figures of the steps that were made. A step that has a figure which is not finite was
-        skipped; it is printed."""
-        made = []
+    def count_skipped(self, means):
+        """In how many steps an update was skipped, because a figure is not finite. Each of them is
+        printed."""
+        skipped = 0
         for step, figures in means:
             if all(math.isfinite(value) for value in figures.values()):
                 self.skipped_in_a_row = 0
-                made.append(figures)
                 continue
+            skipped += 1
             terms = ", ".join(f"{name} {value:g}" for name, value in figures.items())
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row == TOO_MANY:
@@ -91,14 +91,16 @@ class Log:
                     "--lr or a longer --warmup")
             if not self.quiet:
                 self.bar.write(f"step {step - 1} is skipped, it is not finite: {terms}", sys.stderr)
-        return made
+        return skipped
 
-    def write(self, step, made, skipped):
-        """A line of the file: the means over the steps since the last one."""
-        row = {}
-        for name in dict.fromkeys(name for figures in made for name in figures):
-            values = [figures[name] for figures in made if name in figures]
-            row[name] = round(float(np.mean(values)), 6)
+    def write(self, step, means, skipped):
+        """A line of the file: the means over the steps since the last one, of what is finite."""
+        columns = {}
+        for _, figures in means:
+            for name, value in figures.items():
+                if math.isfinite(value):
+                    columns.setdefault(name, []).append(value)
+        row = {name: round(float(np.mean(values)), 6) for name, values in columns.items()}
         if skipped:
             row["skipped"] = skipped
         images = sum(images for _, images, _ in self.window)

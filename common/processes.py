@@ -164,8 +164,11 @@ def split_batch(batch, rank, world, micro_batch=None, group=1):
 
     Each process has batch / world consecutive samples. They are split into micro-batches of at most
     micro_batch samples (None: all at once), whose sizes differ by one group at most. group: so many
-    consecutive samples stay in one micro-batch. Raises ValueError if they cannot.
+    consecutive samples stay in one micro-batch. Raises ValueError if they cannot, or if the batch
+    is no multiple of the processes.
     """
+    if batch % world:
+        raise ValueError(f"--batch {batch} is no multiple of {world}, the number of processes")
     own = batch // world
     most = min(micro_batch or own, own)
     if own % group or most < group:

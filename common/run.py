@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from common import checkpoints, folders, processes
+from common import checkpoints, folders, processes, torchrun
 from common.flags import MAY_CHANGE
 from common.log import Log
 from common.messages import fail, say_once
@@ -35,6 +35,11 @@ def launch(train, method, args):
 
     method: the script's name, which the checkpoints keep.
     """
+    try:                                   # before a teacher is trained, and before processes wait
+        processes.split_batch(args.batch, 0, args.dry_run or torchrun.world_size(),
+                              args.micro_batch, getattr(args, "group", 1))
+    except ValueError as e:
+        fail(e)
     device, rank, world = processes.start(args.device, args.compile, args.precision)
     if args.dry_run:
         from common.dryrun import report  # here: it needs this module

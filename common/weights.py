@@ -335,7 +335,7 @@ def is_velocity(checkpoint):
     """Whether a checkpoint of ours holds a flow-matching network: one of flow.py, or of a run that
     began with flow matching, as those of earlier versions did, and had not gone beyond it."""
     steps_of_flow = checkpoint["args"].get("pretrain", 0)
-    return checkpoint["method"] == "flow" or checkpoint["step"] <= steps_of_flow
+    return checkpoint.get("method") == "flow" or checkpoint.get("step", 0) <= steps_of_flow
 
 
 def read_start(path, args):

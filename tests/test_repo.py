@@ -159,7 +159,7 @@ def test_imports_run_one_way():
         "__init__": set(), "augment": set(), "ema": set(), "torchrun": set(), "messages": {"torchrun"}, "seeds": set(),
         "folders": {"messages", "torchrun"}, "checkpoints": {"messages"}, "log": {"messages"}, "flags": {"messages", "torchrun"},
         "imagefiles": {"messages"}, "processes": {"folders", "messages", "torchrun"}, "weights": {"checkpoints", "messages"},
-        "run": {"checkpoints", "dryrun", "flags", "folders", "log", "messages", "processes"}, "dryrun": {"processes", "run"}}
+        "run": {"checkpoints", "dryrun", "flags", "folders", "log", "messages", "processes", "torchrun"}, "dryrun": {"processes", "run"}}
     everything = set(COMMON)
     allowed = {name: inside[name] | ({"models"} if name == "weights" else set()) for name in inside}
     allowed |= {"jvp": set(), "models": {"jvp"}, "data": everything, "encode": everything | {"data"},
