@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 encode.py --images DIR --vae CKPT --out LATENTS
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from common import flags, folders, processes, seeds, weights
+from common import checkpoints, flags, folders, processes, seeds, weights
 from common.messages import fail
 
 
@@ -45,8 +46,8 @@ def encode(args):
         images = load_images(args, vae.factor)
         numbers, n = number_images(images)
         claim(out, rank, dict(
-            images=str(args.images), vae=str(args.vae), resolution=images.shape[1], n=n,
-            shard=args.shard, processes=world, seed=args.seed))
+            images=identify(images), vae=checkpoints.fingerprint(args.vae),
+            resolution=images.shape[1], n=n, shard=args.shard, processes=world, seed=args.seed))
     except (ValueError, OSError) as e:
         fail(e)
     try:
@@ -98,6 +99,15 @@ def number_images(images):
         return images.numbers, len(images.tree.names)
     n = len(images.labels)
     return torch.arange(n), n
+
+
+def identify(images):
+    """What the images are, whatever their place: a hash of the names of all files, the broken ones
+    included, or of the content of arrays."""
+    if not isinstance(images, data.Files):
+        return data.fingerprint(images)
+    names = "\n".join(images.tree.names).encode(errors="surrogatepass")
+    return hashlib.sha256(names).hexdigest()[:12]
 
 
 def claim(out, rank, setting):

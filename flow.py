@@ -393,7 +393,7 @@ def default_teacher(args, dataset, run):
             raise ValueError(f"{path} has a network with {key}={held}, and this run {key}="
                              f"{expected}; use --net {key}={held}, or train another teacher by "
                              "flow.py --out and name it by --teacher")
-        if not args.dry_run and own.samples != args.samples:
+        if not (args.dry_run or args.skip_broken) and own.samples != args.samples:
             raise ValueError(f"{path} was trained on other data, {own.samples}, not "
                              f"{args.samples}; use --teacher, or train one by flow.py --out")
     else:

@@ -203,7 +203,8 @@ class Dual:
 
     The functions, methods and operators of PyTorch work on a Dual as on a tensor. A parameter or
     another tensor beside it is a constant. `x += y` is computed as `x = x + y`, so another view of
-    x does not change. torch.compile supports tensor.sub(dual), but not tensor - dual."""
+    x does not change. Code for torch.compile needs x.sub(y) and x.div(y) for a tensor y, because
+    x - y and x / y interrupt its graph."""
 
     value: torch.Tensor
     tangent: torch.Tensor
@@ -245,7 +246,7 @@ class Dual:
     def __iter__(self):
         return iter(self.unbind(0))
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__             # a class with an __eq__ of its own has none otherwise
 
     __getitem__ = _operator(operator.getitem)
     __setitem__ = _operator(operator.setitem)
@@ -311,7 +312,9 @@ def _is_continuous(result):
     with such a tensor in it. Nothing else can have a tangent."""
     if isinstance(result, (list, tuple)):
         return any(_is_continuous(part) for part in result)
-    return isinstance(result, torch.Tensor) and (result.is_floating_point() or result.is_complex())
+    if not isinstance(result, torch.Tensor):
+        return False
+    return result.is_floating_point() or result.is_complex()
 
 
 def _writes(name, args, kwargs):
@@ -427,8 +430,8 @@ def _storage(argument):
 # --------------------------------------------------------------------------------------------------
 # The rules. A rule for y = f(a, b, ...) is called as rule(y, a, b, ...) with the arguments of f,
 # some of which are Duals. It returns the tangent of y, or NotImplemented for arguments that it does
-# not cover; then the fallback is used. A rule is only worth its lines where it saves time: the
-# fallback computes f once more.
+# not cover; then the fallback is used. A rule is there because it saves time: the fallback computes
+# f once more.
 
 def _of_one(rule):
     """A rule for functions of one Dual, their first argument: rule(y, x, dx, ...) computes the
@@ -448,7 +451,8 @@ def _without_bias(func):
     return _of_one(rule)
 
 
-# Sums and products: any of the arguments may be a Dual. They have PyTorch's names.
+# Sums and products: any of the arguments may be a Dual. The parameters of these rules have PyTorch's
+# names, so that they can be given by keyword.
 
 def _add(y, input, other, alpha=1):
     """d(a + alpha b) = da + alpha db."""
@@ -657,7 +661,7 @@ def _group_norm(y, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_en
         """The mean of each group, once for each of its channels: [B, C, 1, ...]."""
         if a.dim() > 2:
             a = a.mean(dim=tuple(range(2, a.dim())))                   # [B, C]
-        means = a.unflatten(1, (num_groups, -1))                         # [B, groups, C / groups]
+        means = a.unflatten(1, (num_groups, -1))                       # [B, groups, C / groups]
         return means.mean(2, keepdim=True).expand_as(means).reshape(*a.shape, *ones)
 
     if weight is None and bias is None:

@@ -1,18 +1,20 @@
 """Rows of the papers' ablation tables on glyphs: equal steps, equal teacher, several seeds.
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
-    python benchmarks/ablation.py decm-samplers            # its last row's runs, other samplers
+    python benchmarks/ablation.py decm-samplers            # the runs of its last row, other samplers
     python benchmarks/ablation.py facm                     # also: teachers, stability, weights
     python benchmarks/ablation.py gcm                      # also: gcm-others
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
-Every row is a run in runs/ablation, of the method's script or, for sCM and MeanFlow, of baselines.py.
-It is judged as in quickstart.py: 1,000 samples, Frechet distance of 64 features, mean and standard
-deviation over the seeds. An interrupted table goes on where it stopped. A budget of minutes shows an
-order at best: the papers trained for days.
+Every row is a run in runs/ablation, of the method's script or, for sCM and MeanFlow, of
+baselines.py. Its teacher is a run of flow.py there, with a folder of its own, which all rows and
+seeds with this teacher share. A row is judged as in quickstart.py, on 1,000 samples: the Frechet
+distance of 64 features, mean and standard deviation over the seeds. The same command resumes a
+table that was interrupted. The papers trained for days, and a budget of minutes can show no more
+than an order.
 
 "stability" adds percentiles of the norm of the gradient before clipping, over all steps, as their
-mean over the seeds, and how many runs collapsed: those that ended in a loss or gradient that is not
+mean over the seeds, and how many runs collapsed: those that ended because loss or gradient were not
 finite, or whose one-step samples are recognised less often than one Euler step of their teacher.
 """
 
@@ -26,6 +28,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,89 +42,119 @@ from common import folders
 from common.flags import Parser
 from common.messages import fail
 
-# A table: its script, the flags of all rows and of the teacher, the samplers that are its columns
-# (name, or None for the method's own, and NFE), and its rows: label, flags, the paper's figure for
-# each column (or None), and, where they differ from the table's, the teacher's flags (None: from
-# scratch). A row with --objective is a run of baselines.py.
-TEACHER, PIXELNORM = ["--steps", "0"], ["--net", "pixelnorm=True"]
-DECM = ["--freq", "3", "--lr", "6e-3", "--warmup", "200", "--c", "1e-3"]      # the paper's freq
-ECT = ["--scheme", "ect", "--P-mean", "-1.1", "--P-std", "2"]
+# --------------------------------------------------------------------------------------------------
+# The tables.
+
+class Row(NamedTuple):
+    """A row of a table, a run for each seed."""
+
+    label: str
+    flags: str                     # of the run, beside those of the table
+    paper: tuple = ()              # the paper's figure for each column, or None
+    script: str = ""               # "" is the table's
+    teacher: str | None = ""       # flags of flow.py for its teacher; None: the row has none
+
+
+class Table(NamedTuple):
+    """A table of a paper."""
+
+    script: str
+    steps: int
+    columns: list                  # of (name of a sampler, or None for the method's own; NFE)
+    rows: list
+    flags: str = ""                # of all rows
+    seeds: tuple = (0, 1, 2)
+    gradients: bool = False        # whether the norms of the gradient are columns
+
+
+PIXELNORM = "--net pixelnorm=True"
+SCM, MEANFLOW = "--objective scm", "--objective meanflow"
+LOG_ALL = "--log-every 1"          # a line of the log for each step
+DECM = "--lr 6e-3 --warmup 200 --c 1e-3"
+N2N = " --freq 3"                  # the paper's value, for rows that train N2N
+ECT = "--row A --scheme ect --P-mean -1.1 --P-std 2"
+TWO_STEPS = [(None, 1), (None, 2)]
+
 TABLES = {
-    "facm": dict(
-        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
-        columns=[(None, 1), (None, 2)],
-        rows=[
-            ("sCM (w/o pixel norm.)", ["--objective", "scm"], (None, None)),
-            ("sCM (w/ pixel norm.)", ["--objective", "scm", *PIXELNORM], (3.04, None),
-             TEACHER + PIXELNORM),
-            ("MeanFlow", ["--objective", "meanflow"], (2.75, None)),
-            ("FACM (auxiliary)", ["--condition", "auxiliary"], (1.93, None)),
-            ("FACM (expanded)", [], (1.76, 1.32)),
-            ("MeanFlow (from scratch)", ["--objective", "meanflow", "--pretrain", "0", "--steps",
-                                         "1500"], (2.65, None), None),
-            ("FACM (from scratch)", ["--pretrain", "0", "--steps", "1500"], (2.27, None), None)]),
-    "teachers": dict(
-        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
-        columns=[(None, 1), (None, 2)],
-        rows=[
-            (f"{name}, teacher of {steps} steps", flags, (None, None),
-             [*TEACHER, *more, *([] if steps == 2000 else ["--pretrain", str(steps)])])
-            for name, flags, more in (("FACM", [], []),
-                                      ("sCM", ["--objective", "scm", *PIXELNORM], PIXELNORM))
-            for steps in (500, 1000, 2000)]),
-    "stability": dict(
-        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
-        columns=[(None, 1)], seeds=range(5), gradients=True,
-        rows=[
-            (name + pixelnorm, [*flags, *more], (None,), TEACHER + more)
-            for name, flags in (("FACM", []), ("FACM without anchor", ["--anchor", "0"]),
-                                ("sCM", ["--objective", "scm"]))
-            for pixelnorm, more in (("", []), (", pixel norm.", PIXELNORM))]),
-    "weights": dict(
-        script="facm.py", steps=400, flags=["--log-every", "1"], teacher=TEACHER,
-        columns=[(None, 1), (None, 2)],
-        rows=[
-            ("1; 1", ["--alpha", "1", "--beta", "1"], (None, 1.45)),
-            ("1; cos", ["--alpha", "1"], (None, 1.39)),
-            ("1-t^0.5; 1", ["--beta", "1"], (None, 1.42)),
-            ("1-t^0.5; 1-t^0.5", ["--beta", "1-t^p"], (None, 1.37)),
-            ("cos; cos", ["--alpha", "cos"], (None, 1.40)),
-            ("1-t^0.5; cos", [], (None, 1.32))]),
-    "decm": dict(
-        script="decm.py", steps=400, flags=DECM, teacher=TEACHER,
-        columns=[("cm", 1), ("cm", 2), ("cm", 4), ("euler", 50)],
-        rows=[
-            ("(c) FM", ["--objectives", "fm"], (263.86, 220.55, 87.93, 1.45)),
-            ("(d) CD", ["--objectives", "cd"], (3.08, 2.50, 2.54, 6.52)),
-            ("(e) FM + CD", ["--objectives", "fm", "cd"], (1.78, 1.41, 1.62, 1.78)),
-            ("(f) FM + N2N", ["--objectives", "fm", "n2n"], (441.66, 297.28, 132.60, 1.41)),
-            ("(g) FM + CD + N2N", [], (1.70, 1.33, 1.41, 1.26))]),
-    "decm-samplers": dict(
-        script="decm.py", steps=400, flags=DECM, teacher=TEACHER,
-        columns=[(name, nfe) for name in ("euler", "cm", "mix") for nfe in (4, 8, 16)],
-        rows=[("Table 4", [], (76.15, 8.26, 2.38, 1.56, 2.37, 3.72, 1.41, 1.51, 1.42))]),
-    "gcm": dict(
-        script="gcm.py", steps=1000, flags=[], teacher=None, columns=[(None, 1), (None, 2)],
-        rows=[(f"({row})", ["--row", row], paper) for row, paper in dict(
-            A=(6.40, 4.28), B=(5.73, 4.40), C=(5.75, 4.31), D=(3.02, 2.24), E=(2.91, 2.20),
-            F=(2.91, 2.19), G=(6.59, 4.27), H=(5.50, 4.10), I=(5.49, 4.06), J=(2.94, 2.15),
-            K=(2.91, 2.15), L=(2.86, 2.11)).items()]),
-    "gcm-others": dict(                    # Tables 7e, and 11, whose curriculum is as long a share
-        script="gcm.py", steps=1000, flags=[], teacher=None, columns=[(None, 1), (None, 2)],
-        rows=[
-            ("(J)", ["--row", "J"], (2.94, 2.15)),
-            ("7e: IMM", ["--row", "J", "--scheme", "imm"], (3.63, 2.37)),
-            ("7e: MeanFlow", ["--row", "J", "--scheme", "meanflow", "--equal", "0.25", "--P-mean",
-                              "-2", "--P-std", "2"], (4.10, 2.58)),
-            ("7e: FACM", ["--row", "J", "--scheme", "facm", "--equal", "0.5", "--P-mean", "-1",
-                          "--P-std", "1.4"], (5.25, 4.24)),
-            *((f"11: {label}", ["--row", "A", *ECT, *flags], paper) for label, flags, paper in (
-                ("a", ["--ht", "ect", "--curriculum", "125"], (3.87, 2.84)),
-                ("b", ["--ht", "ect"], (4.63, 3.09)), ("c", ["--ht", "exp"], (4.38, 3.09)),
-                ("d", ["--ht", "exp", "--ct", "exp"], (4.38, 3.05)))),
-            ("11: e (E)", ["--row", "E"], (2.91, 2.20))]),
+    "facm": Table(
+        "facm.py", 400, TWO_STEPS, flags=LOG_ALL, rows=[
+            Row("sCM (w/o pixel norm.)", SCM, script="baselines.py"),
+            Row("sCM (w/ pixel norm.)", SCM, (3.04, None), "baselines.py", PIXELNORM),
+            Row("MeanFlow", MEANFLOW, (2.75, None), "baselines.py"),
+            Row("FACM (auxiliary)", "--condition auxiliary", (1.93, None)),
+            Row("FACM (expanded)", "", (1.76, 1.32)),
+            Row("MeanFlow (from scratch)", MEANFLOW + " --teacher none --steps 1500", (2.65, None),
+                "baselines.py", None),
+            Row("FACM (from scratch)", "--teacher none --steps 1500", (2.27, None), teacher=None)]),
+    "teachers": Table(
+        "facm.py", 400, TWO_STEPS, flags=LOG_ALL, rows=[
+            Row("FACM, teacher of 500 steps", "", teacher="--steps 500"),
+            Row("FACM, teacher of 1000 steps", "", teacher="--steps 1000"),
+            Row("FACM, teacher of 2000 steps", ""),
+            Row("sCM, teacher of 500 steps", SCM, (), "baselines.py", PIXELNORM + " --steps 500"),
+            Row("sCM, teacher of 1000 steps", SCM, (), "baselines.py", PIXELNORM + " --steps 1000"),
+            Row("sCM, teacher of 2000 steps", SCM, (), "baselines.py", PIXELNORM)]),
+    "stability": Table(
+        "facm.py", 400, [(None, 1)], flags=LOG_ALL, seeds=(0, 1, 2, 3, 4), gradients=True, rows=[
+            Row("FACM", ""),
+            Row("FACM, pixel norm.", "", teacher=PIXELNORM),
+            Row("FACM without anchor", "--anchor 0"),
+            Row("FACM without anchor, pixel norm.", "--anchor 0", teacher=PIXELNORM),
+            Row("sCM", SCM, script="baselines.py"),
+            Row("sCM, pixel norm.", SCM, (), "baselines.py", PIXELNORM)]),
+    "weights": Table(
+        "facm.py", 400, TWO_STEPS, flags=LOG_ALL, rows=[
+            Row("1; 1", "--alpha 1 --beta 1", (None, 1.45)),
+            Row("1; cos", "--alpha 1", (None, 1.39)),
+            Row("1-t^0.5; 1", "--beta 1", (None, 1.42)),
+            Row("1-t^0.5; 1-t^0.5", "--beta 1-t^p", (None, 1.37)),
+            Row("cos; cos", "--alpha cos", (None, 1.40)),
+            Row("1-t^0.5; cos", "", (None, 1.32))]),
+    "decm": Table(
+        "decm.py", 400, [("cm", 1), ("cm", 2), ("cm", 4), ("euler", 50)], flags=DECM, rows=[
+            Row("(c) FM", "--objectives fm", (263.86, 220.55, 87.93, 1.45)),
+            Row("(d) CD", "--objectives cd", (3.08, 2.50, 2.54, 6.52)),
+            Row("(e) FM + CD", "--objectives fm cd", (1.78, 1.41, 1.62, 1.78)),
+            Row("(f) FM + N2N", "--objectives fm n2n" + N2N, (441.66, 297.28, 132.60, 1.41)),
+            Row("(g) FM + CD + N2N", N2N, (1.70, 1.33, 1.41, 1.26))]),
+    "decm-samplers": Table(
+        "decm.py", 400, flags=DECM,
+        columns=[("euler", 4), ("euler", 8), ("euler", 16), ("cm", 4), ("cm", 8), ("cm", 16),
+                 ("mix", 4), ("mix", 8), ("mix", 16)],
+        rows=[Row("Table 4", N2N, (76.15, 8.26, 2.38, 1.56, 2.37, 3.72, 1.41, 1.51, 1.42))]),
+    "gcm": Table(
+        "gcm.py", 1000, TWO_STEPS, [
+            Row("(A)", "--row A", (6.40, 4.28), teacher=None),
+            Row("(B)", "--row B", (5.73, 4.40), teacher=None),
+            Row("(C)", "--row C", (5.75, 4.31), teacher=None),
+            Row("(D)", "--row D", (3.02, 2.24), teacher=None),
+            Row("(E)", "--row E", (2.91, 2.20), teacher=None),
+            Row("(F)", "--row F", (2.91, 2.19), teacher=None),
+            Row("(G)", "--row G", (6.59, 4.27), teacher=None),
+            Row("(H)", "--row H", (5.50, 4.10), teacher=None),
+            Row("(I)", "--row I", (5.49, 4.06), teacher=None),
+            Row("(J)", "--row J", (2.94, 2.15), teacher=None),
+            Row("(K)", "--row K", (2.91, 2.15), teacher=None),
+            Row("(L)", "--row L", (2.86, 2.11), teacher=None)]),
+    # Tables 7e and 11; the curriculum of row 11 a is as long a share of the run as the paper's
+    "gcm-others": Table(
+        "gcm.py", 1000, TWO_STEPS, [
+            Row("(J)", "--row J", (2.94, 2.15), teacher=None),
+            Row("7e: IMM", "--row J --scheme imm", (3.63, 2.37), teacher=None),
+            Row("7e: MeanFlow", "--row J --scheme meanflow --equal 0.25 --P-mean -2 --P-std 2",
+                (4.10, 2.58), teacher=None),
+            Row("7e: FACM", "--row J --scheme facm --equal 0.5 --P-mean -1 --P-std 1.4",
+                (5.25, 4.24), teacher=None),
+            Row("11: a", ECT + " --ht ect --curriculum 125", (3.87, 2.84), teacher=None),
+            Row("11: b", ECT + " --ht ect", (4.63, 3.09), teacher=None),
+            Row("11: c", ECT + " --ht exp", (4.38, 3.09), teacher=None),
+            Row("11: d", ECT + " --ht exp --ct exp", (4.38, 3.05), teacher=None),
+            Row("11: e (E)", "--row E", (2.91, 2.20), teacher=None)]),
 }
 
+
+# --------------------------------------------------------------------------------------------------
+# Runs.
 
 def column(sampler, nfe):
     """The name of a column."""
@@ -129,118 +162,160 @@ def column(sampler, nfe):
 
 
 def train(script, flags, out):
-    """Runs a script to its end on one thread; the same command resumes it. False: it diverged."""
+    """Runs a script with these words to its end, on one thread; the same command resumes it. False:
+    it ended because loss or gradient were not finite."""
     command = [sys.executable, "-W", "ignore", str(ROOT / script), "--device", "cpu", *flags,
                "--preview-every", "1000000", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
-    if "error: not finite" in done.stderr:
+    if "were not finite" in done.stderr:
         return False
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
     return True
 
 
-def name_of(words):
-    """A folder's name for these words and flags."""
-    return "-".join(word.strip("-") for word in words)
+def folder_of(*words):
+    """The folder of a run, named by its script, flags, ..."""
+    parts = " ".join(words).split()
+    return pathlib.Path("runs/ablation") / "-".join(part.strip("-") for part in parts)
+
+
+def gradient_norms(out):
+    """Percentiles 50, 90, 99 and 100 of the gradient's norm in a run with a line for each step."""
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]       # not if skipped
+    return np.percentile(norms, [50, 90, 99, 100]).tolist()
 
 
 def figures_of(script, flags, out, columns, n):
-    """Trains and judges a run: {column: (distance, share recognised)} and percentiles 50, 90, 99 and
-    100 of the gradient's norm, kept beside the run."""
+    """Trains and judges a run: {column: (distance, share recognised)} and, if each step is logged,
+    {"gradients": percentiles of the gradient's norm}. They are kept beside the run."""
     finished = train(script, flags, out)
-    figures = {}
-    if "--log-every" in flags:             # every step has its line
-        norms = [json.loads(line)["grad_norm"] for line in open(out / "log.jsonl")]
-        figures = dict(gradients=np.percentile(norms, [50, 90, 99, 100]).tolist())
+    gradients = {}
+    if LOG_ALL in " ".join(flags):
+        gradients = dict(gradients=gradient_norms(out))
     if not finished:
-        return {column(*pair): (math.inf, 0.0) for pair in columns} | figures
+        return {column(*pair): (math.inf, 0.0) for pair in columns} | gradients
     kept = out / f"figures-{n}.json"
-    figures |= json.loads(kept.read_text()) if kept.exists() else {}
+    figures = {}
+    if kept.exists():
+        figures = json.loads(kept.read_text())
     torch.set_num_threads(1)
-    classifier, labels = quickstart.load_classifier("glyphs", 16), torch.arange(n) % 10
-    _, *reference = quickstart.judge(classifier, *quickstart.real_images("glyphs", 16, "reference"))
+    labels = torch.arange(n) % 10
+    classifier = quickstart.load_classifier("glyphs", 16)
+    reference = quickstart.reference_of(classifier, "glyphs", 16)
     net, checkpoint = sample.load(out / "ckpt.pt")
     for sampler, nfe in columns:
-        if column(sampler, nfe) not in figures:
+        name = column(sampler, nfe)
+        if name not in figures:
             images = sample.draw(net, checkpoint, nfe, labels, sampler=sampler)
             share, distance = quickstart.measure(classifier, images, labels, reference)
-            figures[column(sampler, nfe)] = distance, share
+            figures[name] = distance, share
+    figures |= gradients
     kept.write_text(json.dumps(figures))
     return figures
+
+
+def train_all(table, steps, seeds, n, jobs):
+    """Trains and judges the runs of a table: {label of a row: [figures of a seed, ...]}, and the
+    figures of the teachers, {their flags: figures}. Rows and tables with the same flags share their
+    runs."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn) as pool:
+        columns_of_teacher = [("euler", 1)] if table.gradients else []
+        waiting = {}
+        for flags in dict.fromkeys(row.teacher for row in table.rows if row.teacher is not None):
+            waiting[flags] = pool.submit(figures_of, "flow.py", flags.split(),
+                                         folder_of("flow", flags), columns_of_teacher, n)
+        teachers = {flags: judged.result() for flags, judged in waiting.items()}
+
+        waiting = {}
+        for row in table.rows:
+            script = row.script or table.script
+            for seed in seeds:
+                flags = f"{table.flags} --steps {steps} {row.flags} --seed {seed}".split()
+                words = [script.removesuffix(".py"), str(steps), f"seed{seed}", row.flags]
+                if row.teacher is not None:
+                    flags += ["--teacher", str(folder_of("flow", row.teacher) / "ckpt.pt")]
+                if row.teacher:
+                    words += ["teacher", row.teacher]
+                waiting[row.label, seed] = pool.submit(
+                    figures_of, script, flags, folder_of(*words), table.columns, n)
+        figures = {row.label: [] for row in table.rows}
+        for (label, seed), judged in waiting.items():
+            figures[label].append(judged.result())
+            print(f"{label}, seed {seed}: {judged.result()}", file=sys.stderr)
+    return figures, teachers
+
+
+# --------------------------------------------------------------------------------------------------
+# The program.
+
+def mean_and_spread(values):
+    """The mean and, of several values, the standard deviation as text."""
+    text = f"{statistics.mean(values):.1f}"
+    if len(values) > 1 and math.inf not in values:
+        text += f" ± {statistics.stdev(values):.1f}"
+    return text
+
+
+def print_row(cells):
+    """A row of a table in Markdown."""
+    print("| " + " | ".join(cells) + " |")
+
+
+def print_table(table, figures, teachers):
+    """Prints our figures, mean and deviation over the seeds, and below each row the paper's FID."""
+    names = [column(*pair) for pair in table.columns]
+    heads = ["row", *names]
+    if table.gradients:
+        heads += ["gradient 50%, 90%, 99%, 100%", "collapsed"]
+    print_row(heads)
+    print("|---" * len(heads) + "|")
+    for row in table.rows:
+        found = figures[row.label]
+        cells = [f"{row.label} {row.flags}".strip()]
+        for name in names:
+            cells.append(mean_and_spread([one[name][0] for one in found]))
+        if table.gradients:
+            percentiles = np.mean([one["gradients"] for one in found], axis=0)
+            cells.append(", ".join(f"{value:.2f}" for value in percentiles))
+            share_of_blurs = teachers[row.teacher]["euler 1"][1]
+            collapsed = [one for one in found if one[names[0]][1] < share_of_blurs]
+            cells.append(f"{len(collapsed)} of {len(found)}")
+        print_row(cells)
+        if any(row.paper):
+            print_row(["paper", *("" if value is None else f"{value:.2f}" for value in row.paper)])
 
 
 def main():
     p = Parser(description="Rows of the papers' ablation tables on glyphs.")
     p.add_argument("table", choices=list(TABLES), help="which table")
-    p.add_argument("--seeds", type=int, nargs="+", help="seeds of the training (default: 0, 1, 2)")
+    p.add_argument("--seeds", type=int, nargs="+", help="seeds of the training (default: 0, 1, 2; "
+                   "stability: 0 to 4)")
     p.add_argument("--steps", type=int, help="steps of each row (default: the table's)")
     p.add_argument("--n", type=int, default=1000, help="samples for each figure")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
     args = p.parse_args()
     folders.check_output(args.json)
+    if args.n < 100:
+        fail(f"--n {args.n}: 64 features need 100 samples or more")
+    if args.jobs < 1 or (args.steps is not None and args.steps < 1):
+        fail("--jobs and --steps must be at least 1")
     table = TABLES[args.table]
-    if args.n < 100 or args.jobs < 1 or (args.steps or 1) < 1:
-        fail("--n must be at least 100, --jobs and --steps at least 1")
-    steps, script, out = args.steps or table["steps"], table["script"], pathlib.Path("runs/ablation")
-    seeds, columns = args.seeds or list(table.get("seeds", range(3))), table["columns"]
-    quickstart.load_classifier("glyphs", 16)
-
-    # The teachers, then the rows' runs; rows and tables with the same flags share their runs
-    figures, teachers = {}, {}
-    rows = [(row[0], row[1], row[2], row[3] if len(row) > 3 else table["teacher"])
-            for row in table["rows"]]
-    with concurrent.futures.ProcessPoolExecutor(
-            args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for *_, flags in rows:
-            if flags and name_of(flags) not in teachers:
-                path = out / name_of([script[:-3], "teacher", *flags[len(TEACHER):]])
-                measured = [("euler", 1)] if table.get("gradients") else []
-                teachers[name_of(flags)] = path / "ckpt.pt", pool.submit(
-                    figures_of, script, [*table["flags"], *flags], path, measured, args.n)
-        teachers = {name: (path, judged.result()) for name, (path, judged) in teachers.items()}
-        waiting = {}
-        for label, flags, _, teacher in rows:
-            for seed in seeds:
-                words = [script[:-3], str(steps), f"seed{seed}", *flags]
-                given = [*table["flags"], "--steps", str(steps), *flags, "--seed", str(seed)]
-                if teacher:
-                    path = teachers[name_of(teacher)][0]
-                    words += ["teacher", *teacher[len(TEACHER):]] if len(teacher) > 2 else []
-                    given += ["--teacher", str(path)]
-                waiting[label, seed] = pool.submit(
-                    figures_of, "baselines.py" if "--objective" in flags else script, given,
-                    out / name_of(words), columns, args.n)
-        for (label, seed), judged in waiting.items():
-            figures.setdefault(label, []).append(judged.result())
-            print(f"{label}, seed {seed}: {judged.result()}", file=sys.stderr)
-
-    # Print: ours (mean, deviation over the seeds), the paper's FID below
-    names = [column(*pair) for pair in columns]
+    steps, seeds = args.steps or table.steps, args.seeds or list(table.seeds)
+    quickstart.load_classifier("glyphs", 16)               # once, before the processes need it
+    figures, teachers = train_all(table, steps, seeds, args.n, args.jobs)
     print(f"{args.table}: Frechet distance after {steps} steps, {args.n} samples, seeds {seeds}; "
           "the paper's FID below\n")
-    heads = [*names, *(["gradient 50%, 90%, 99%, 100%", "collapsed"] if table.get("gradients") else [])]
-    print("| row | " + " | ".join(heads) + " |\n|---|" + "---|" * len(heads))
-    for label, flags, paper, teacher in rows:
-        cells = []
-        for name in names:
-            distances = [one[name][0] for one in figures[label]]
-            spread = f" ± {statistics.stdev(distances):.1f}" if len(distances) > 1 else ""
-            cells.append(f"{statistics.mean(distances):.1f}{spread}")
-        if table.get("gradients"):
-            mean = np.mean([one["gradients"] for one in figures[label]], axis=0)
-            blurred = teachers[name_of(teacher)][1]["euler 1"][1]
-            collapsed = sum(one[names[0]][1] < blurred for one in figures[label])
-            cells += [", ".join(f"{value:.2f}" for value in mean), f"{collapsed} of {len(seeds)}"]
-        print(f"| {label} {shlex.join(flags)} | " + " | ".join(cells) + " |")
-        if any(paper):
-            print("| paper | " + " | ".join(f"{value:.2f}" if value else "" for value in paper) + " |")
+    print_table(table, figures, teachers)
     if args.json:
-        args.json.write_text(json.dumps(dict(
+        text = json.dumps(dict(
             table=args.table, steps=steps, seeds=seeds, n=args.n, figures=figures,
-            **quickstart.provenance()), indent=2) + "\n")
+            **quickstart.provenance()), indent=2)
+        args.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

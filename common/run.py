@@ -24,7 +24,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 # These change the result, and may do so at a resume: it is printed, and stands in the log
 MAY_CHANGE_WITH_A_NOTE = {"lr", "clip", "warmup", "precision", "jvp", "compile"}
 # What a training function puts into the flags, from the data and from the teacher
-FILLED_IN = {"net", "samples", "class_names", "teacher_id"}
+FILLED_IN = {"net", "samples", "class_names", "latent_stats", "teacher_id"}
 
 
 @processes.program("--micro-batch, --grad-checkpoint, --precision bf16 and --fsdp need less "

@@ -21,6 +21,7 @@ from PIL import Image
 import data
 import encode
 import facm
+import flow
 import models
 from common import checkpoints, folders, imagefiles, processes, seeds, torchrun
 from common.augment import augment
@@ -1219,3 +1220,35 @@ def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
     sys.excepthook(ValueError, ValueError("x"), None)
     assert "ValueError: x" in capsys.readouterr().err
+
+
+def test_encode_knows_its_autoencoder_and_images_by_content(tmp_path, monkeypatch, capsys):
+    """Both may have moved; neither may be another one of the same name."""
+    small_vae(tmp_path)
+    folder = write_images(tmp_path / "images", NAMES)
+    flags = ["--resolution", 16, "--device", "cpu", "--out", tmp_path / "z"]
+    command(monkeypatch, encode, *flags, "--images", folder, "--vae", tmp_path / "vae.pt")
+    (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
+    folder.rename(tmp_path / "moved")
+    command(monkeypatch, encode, *flags, "--images", tmp_path / "moved", "--vae", tmp_path / "moved.pt")
+    weights = torch.load(tmp_path / "moved.pt")
+    torch.save({name: w + 1 for name, w in weights.items()}, tmp_path / "vae.pt")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, encode, *flags, "--images", tmp_path / "moved", "--vae", tmp_path / "vae.pt")
+    assert "was begun with vae" in capsys.readouterr().err
+    first = sorted((tmp_path / "moved").rglob("*.png"))[0]
+    first.rename(first.with_name("another.png"))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, encode, *flags, "--images", tmp_path / "moved", "--vae", tmp_path / "moved.pt")
+    assert "was begun with images" in capsys.readouterr().err
+
+
+def test_a_run_on_latents_is_resumed_with_its_statistics(tmp_path, monkeypatch):
+    """They are in the checkpoint, by which sample.py decodes."""
+    write_shards(tmp_path / "z")
+    flags = ["--data", tmp_path / "z", "--preset", "imagenet_latents", "--device", "cpu", "--precision", "float32", "--batch", 4,
+             "--micro-batch", 4, "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=4", "--out", tmp_path / "run"]
+    for steps in (1, 2):
+        command(monkeypatch, flow, *flags, "--steps", steps)
+    held = checkpoints.read(tmp_path / "run/ckpt.pt")
+    assert held["step"] == 2 and len(held["args"]["latent_stats"]["mean"]) == held["args"]["net"]["in_channels"]
