@@ -102,7 +102,7 @@ PRESETS = {
         ema_sigma=0.2,
         precision="bf16",                  # as FACM's code
         micro_batch=32,                    # ours: 80 GB
-        save_every=5000,                   # ours: two or three hours on 8 GPUs
+        save_every=5000,                   # ours
         jvp="fused",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
         P_mean=-0.8,

@@ -30,7 +30,7 @@ def parse_args():
     a("--batch", type=flags.number(int, 1), default=16, help="images at a time")
     a("--shard", type=flags.number(int, 1), default=10_000, help="images in a shard")
     a("--seed", type=int, default=0, help="seed of the posterior's noise")
-    a("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    a("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     a("--skip-broken", action="store_true", help="list and leave out images that do not decode; "
       "may be added when the command continues")
     return p.parse_args()

@@ -92,7 +92,7 @@ PRESETS = {
         ema_sigma=0.2,                     # the authors' code
         precision="bf16",                  # the authors' code
         micro_batch=32,                    # ours: 80 GB
-        save_every=5000,                   # ours: two or three hours on 8 GPUs
+        save_every=5000,                   # ours
         net=dict(name="LightningDiT-XL/1", qknorm=True),
         times="uniform",                   # the authors' code
         P_mean=-0.8,                       # without effect
@@ -357,7 +357,7 @@ def find_or_train(args, dataset, run):
     path = pathlib.Path(args.teacher) if args.teacher else default_teacher(args, dataset, run)
     if path.is_dir():
         path = path / "ckpt.pt"
-    if args.dry_run and not path.exists():
+    if args.dry_run and args.teacher is None and not path.exists():
         options = data.fit_network_to(dataset, args.net)
         return models.create(**options).eval().requires_grad_(False), options
     say_if_unfinished(path)
@@ -393,6 +393,7 @@ def default_teacher(args, dataset, run):
             raise ValueError(f"{path} has a network with {key}={held}, and this run {key}="
                              f"{expected}; use --net {key}={held}, or train another teacher by "
                              "flow.py --out and name it by --teacher")
+        del checkpoint                     # Windows does not replace a file that is mapped
         if not (args.dry_run or args.skip_broken) and own.samples != args.samples:
             raise ValueError(f"{path} was trained on other data, {own.samples}, not "
                              f"{args.samples}; use --teacher, or train one by flow.py --out")

@@ -451,8 +451,8 @@ def _without_bias(func):
     return _of_one(rule)
 
 
-# Sums and products: any of the arguments may be a Dual. The parameters of these rules have PyTorch's
-# names, so that they can be given by keyword.
+# Sums and products: any of the arguments may be a Dual. The parameters of these rules have
+# PyTorch's names, so that they can be given by keyword.
 
 def _add(y, input, other, alpha=1):
     """d(a + alpha b) = da + alpha db."""

@@ -83,7 +83,7 @@ def parse_args():
     a("--raw", action="store_true", help="the weights themselves, not their average (EMA)")
     a("--export", metavar="FILE.safetensors", type=pathlib.Path, help="write the network alone, "
       "in half precision, to a file that --ckpt takes, and end")
-    a("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    a("--device", help="cpu, cuda, cuda:N or mps (default: cuda where there is one)")
     return p.parse_args()
 
 

@@ -26,7 +26,7 @@ def own(folder):
         import fcntl
     except ImportError:                    # Windows has none: its folders have no owner
         return made
-    path = folder / ".owner"
+    path = folder.resolve() / ".owner"
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,7 +58,7 @@ def remove_empty(made):
 
 def disown(folder):
     """Gives up a folder that this program owns."""
-    for file, path in [lock for lock in LOCKS if lock[1].parent == folder]:
+    for file, path in [lock for lock in LOCKS if lock[1].parent == folder.resolve()]:
         LOCKS.remove((file, path))
         path.unlink(missing_ok=True)
         file.close()

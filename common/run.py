@@ -86,7 +86,8 @@ class Run:
             fail(e)
         finally:
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                if handler is not None:    # it is None if it is not Python's
+                    signal.signal(number, handler)
             self.close()
 
     def close(self):
@@ -180,12 +181,12 @@ class Run:
         """--fresh: renames the old folder to NAME.old-K, after everything that may refuse the run.
         """
         if self.rank == 0 and {p.name for p in self.folder.iterdir()} - {".owner"}:
-            names = (self.folder.with_name(f"{self.folder.name}.old-{k}")
-                     for k in itertools.count(1))
+            real = self.folder.resolve()   # a link stays, and the folders lie beside each other
+            names = (real.with_name(f"{real.name}.old-{k}") for k in itertools.count(1))
             folders.disown(self.folder)
-            old = self.folder.rename(next(name for name in names if not name.exists()))
+            old = real.rename(next(name for name in names if not name.exists()))
             print(f"--fresh: the old run is now {old}")
-            folders.own(self.folder)
+            folders.own(real)
         processes.barrier()
 
     def batch(self, dataset, step, samples):

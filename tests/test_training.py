@@ -588,6 +588,17 @@ def test_fresh_keeps_the_old_run(finished, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run.old-1" / "ckpt.pt").exists()
 
 
+def test_fresh_on_a_link_keeps_the_link(tmp_path, monkeypatch):
+    """The run lies on another disk, say, and so does the new one; the old one is beside it."""
+    (tmp_path / "disk/run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/run")
+    for _ in range(2):
+        call(monkeypatch, flow, *FLOW, "--steps", 1, "--fresh", "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["run", "run.old-1"]
+    assert all((tmp_path / "disk" / name / "ckpt.pt").exists() for name in ("run", "run.old-1"))
+    assert not list(tmp_path.rglob(".owner"))
+
+
 def refused(monkeypatch, capsys, module, *argv):
     """The one line that a user's mistake ends in."""
     with pytest.raises(SystemExit) as end:

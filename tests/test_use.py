@@ -97,6 +97,7 @@ def test_a_dry_run_opens_a_teacher_that_is_there(teacher, tmp_path, monkeypatch,
     call(monkeypatch, facm, *flags, teacher)
     assert "'width': 8" in capsys.readouterr().out
     assert "width=16" in refused(monkeypatch, capsys, facm, *flags, teacher, "--net", "width=16")
+    assert "nowhere.pt: no such checkpoint" in refused(monkeypatch, capsys, facm, *flags, "nowhere.pt")
     (tmp_path / "torn.pt").write_bytes(teacher.read_bytes()[:1000])
     assert "torn.pt is no readable checkpoint" in refused(monkeypatch, capsys, facm, *flags, tmp_path / "torn.pt")
 
