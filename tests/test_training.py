@@ -247,7 +247,9 @@ def test_a_run_is_not_resumed_with_another_teacher(finished, teacher, tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_exits(tmp_path, number):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)             # which nohup lets all children ignore
     process = popen(*FLOW, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path / "run", script="flow.py")
+    signal.signal(signal.SIGHUP, handler)
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(number)
     assert process.wait() == 128 + number
