@@ -159,8 +159,10 @@ class Run:
             self.begin_anew()
         self.signals, self.stopped = [], False
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:             # as nohup has it
-                signal.signal(number, lambda number, frame: self.signals.append(number))
+            hangs_up = hasattr(signal, "SIGHUP") and number == signal.SIGHUP
+            if hangs_up and signal.getsignal(number) == signal.SIG_IGN:
+                continue                   # started by nohup, which the run shall survive
+            signal.signal(number, lambda number, frame: self.signals.append(number))
         self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
                             self.args.log_every, quiet=self.rank > 0)
         if self.changed and self.rank == 0:
