@@ -1,7 +1,7 @@
 """Rows of the papers' ablation tables on glyphs: equal steps, equal teacher, several seeds.
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
-    python benchmarks/ablation.py decm-samplers            # other samplers, same runs as its last row
+    python benchmarks/ablation.py decm-samplers            # other samplers, runs of its last row
     python benchmarks/ablation.py facm                     # also: teachers, stability, weights
     python benchmarks/ablation.py gcm                      # also: gcm-others
     python benchmarks/ablation.py decm --seeds 0 --steps 100

@@ -199,7 +199,7 @@ def main():
     p.add_argument("--out", type=pathlib.Path, default="runs/cifar10", help="folder of the runs")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
     p.add_argument("--picture", type=pathlib.Path, help="draw samples into this PNG")
-    p.add_argument("--curve", type=pathlib.Path, help="draw the distances over the images seen, with "
+    p.add_argument("--curve", type=pathlib.Path, help="draw the distances over images seen, with "
                    "matplotlib, into this PNG")
     args = p.parse_args()
     for path in (args.json, args.picture, args.curve):

@@ -1,12 +1,13 @@
 """The curves of one or more runs as one PNG: losses, gradient norm and distance over the steps.
 
     pip install matplotlib
-    python benchmarks/curves.py runs/facm-glyphs --out curves.png
+    python benchmarks/curves.py runs/flow-glyphs runs/facm-glyphs --out curves.png
 
-Losses and gradient norms stand in log.jsonl. Distances stand in distance.jsonl, a line for each call
-of `benchmarks/quickstart.py RUN --log`. A run can be cut into pieces for it:
+Losses and gradient norms are in log.jsonl. Distances are in distance.jsonl, a line for each call of
+`benchmarks/quickstart.py RUN --log`. A run can be stopped on its way for it, and resumed:
 
-    timeout -s TERM 120 python facm.py ; python benchmarks/quickstart.py runs/facm-glyphs --log
+    timeout -s TERM 120 python facm.py
+    python benchmarks/quickstart.py runs/facm-glyphs --log
 """
 
 import json
@@ -21,12 +22,48 @@ from common.messages import fail
 
 def read_lines(path):
     """The dicts in a file of JSON lines; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def smooth(values, window):
-    """Means over the last `window` values."""
-    return [sum(values[max(0, i + 1 - window):i + 1]) / min(i + 1, window) for i in range(len(values))]
+    """The means of each value and those before it, `window` values together."""
+    means = []
+    for i in range(len(values)):
+        last = values[max(0, i + 1 - window):i + 1]
+        means.append(sum(last) / len(last))
+    return means
+
+
+def curves_of_log(folder, window):
+    """{panel: (label, steps, values)} of a run's losses and of its gradient norm."""
+    lines = read_lines(folder / "log.jsonl")
+    names = []
+    for line in lines:
+        for name in line:
+            if name.startswith("L_") or name in ("loss", "grad_norm"):
+                names.append(name)
+    curves = {}
+    for name in dict.fromkeys(names):
+        held = [line for line in lines if name in line]    # L_N2N is not in every line
+        steps, values = [line["step"] for line in held], [line[name] for line in held]
+        curves[name] = (folder.name, steps, smooth(values, window))
+    return curves
+
+
+def curves_of_distance(folder):
+    """[(label, steps, values), ...] of the samplers whose distance was measured."""
+    lines = read_lines(folder / "distance.jsonl")
+    if not lines:
+        return []
+    curves = []
+    for row in lines[-1]["figures"]:
+        if row.startswith(("student", "teacher")):         # not the real digits
+            label = f"{folder.name}, {row.split(', ', 1)[1]}"
+            values = [line["figures"][row]["distance"] for line in lines]
+            curves.append((label, [line["step"] for line in lines], values))
+    return curves
 
 
 def main():
@@ -43,32 +80,23 @@ def main():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # {panel: [(label, steps, values)]}; GCM's runs have one stage, the others' two
-    panels, end_of_stage = {}, set()
+    panels = {}                            # {title: [(label, steps, values), ...]}
     for folder in args.runs:
-        log = read_lines(folder / "log.jsonl")
-        if not log:
+        curves = curves_of_log(folder, args.smooth)
+        if not curves:
             fail(f"{folder}: no log.jsonl with lines in it")
-        stages = [line["stage"] for line in log]
-        end_of_stage |= {log[i]["step"] for i in range(len(log) - 1) if stages[i] != stages[i + 1]}
-        for key in [key for key in log[-1] if key.startswith("L_") or key in ("loss", "grad_norm")]:
-            lines = [line for line in log if line.get(key)]
-            panels.setdefault(key, []).append((folder.name, [line["step"] for line in lines],
-                                               smooth([line[key] for line in lines], args.smooth)))
-        judged = read_lines(folder / "distance.jsonl")
-        for row in judged[-1]["figures"] if judged else ():
-            if row.startswith("student"):
-                panels.setdefault("distance", []).append((
-                    f"{folder.name}, {row.split(', ', 1)[1]}", [line["step"] for line in judged],
-                    [line["figures"][row]["distance"] for line in judged]))
+        for name, curve in curves.items():
+            panels.setdefault(name, []).append(curve)
+        for curve in curves_of_distance(folder):
+            panels.setdefault("distance", []).append(curve)
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
-    for axis, (name, curves) in zip(axes[0], panels.items()):
+    size = (4 * len(panels), 3.2)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        marker = "o" if title == "distance" else None
         for label, steps, values in curves:
-            axis.plot(steps, values, label=label, marker="o" if name == "distance" else None)
-        for step in end_of_stage:
-            axis.axvline(step, color="grey", linestyle=":")
-        axis.set(title=name, xlabel="step", yscale="log")
+            axis.plot(steps, values, label=label, marker=marker)
+        axis.set(title=title, xlabel="step", yscale="log")
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out, dpi=80)

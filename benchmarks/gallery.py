@@ -1,9 +1,11 @@
 """The picture of the README: real images, a teacher and its students, the same noise in each row.
 
-    python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs runs/gcm-glyphs --right runs/facm-mnist --out assets/gallery.png
+    python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs runs/gcm-glyphs \\
+        --right runs/facm-mnist --out assets/gallery.png
 
-left, right: run folders on two data sets; the teacher is the first run's. A row is ten samples, one
-of each class. The left side says which rows there are.
+--left and --right are run folders of students on two data sets. The teacher is that of the first of
+them. A row is ten samples, one of each class. The left side determines which rows there are; a row
+that the right side lacks is white there.
 """
 
 import pathlib
@@ -21,26 +23,44 @@ import data
 import sample
 from common import folders
 from common.flags import Parser
+from common.messages import fail
 
 NAMES = dict(facm="FACM", decm="DE-CM", gcm="GCM", baselines="baseline")
 
 
-def rows_of(folders, labels):
-    """{label of a row: uint8 images [10, H, W, 3]} of the runs on one data set."""
-    students = [sample.load(folder / "ckpt.pt") for folder in folders]
+def steps_text(nfe):
+    """1 step, 2 steps, ..."""
+    return "1 step" if nfe == 1 else f"{nfe} steps"
+
+
+def rows_of(run_folders, labels):
+    """{label of a row: uint8 images [10, H, W, C]} of the runs on one data set."""
+    students = [sample.load(folder / "ckpt.pt") for folder in run_folders]
     args = students[0][1]["args"]
-    teacher = sample.load(args["teacher"] or folders[0] / "teacher.pt")
-    real, classes = quickstart.real_images(args["data"], args["net"]["input_size"], "test")
+    teacher = quickstart.teacher_of(args)
+    if teacher is None:
+        raise ValueError(f"{run_folders[0]}, the first run of its side, needs a teacher")
+    guidance = quickstart.guidance_of(args)
+
+    images, classes = quickstart.real_images(args["data"], args["net"]["input_size"], "test")
     first = [int(np.flatnonzero(classes == label)[0]) for label in labels]
-    rows = {"real": real[first]}
+    rows = {"real": images[first]}
     for nfe in (1, 20):
-        rows[f"teacher, {nfe} step" + "s" * (nfe > 1)] = sample.draw(
-            *teacher, nfe, labels, sampler="euler", cfg=args["w"])
+        rows[f"teacher, {steps_text(nfe)}"] = sample.draw(*teacher, nfe, labels, **guidance)
     for nfe in (1, 2):
         for net, checkpoint in students:
-            rows[f"{NAMES[checkpoint['method']]}, {nfe} step" + "s" * (nfe > 1)] = sample.draw(
-                net, checkpoint, nfe, labels)
+            label = f"{NAMES[checkpoint['method']]}, {steps_text(nfe)}"
+            rows[label] = sample.draw(net, checkpoint, nfe, labels)
     return rows
+
+
+def scaled(images, size):
+    """uint8 images [N, size, size, 3] of images [N, H, W, C], by repeated pixels."""
+    results = []
+    for image in images:
+        picture = Image.fromarray(image.squeeze()).convert("RGB")
+        results.append(np.asarray(picture.resize((size, size), Image.Resampling.NEAREST)))
+    return np.stack(results)
 
 
 def main():
@@ -51,17 +71,21 @@ def main():
     p.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     args = p.parse_args()
     folders.check_output(args.out)
-    labels, sheets = torch.arange(10), []
-    sides = [rows_of(folders, labels) for folders in (args.left, args.right)]
-    for side in sides:                     # a row that one side lacks stays white there
-        images = [Image.fromarray(image.squeeze()).convert("RGB").resize(
-            (args.size, args.size), Image.Resampling.NEAREST)
-            for row in sides[0] for image in side.get(row, np.full((10, 8, 8, 3), 255, np.uint8))]
-        data.save_grid(args.out, np.stack([np.asarray(image) for image in images]), 10,
-                       labels=list(side) if side is sides[0] else ())
+    labels = torch.arange(10)
+    try:
+        left, right = rows_of(args.left, labels), rows_of(args.right, labels)
+    except ValueError as e:
+        fail(e)
+
+    white = np.full((10, args.size, args.size, 3), 255, np.uint8)
+    sheets = []
+    for rows, titles in ((left, list(left)), (right, ())):
+        images = [scaled(rows[label], args.size) if label in rows else white for label in left]
+        data.save_grid(args.out, np.concatenate(images), 10, labels=titles)
         sheets.append(Image.open(args.out).convert("RGB"))
     gap = args.size // 2
-    sheet = Image.new("RGB", (sheets[0].width + gap + sheets[1].width, max(s.height for s in sheets)), "white")
+    size = (sheets[0].width + gap + sheets[1].width, sheets[0].height)
+    sheet = Image.new("RGB", size, "white")
     sheet.paste(sheets[0], (0, 0))
     sheet.paste(sheets[1], (sheets[0].width + gap, 0))
     sheet.save(args.out)

@@ -1,5 +1,4 @@
-"""What the text-to-image examples share: captions as labels, folders of encoded images, and a rule
-for the derivative of diffusers' networks.
+"""What the text-to-image examples share: captions as labels, and folders of encoded images.
 
 Such a folder has a .safetensors file for each image, with its latents x1 [C, H, W] and the
 embeddings of its caption, and null.safetensors with those of the empty caption.
@@ -12,19 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import jvp
 from common import imagefiles
-
-# --------------------------------------------------------------------------------------------------
-# A rule for jvp.fused. y: the value of the operation; x: its argument, which has a tangent.
-
-def no_dropout(y, x, *rate_and_mode, **options):
-    """The rate of dropout is 0 in diffusers' networks, but they may be in train mode."""
-    return x.tangent
-
-
-jvp.RULES["dropout"] = no_dropout
-
 
 # --------------------------------------------------------------------------------------------------
 # Captions as the labels y of a loss.

@@ -58,22 +58,6 @@ SIZES = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# A rule for jvp.fused. y: the value of the operation; x: its argument, which has a tangent.
-
-def rms_norm(y, x, shape, weight=None, eps=None):
-    """y = w x / r with r^2 = mean(x^2) + eps. Therefore dy = w (dx - x mean(x dx) / r^2) / r."""
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps
-    square = x.value.square().mean(-1, keepdim=True) + eps
-    along_x = (x.value * x.tangent).mean(-1, keepdim=True) / square
-    tangent = (x.tangent - x.value * along_x) * square.rsqrt()
-    return tangent if weight is None else tangent * weight
-
-
-jvp.RULES["rms_norm"] = rms_norm
-
-
-# --------------------------------------------------------------------------------------------------
 # diffusers' transformer as a network of facm.py.
 
 def rotate(x, cos, sin):
