@@ -17,9 +17,13 @@ import resource
 import subprocess
 import sys
 
+import torch
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import dryrun, flags
+from common import flags
+from common.dryrun import NoData
+from common.run import Run
 
 ROWS = [
     "flow.py --data cifar10",
@@ -88,15 +92,28 @@ def print_table():
 # --------------------------------------------------------------------------------------------------
 # --measure: the memory of a real process.
 
-class OneStep(dryrun.DryRun):
-    """A run of one step, in one process, which reads and writes no run folder."""
+class OneStep(Run):
+    """A run in this process that reads and writes no files."""
 
-    def __init__(self, args, method):
-        super(dryrun.DryRun, self).__init__(args, method, dryrun.torch.device("cpu"), 0, 1)
+    def open_folder(self):
+        """There is none."""
+
+    def close(self):
+        """Nothing is open."""
 
     def resume(self, net, ema, optimizer, extra=()):
         """There is nothing to resume."""
         self.net, self.begun = net, True
+
+    def log(self, step, **figures):
+        """Nothing is logged."""
+
+    def save(self):
+        """Nothing is saved."""
+
+    def preview_is_due(self):
+        """Nothing is drawn."""
+        return False
 
 
 def measure_here(words):
@@ -108,10 +125,10 @@ def measure_here(words):
     script = importlib.import_module(words[0].removesuffix(".py"))
     sys.argv = [*words, "--device", "cpu", "--steps", "1"]
     args = script.parse_args()
-    script.data.load_for = dryrun.NoData
+    script.data.load_for = NoData
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     before = pages * resource.getpagesize()
-    OneStep(args, script.METHOD).call(script.train)
+    OneStep(args, script.METHOD, torch.device("cpu"), rank=0, world=1).call(script.train)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak {peak - before}")
 
