@@ -6,7 +6,7 @@
 The comparison of GCM's Table 7j: a step is loss, backward pass and optimiser (VU, w = 1), and each
 of its cases runs in a process of its own. Time: the median of the steps after the first, for 1000
 images. Memory: the peak of what tensors hold on a GPU; on the CPU the peak of the whole process,
-of which the interpreter and PyTorch have the part that is printed as "before".
+of which the interpreter and PyTorch need the part that is printed as "before".
 """
 
 import json
@@ -36,14 +36,14 @@ def parse_args():
     p = flags.Parser(description="Time and memory of the exact derivative and of the difference.")
     p.add_argument("--nets", nargs="+", choices=list(NETWORKS), default=list(NETWORKS),
                    help="networks")
-    p.add_argument("--net", nargs="+", default=[], metavar="K=V", help="other options of theirs")
-    p.add_argument("--batch", type=int, default=4, help="images a step")
+    p.add_argument("--net", nargs="+", default=[], metavar="K=V", help="options of both networks")
+    p.add_argument("--batch", type=int, default=4, help="images in a step")
     p.add_argument("--steps", type=int, default=5, help="steps that are timed, after one more")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--case", nargs=2, help="one case in this process: network and --jvp")
     args = p.parse_args()
     if min(args.batch, args.steps) < 1:
-        fail("--batch and --steps: at least 1")
+        fail("--batch and --steps must be at least 1")
     return args
 
 
@@ -56,29 +56,31 @@ def peak(device):
 
 def measure(name, way, args):
     """Seconds for 1000 images and peak bytes of training steps with --jvp fused, exact or fd."""
-    device, before = torch.device(args.device), peak(torch.device(args.device))
+    device = torch.device(args.device)
+    before = peak(device)
     options = NETWORKS[name] | flags.parse_net_options(args.net)
     torch.manual_seed(0)
-    net = models.create(**options, second_time=True).to(device)
+    net = models.create(**options, second_time=True, device=device)
     optimizer = torch.optim.RAdam(net.parameters(), 1e-4)
-    shape = (args.batch, options["in_channels"], *[options["input_size"]] * 2)
-    f = gcm.precondition(net, ct="exp", mu=3.5, sigma_d=0.5, second_time=True)
+    f = gcm.precondition(net, second_time=True)
+    shape = (args.batch, options["in_channels"], options["input_size"], options["input_size"])
     seconds = []
     for step in range(args.steps + 1):
         start = time.perf_counter()
-        x, z = torch.randn((2, *shape), device=device)
-        u = torch.rand(4, args.batch, device=device)
-        t, s, density = gcm.sample_times(u, "gcm", "VU", "sine", (1, 0.01), 4.0, 0.0, 0, 1, 0.5)
+        x = torch.randn(shape, device=device)
+        z = 0.5 * torch.randn(shape, device=device)
+        t, s, density = gcm.sample_times(torch.rand(4, args.batch, device=device), variant="VU")
         y = torch.zeros(args.batch, dtype=torch.int64, device=device)
         models.seed_dropout(net, step, rows=args.batch)
-        gcm.gcm_loss(f, JVP[way], x, 0.5 * z, t, s, density, y).backward()
+        loss = gcm.gcm_loss(f, JVP[way], x, z, t, s, density, y, difference=way == "fd")
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return dict(sec_per_kimg=statistics.median(seconds[1:]) * 1000 / args.batch,
-                peak=peak(device), before=before)
+    sec_per_kimg = statistics.median(seconds[1:]) * 1000 / args.batch
+    return dict(sec_per_kimg=sec_per_kimg, peak=peak(device), before=before)
 
 
 def main():
@@ -86,8 +88,8 @@ def main():
     if args.case:
         print(json.dumps(measure(*args.case, args)))
         return
-    print(f"{args.device}, batch {args.batch}, torch {torch.__version__}\n"
-          f"{'network':10}{'derivative':>12}{'s/1000 images':>15}{'peak MiB':>10}{'before':>8}")
+    print(f"{args.device}, batch {args.batch}, torch {torch.__version__}")
+    print(f"{'network':10}{'derivative':>12}{'s/1000 images':>15}{'peak MiB':>10}{'before':>8}")
     for name in args.nets:
         for way in ("fused", "exact", "fd"):
             done = subprocess.run([sys.executable, *sys.argv, "--case", name, way],

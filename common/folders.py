@@ -26,7 +26,7 @@ def own(folder):
         import fcntl
     except ImportError:                    # Windows has none: its folders have no owner
         return made
-    path = folder.resolve() / ".owner"
+    path = folder / ".owner"
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,7 +45,7 @@ def own(folder):
         return made
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    LOCKS.append((file, path))
+    LOCKS.append((file, path.resolve()))
     return made
 
 

@@ -118,7 +118,7 @@ class Run:
         if "optimizer" not in checkpoint:
             raise ValueError(f"{path} has no optimiser to resume with; use --out or --fresh")
         self.checkpoint, self.step = checkpoint, checkpoint["step"]
-        self.check_flags(set(checkpoint["args"]) - FILLED_IN)
+        self.check_flags([name for name in checkpoint["args"] if name not in FILLED_IN])
 
     def check_flags(self, names):
         """Raises ValueError if a flag that changes the result is not what the run began with. Those
@@ -147,7 +147,7 @@ class Run:
         """
         self.net, self.ema, self.optimizer, self.extra = net, ema, optimizer, extra
         if self.checkpoint:
-            self.check_flags(FILLED_IN & set(self.checkpoint["args"]))
+            self.check_flags([name for name in self.checkpoint["args"] if name in FILLED_IN])
             path = self.folder / "ckpt.pt"
             checkpoints.load_weights(net, self.checkpoint["model"], path)
             checkpoints.load_weights(ema, self.checkpoint["ema"], path)

@@ -719,7 +719,7 @@ def test_the_loops_give_the_methods_what_the_flags_say(tmp_path, monkeypatch):
     common = [*FLOW, "--steps", 2, "--seed", 7, "--lr", "1e-12", "--ema-sigma", 0.2, "--betas", 0.8, 0.95, "--weight-decay", 0.1]
     call(monkeypatch, flow, *common, "--batch", 16, "--label-drop", 1, "--P-mean", 0.5, "--P-std", 1, "--out", tmp_path / "flow")
     call(monkeypatch, facm, *common, "--teacher", tmp_path / "flow", "--jvp", "fd", "--w", 3, "--t-low", 0.25, "--alpha", "cos",
-         "--beta", "1", "--power", 0.3, "--c", 0.5, "--P-mean", -1, "--P-std", 1.5, "--out", tmp_path / "run")
+         "--beta", "1-t^p", "--power", 0.3, "--c", 0.5, "--P-mean", -1, "--P-std", 1.5, "--out", tmp_path / "run")
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 0, 8), (7, 8, 8)]
     gamma = gamma_of(0.2)
     assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma + 1) for k in (1, 2, 1, 2)]
@@ -737,7 +737,7 @@ def test_the_loops_give_the_methods_what_the_flags_say(tmp_path, monkeypatch):
                 assert 0 < options["mixed"].sum() < 16                 # 2 - t for some
             else:
                 assert (y < 10).all() and (options["w"], options["t_low"], options["y_null"]) == (3.0, 0.25, 10)
-                assert (options["alpha"], options["beta"], options["p"]) == ("cos", "1", 0.3)
+                assert (options["alpha"], options["beta"], options["p"]) == ("cos", "1-t^p", 0.3)
                 assert options["c"] == 0.5 and options["teacher"] is not None and options["condition"] == "expanded"
     for name in ("flow", "run"):
         checkpoint = checkpoints.read(tmp_path / name / "ckpt.pt")
@@ -907,7 +907,7 @@ def test_a_rate_may_change_at_a_resume_and_the_log_says_so(tmp_path, monkeypatch
             call(monkeypatch, flow, *FLOW, *flags, "--steps", steps, "--out", tmp_path / name)
         said = capsys.readouterr().err
         assert f"{name}, step 1: lr 0.001 is now 0.0001, clip 1.0 is now 0.5\n" in said
-        assert f"{name}, step 2: warmup 2 is now 0, precision float32 is now bf16\n" in said
+        assert f"{name}, step 2: precision float32 is now bf16, warmup 2 is now 0\n" in said
     assert [row["changed"] for row in rows(out) if "changed" in row] == [
         dict(lr=[1e-3, 1e-4], clip=[1.0, 0.5]), dict(warmup=[2, 0], precision=["float32", "bf16"])]
     assert [row["step"] for row in rows(out)] == [1, 1, 2, 2, 3]
