@@ -321,13 +321,13 @@ def load(path, velocity=False, key=None, **options):
     """
     weights, own = read(path, velocity, key)
     try:
-        if own is None:
-            given, own = options, options_from_shapes(weights) | options
-            say_guesses(path, own, given)
-        net = models.create(**own)
+        known = own or options_from_shapes(weights) | options
+        net = models.create(**known)
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: no network of ours takes these weights: {e}") from None
+        raise ValueError(f"{path}: no network of ours fits these weights: {e}") from None
     checkpoints.load_weights(net, weights, path)
+    if own is None:
+        say_guesses(path, known, options)
     return net.eval()
 
 
