@@ -578,6 +578,9 @@ def check(args, net):
     if args.w != 1 and (args.uncond or not net["num_classes"]):
         raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
                          "--w 1")
+    if args.init is None and net.get("sigma_data") is not None:
+        raise ValueError("--net sigma_data is for velocity networks, whose time runs the other "
+                         "way; gcm.py has its own preconditioning, --sigma-data")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab: a and b must differ")
     times = [T_MAX, *args.t_mid, T_MIN]

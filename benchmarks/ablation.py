@@ -71,7 +71,7 @@ PIXELNORM = "--net pixelnorm=True"
 SCM, MEANFLOW = "--objective scm", "--objective meanflow"
 LOG_ALL = "--log-every 1"          # a line of the log for each step
 DECM = "--lr 6e-3 --warmup 200 --c 1e-3"
-N2N = " --freq 3"                  # the paper's value, for rows that train N2N
+N2N = "--freq 3"                   # the paper's value, for rows that train N2N
 ECT = "--row A --scheme ect --P-mean -1.1 --P-std 2"
 TWO_STEPS = [(None, 1), (None, 2)]
 
@@ -115,7 +115,7 @@ TABLES = {
             Row("(c) FM", "--objectives fm", (263.86, 220.55, 87.93, 1.45)),
             Row("(d) CD", "--objectives cd", (3.08, 2.50, 2.54, 6.52)),
             Row("(e) FM + CD", "--objectives fm cd", (1.78, 1.41, 1.62, 1.78)),
-            Row("(f) FM + N2N", "--objectives fm n2n" + N2N, (441.66, 297.28, 132.60, 1.41)),
+            Row("(f) FM + N2N", "--objectives fm n2n " + N2N, (441.66, 297.28, 132.60, 1.41)),
             Row("(g) FM + CD + N2N", N2N, (1.70, 1.33, 1.41, 1.26))]),
     "decm-samplers": Table(
         "decm.py", 400, flags=DECM,

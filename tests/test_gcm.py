@@ -876,3 +876,9 @@ def test_a_flag_given_by_hand_beats_its_alternative_in_the_preset(monkeypatch, f
     monkeypatch.setattr("sys.argv", ["gcm.py", *flags])
     args = gcm.parse_args()
     assert (args.curriculum, args.ema_beta) == expected
+
+
+def test_the_preconditioning_of_velocity_networks_is_refused_from_scratch(tmp_path, monkeypatch, capsys):
+    """Their time runs the other way, so that their scalings would be those of another time."""
+    words = refused(monkeypatch, capsys, gcm, "--device", "cpu", "--net", "sigma_data=0.5", "--out", tmp_path / "run")
+    assert "--net sigma_data is for velocity networks" in words
