@@ -378,12 +378,7 @@ def first_difference(a, b):
         if key in ("dropout", "dropout_res", "second_time", "augment_dim"):
             continue
         default = defaults[key].default if key in defaults else None
-        one, other = as_tuple(a.get(key, default)), as_tuple(b.get(key, default))
+        one, other = a.get(key, default), b.get(key, default)
         if one != other:
             return key, one, other
     return None
-
-
-def as_tuple(value):
-    """A list as a tuple; another value as it is."""
-    return tuple(value) if isinstance(value, list) else value
