@@ -1,20 +1,30 @@
-"""sCM and MeanFlow, the two methods that FACM's tables compare with, as FACM's A.3(c) has them.
+"""Five methods that FACM and DE-CM are compared with, on FACM's flow, teacher, times and networks.
 
-DIRECTION OF TIME: t=0 noise, t=1 data, as in facm.py, from which everything comes that these rows
-are to have in common with FACM: flow, teacher, guidance, times, network and presets.
+DIRECTION OF TIME: t=0 noise, t=1 data, as in facm.py. What is common to these methods and to FACM
+is imported from there: flow, guidance, density of the times, presets.
 
 --objective scm       Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models
-                      (Lu & Song 2024, arXiv:2410.11081), on the linear flow
+                      (Lu & Song 2024, arXiv:2410.11081), on the linear flow as in FACM's A.3(c)
     g = cos(pi t/2) (F - v - q (1-t) dF/dt)            `scm_loss`; q rises to 1: tangent warm-up
     L = e exp(-a(t)) + a(t), e = |g / (rms(g) + 0.1)|^2    a(t) is learned, `log_weight`
 
 --objective meanflow  Mean Flows for One-step Generative Modeling (Geng et al. 2025,
-                      arXiv:2505.13447)
+                      arXiv:2505.13447), as in FACM's A.3(c)
     F(x_t, t, r) = v + (r-t) dF/dt                     `meanflow_loss`: average velocity from t to r
     L = e / (e+c)^p, e = |F - v - (r-t) dF/dt|^2       r = t for a share of the samples
 
+--objective imf       Improved Mean Flows (Geng et al. 2025, arXiv:2512.02012), from scratch
+    as MeanFlow, but dF/dt is taken along the network's own velocity F(x_t, t, t)     `imf_loss`
+
+--objective ayf       Align Your Flow, its AYF-EMD (Sabour et al. 2025, arXiv:2506.14603)
+    L = |g / (rms(g) + 0.1)|^2, g = F - v - q (r-t) dF/dt  `ayf_loss`: sCM's tangent for any end r
+
+--objective alphaflow AlphaFlow (Zhang et al. 2025, arXiv:2510.20771)
+    L = alpha e / (e+c)^p, e = |F - alpha v - (1-alpha) F(x_s, s, r)|^2 / alpha^2   `alphaflow_loss`
+    with s = t + alpha (r-t), x_s = x_t + (s-t) v      alpha falls from 1 to 0.005: no derivative
+
     x1, x0, xt, t   x_1, x_0, x_t, t        teacher   F_delta, frozen; None: from scratch
-    F_cm, F_r       F with gradient         phi       the coefficients of a(t)
+    F_cm, F_r, F_s  F at (t), (t, r), (s, r)   phi    the coefficients of a(t)
 
 Launch:
     python baselines.py                                                          # laptop: MeanFlow
@@ -23,7 +33,8 @@ Launch:
 
 Without --teacher, the teacher is that of flow.py in runs/flow-DATA, which is trained first if it is
 not there. Results and details: docs/baselines.md. A departure from the paper stands at its line:
-"paper: ...; here: ...".
+"paper: ...; here: ...". The papers of iMF, AYF and AlphaFlow were not at hand: docs/baselines.md
+says what their losses were checked against.
 """
 
 import copy
@@ -46,39 +57,49 @@ from facm import conditions, flow_velocity, interpolate, mean, sample_t, wide
 from jvp import JVP, select
 
 METHOD = "baselines"
+OBJECTIVES = ["scm", "meanflow", "imf", "ayf", "alphaflow"]
 
-# FACM's presets, with the steps of sCM's tangent warm-up (A.3(c))
+# FACM's presets, with the steps of the tangent warm-up of sCM and AYF (A.3(c))
 PRESETS = {name: preset | dict(tangent_warmup=10_000) for name, preset in facm.PRESETS.items()}
 PRESETS["glyphs"]["tangent_warmup"] = PRESETS["mnist"]["tangent_warmup"] = 100         # ours
 
 
 def parse_args():
-    parser = flags.Parser(description="sCM and MeanFlow. The defaults of most flags are those of "
-                          "FACM's preset.")
+    parser = flags.Parser(description="sCM, MeanFlow, iMF, AYF and AlphaFlow. The defaults of most "
+                          "flags are those of FACM's preset.")
     flags.add_flags(parser, PRESETS, teacher=True)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
-    flag("--objective", choices=["scm", "meanflow"], default="meanflow", help="the method")
+    flag("--objective", choices=OBJECTIVES, default="meanflow", help="the method")
     flag("--P-mean", float, help="mean of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (FACM's Eq. 9, Table 5)")
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (FACM's Table 5)")
     flag("--jvp", choices=list(JVP), help="dF/dt: in one pass with F, by torch.func.jvp, or by a "
          "central difference (FACM's A.1)")
-    flag("--c", float, 0, default=1e-3, help="meanflow: the constant in its adaptive weight")
-    flag("--equal", float, 0, 1, help="meanflow: share of r = t (A.3(c): 0.75 from scratch, else "
-         "0)")
-    flag("--tangent-warmup", int, 0, help="scm: steps in which dF/dt comes in (A.3(c))")
+    flag("--c", float, 0, default=1e-3, help="the constant in the adaptive weight of meanflow, imf "
+         "and alphaflow")
+    flag("--equal", float, 0, 1, help="share of samples with r = t, for all but scm (A.3(c): 0.75 "
+         "from scratch, else 0)")
+    flag("--tangent-warmup", int, 0, help="scm, ayf: steps in which the share of dF/dt rises "
+         "(A.3(c))")
+    flag("--alpha-steps", int, 1, help="alphaflow: steps in which alpha falls (default: --steps)")
     flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
          "is trained from scratch and learns its own guidance")
     args = flags.parse(parser, METHOD, PRESETS)
     flags.check_effect(
         args,
         ("t-low", args.w != 1, "guidance, --w other than 1"),
-        ("c equal", args.objective == "meanflow", "--objective meanflow"),
-        ("tangent-warmup", args.objective == "scm", "--objective scm"),
+        ("c", args.objective in ("meanflow", "imf", "alphaflow"), "--objective meanflow, imf or "
+         "alphaflow"),
+        ("equal", args.objective != "scm", "an --objective other than scm"),
+        ("tangent-warmup", args.objective in ("scm", "ayf"), "--objective scm or ayf"),
+        ("alpha-steps", args.objective == "alphaflow", "--objective alphaflow"),
+        ("jvp", args.objective != "alphaflow", "an --objective other than alphaflow"),
         ("label-drop", args.teacher == "none", "--teacher none"))
     if args.equal is None:
         args.equal = 0.75 if args.teacher == "none" else 0.0
+    if args.objective == "alphaflow" and args.alpha_steps is None:
+        args.alpha_steps = args.steps
     return args
 
 
@@ -96,12 +117,16 @@ def scm_loss(net, jvp, x1, x0, t, y, *, phi, warm=1.0, teacher=None, w=1.0, t_lo
     F_cm, dF_dt = jvp(net, at=(xt, *c_cm, y), along=(v, 1, 0))
     g = F_cm.detach() - v - warm * wide(1 - t, v) * dF_dt                        # FACM's Eq. 11
     # paper: A.3(c) gives no weight of t; here: cos(pi t/2), because the authors' code has it so.
-    g = wide(torch.cos(math.pi / 2 * t), v) * g
-    rms = mean(g.square()).sqrt()
-    g = g / (wide(rms, g) + 0.1)                                                 # normalisation
+    g = normalised(wide(torch.cos(math.pi / 2 * t), v) * g)
     e = mean((F_cm - (F_cm.detach() - g)).square())
     a = log_weight(t, phi)
     return (e * torch.exp(-a) + a).mean()
+
+
+def normalised(g):
+    """The tangent g, divided by its root mean square plus 0.1 (tangent normalisation)."""
+    rms = mean(g.square()).sqrt()
+    return g / (wide(rms, g) + 0.1)
 
 
 def log_weight(t, phi):
@@ -123,8 +148,66 @@ def meanflow_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1
     return (e / (e + c).pow(p).detach()).mean()
 
 
+def imf_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
+             y_null=None):
+    """iMF's loss, mean over the batch: MeanFlow's with the derivative along the network's own
+    velocity F(x_t, t, t), which is the mean over all pairs (x0, x1) through x_t, where v is that of
+    one pair. From a teacher, v is this mean already. Options as in facm_loss."""
+    xt = interpolate(x1, x0, t)
+    _, c_fm = conditions(t, "auxiliary")
+    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
+    with torch.no_grad():
+        own = net(xt, *c_fm, y)
+    F_r, dF_dt = jvp(net, at=(xt, t, r, y), along=(own, 1, 0))
+    e = mean((F_r - v - wide(r - t, v) * dF_dt).square())
+    return (e / (e + c).pow(p).detach()).mean()
+
+
+def ayf_loss(net, jvp, x1, x0, t, r, y, *, warm=1.0, teacher=None, w=1.0, t_low=0.125, y_null=None):
+    """AYF-EMD's loss, mean over the batch: sCM's normalised tangent for jumps from t to any r >= t.
+    warm: the share q of dF/dt; the others as in facm_loss."""
+    xt = interpolate(x1, x0, t)
+    _, c_fm = conditions(t, "auxiliary")
+    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
+    F_r, dF_dt = jvp(net, at=(xt, t, r, y), along=(v, 1, 0))
+    g = normalised(F_r.detach() - v - warm * wide(r - t, v) * dF_dt)
+    return mean((F_r - (F_r.detach() - g)).square()).mean()
+
+
+def alphaflow_loss(net, x1, x0, t, r, y, *, alpha, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
+                   y_null=None):
+    """AlphaFlow's loss, mean over the batch. The jump from t to r is put together from a piece
+    along v, the share alpha of the way, and the network's own jump over the rest. alpha, in (0, 1]:
+    1 is flow matching with F(x_t, t, r), and for alpha -> 0 the gradient becomes MeanFlow's.
+    Options as in facm_loss."""
+    xt = interpolate(x1, x0, t)
+    _, c_fm = conditions(t, "auxiliary")
+    v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
+    s = t + alpha * (r - t)
+    xs = xt + wide(s - t, v) * v
+    # Without autocast, because bfloat16 would round off the difference of the two passes
+    with torch.autocast(xt.device.type, enabled=False):
+        with torch.no_grad():
+            F_s = net(xs, s, r, y)
+        F_r = net(xt, t, r, y)
+    target = alpha * v + (1 - alpha) * F_s
+    e = mean((F_r - target).square())
+    # paper's code: the weight is alpha / (e+c); here: alpha / (e + alpha^2 c) at p = 1, because
+    # F - target is of the size of alpha, and the weight then becomes MeanFlow's for alpha -> 0.
+    return (e / alpha / (e / alpha ** 2 + c).pow(p).detach()).mean()
+
+
+def alpha_after(share):
+    """AlphaFlow's alpha after a share of its schedule, 0 to 1: it falls from 1 to 0.005 along a
+    sigmoid. paper's code: MeanFlow below 0.005; here: 0.005 to the end, without derivative."""
+    alpha = 1 / (1 + math.exp(25 * (share - 0.5)))
+    if alpha > 0.995:
+        return 1.0
+    return max(alpha, 0.005)
+
+
 def sample_t_r(normal, same, P_mean=-0.8, P_std=1.6):
-    """MeanFlow's times t <= r from draws [2, B]; r = t where same [B] bool (A.3(c)). paper: their
+    """Times t <= r of a jump from draws [2, B]; r = t where same [B] bool (A.3(c)). paper: their
     log-normal density has no parameters given; here: FACM's Eq. 20 for both times."""
     t, r = sample_t(normal, P_mean, P_std).sort(dim=0)[0]
     return t, torch.where(same, t, r)
@@ -135,7 +218,7 @@ def sample_t_r(normal, same, P_mean=-0.8, P_std=1.6):
 
 @torch.no_grad()
 def sample_jumps(net, noise, y, *, nfe):
-    """MeanFlow's: nfe jumps from t to r along the average velocity F(x_t, t, r). K = 1."""
+    """nfe jumps from t to r along the average velocity F(x_t, t, r). K = 1."""
     xt = noise[0]
     for i in range(nfe):
         t, r = xt.new_full(xt.shape[:1], i / nfe), xt.new_full(xt.shape[:1], (i + 1) / nfe)
@@ -149,13 +232,13 @@ DETERMINISTIC = ("euler", "jumps")         # these need noise of K = 1, the othe
 
 def default_sampler(nfe, args):
     """The sampler that suits a method; args: the training's flags, a dict."""
-    return "jumps" if args["objective"] == "meanflow" else "cm"
+    return "cm" if args["objective"] == "scm" else "jumps"
 
 
 def sampler_options(args):
     """{sampler: its options} for a run with these flags (a dict)."""
     options = facm.sampler_options(args)
-    if args["objective"] == "meanflow":
+    if args["objective"] != "scm":
         options["jumps"] = {}
     return options
 
@@ -178,6 +261,11 @@ def check(args, net):
                          "--w 1")
     if args.objective == "scm" and args.w != 1 and args.teacher == "none":
         raise ValueError("--objective scm from scratch knows no velocity to guide; use --w 1")
+    if args.objective == "ayf" and args.teacher == "none":
+        raise ValueError("--objective ayf distils a teacher; leave out --teacher none")
+    if args.objective == "imf" and args.teacher != "none":
+        raise ValueError("--objective imf trains from scratch, because with a teacher it is "
+                         "MeanFlow; use --teacher none")
 
 
 def train(args, run):
@@ -191,7 +279,7 @@ def train(args, run):
     check(args, args.net)
 
     # Network: it has the teacher's shape and begins with its weights. A second time begins at zero
-    args.net = args.net | dict(second_time=args.objective == "meanflow")
+    args.net = args.net | dict(second_time=args.objective != "scm")
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
     phi = torch.zeros(8, device=device, requires_grad=True)            # sCM's a(t)
@@ -262,13 +350,23 @@ def train(args, run):
                 model.require_backward_grad_sync = last                # what DDP's no_sync() sets
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 guidance = dict(w=args.w, t_low=args.t_low, y_null=net.num_classes)
+                warm = min(1, (step + 1) / max(args.tangent_warmup, 1))
                 if args.objective == "scm":
-                    warm = min(1, (step + 1) / max(args.tangent_warmup, 1))
                     loss = scm_loss(model, jvp, x1, x0, t, y, phi=phi, warm=warm, teacher=teacher,
                                     **guidance)
-                else:
+                elif args.objective == "meanflow":
                     loss = meanflow_loss(model, jvp, x1, x0, t, r_all[samples], y, c=args.c,
                                          teacher=teacher, **guidance)
+                elif args.objective == "imf":
+                    loss = imf_loss(model, jvp, x1, x0, t, r_all[samples], y, c=args.c, **guidance)
+                elif args.objective == "ayf":
+                    warm = min(warm, 0.99)             # AYF's regularised warm-up
+                    loss = ayf_loss(model, jvp, x1, x0, t, r_all[samples], y, warm=warm,
+                                    teacher=teacher, **guidance)
+                else:
+                    alpha = alpha_after(min(1, step / args.alpha_steps))
+                    loss = alphaflow_loss(model, x1, x0, t, r_all[samples], y, alpha=alpha,
+                                          c=args.c, teacher=teacher, **guidance)
             loss = loss * (len(y) / (args.batch // world))
             loss.backward()
             total += loss.detach()

@@ -192,7 +192,7 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
              vpsi="model", p=0.5, c=1e-3, w=1.0, eta=None, y_null=None):
     """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27).
 
-    xt, v      as decm_loss returns them
+    xt, v      as decm_loss returns them; None: without L_FM, which is then 0
     r, t       times with 0 <= r <= t <= 1, r near 0
     lam, gam   weights of the right end t and of the left end r
     w2         w_2(r, t), a key of WEIGHTS, as a function of the time 1 - (t-r)
@@ -201,9 +201,12 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
     """
     guidance = dict(w=w, eta=eta, y_null=y_null)
     xr = interpolate(x1, x0, r)                                                # line 19
-    v_r = flow_velocity(teacher, x1, x0, xr, r, y, **guidance)                 # lines 20, 21
-    F_n2n, dF, F_fm = jvp(net, at=(xr, r, t, y), along=(gam * v_r, gam, -lam), # line 22
-                          also=(xt, t, t.clone(), y))                          # line 26
+    v_r = torch.zeros_like(xr)             # with gam = 0 it has no part
+    if gam != 0:
+        v_r = flow_velocity(teacher, x1, x0, xr, r, y, **guidance)             # lines 20, 21
+    also = None if v is None else (xt, t, t.clone(), y)                        # line 26
+    F_n2n, dF, *F_fm = jvp(net, at=(xr, r, t, y), along=(gam * v_r, gam, -lam),        # line 22
+                           also=also)
     if vpsi == "data":
         v_psi = v
     else:
@@ -211,7 +214,9 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
     v_tar = n2n_target(F_n2n.detach(), v_r, v_psi, dF, r, t, lam=lam, gam=gam, # lines 23, 24
                        w2=WEIGHTS[w2](1 - t + r))
     L_n2n = adaptive(F_n2n, v_tar, p, c)                                       # line 25, Eq. 15
-    L_fm = fm_loss(F_fm, v, p, c)                                              # line 27, Eq. 17
+    if v is None:
+        return torch.zeros_like(L_n2n).mean(), L_n2n.mean()
+    L_fm = fm_loss(*F_fm, v, p, c)                                             # line 27, Eq. 17
     return L_fm.mean(), L_n2n.mean()
 
 
@@ -415,8 +420,13 @@ def check(args, net):
         raise ValueError("--lam and --gam: their sum must be positive")
     if not 0 <= args.r_max < 1:
         raise ValueError(f"--r-max {args.r_max}: choose 0 or more, below 1")
-    if args.objectives == ["n2n"]:
-        raise ValueError("--objectives n2n: it stands beside fm or cd, not alone")
+    if args.objectives == ["n2n"]:         # FreeFlow's predictor, with the flags in docs/decm.md
+        if args.freq != 1:
+            raise ValueError("--objectives n2n alone needs --freq 1, because the other steps would "
+                             "train nothing")
+        if args.vpsi == "data":
+            raise ValueError("--objectives n2n alone needs --vpsi model: it computes no velocity "
+                             "at x_t")
 
 
 def train(args, run):
@@ -460,6 +470,7 @@ def train(args, run):
     jvp = select(args.jvp, args.compile)
     fm_weight = 1 if "fm" in args.objectives else 0
     cd_weight = 1 if "cd" in args.objectives else 0
+    has_first_update = fm_weight + cd_weight > 0       # not with --objectives n2n alone
     shape = (args.batch, *dataset.shape)
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
@@ -492,38 +503,40 @@ def train(args, run):
 
         # First update: consistency, and the velocity. The gradient is accumulated over the
         # micro-batches; with the last one it is averaged over the processes
+        figures = {}
         losses = torch.zeros(2, device=device)
-        for i, (x1, x0, t, y) in enumerate(batches):
-            models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
-            last = i == len(batches) - 1
-            if args.fsdp:
-                net.set_requires_gradient_sync(last)
-            elif world > 1:
-                model.require_backward_grad_sync = last                # what DDP's no_sync() sets
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                L_fm, L_cm, xt_v = decm_loss(
-                    model, jvp, x1, x0, t, y, teacher=teacher, w1=args.w1, p=args.power, c=args.c,
-                    w=args.w, eta=args.vel_norm, y_null=net.num_classes)
-            seen.append(xt_v)
-            share = len(y) / (args.batch // world)
-            loss = (fm_weight * L_fm + cd_weight * L_cm) * share
-            loss.backward()
-            losses += torch.stack([L_fm, L_cm]).detach() * share
+        if has_first_update:
+            for i, (x1, x0, t, y) in enumerate(batches):
+                models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
+                last = i == len(batches) - 1
+                if args.fsdp:
+                    net.set_requires_gradient_sync(last)
+                elif world > 1:
+                    model.require_backward_grad_sync = last            # what DDP's no_sync() sets
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    L_fm, L_cm, xt_v = decm_loss(
+                        model, jvp, x1, x0, t, y, teacher=teacher, w1=args.w1, p=args.power,
+                        c=args.c, w=args.w, eta=args.vel_norm, y_null=net.num_classes)
+                seen.append(xt_v)
+                share = len(y) / (args.batch // world)
+                loss = (fm_weight * L_fm + cd_weight * L_cm) * share
+                loss.backward()
+                losses += torch.stack([L_fm, L_cm]).detach() * share
 
-        # Clip and step. A step whose gradient is not finite is skipped
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        if args.fsdp:
-            grad_norm = grad_norm.full_tensor()
-        if grad_norm.isfinite():
-            optimizer.step()                                                             # line 15
-        optimizer.zero_grad()
-        figures = dict(L_fm=losses[0], L_cm=losses[1], grad_norm=grad_norm)
+            # Clip and step. A step whose gradient is not finite is skipped
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            if args.fsdp:
+                grad_norm = grad_norm.full_tensor()
+            if grad_norm.isfinite():
+                optimizer.step()                                                         # line 15
+            optimizer.zero_grad()
+            figures = dict(L_fm=losses[0], L_cm=losses[1], grad_norm=grad_norm)
 
         # Second update, in every freq-th step: from the noise to a noisy point, and the velocity
         if "n2n" in args.objectives and step % args.freq == 0:                           # line 17
             losses = torch.zeros(2, device=device)
             for i, (x1, x0, t, y) in enumerate(batches):
-                xt, v = seen[i]
+                xt, v = seen[i] if seen else (None, None)
                 r = r_all[micro_batches[i]]
                 models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
                 last = i == len(batches) - 1

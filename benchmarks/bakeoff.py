@@ -1,13 +1,16 @@
-"""Five methods, one network, equal seconds of training: FACM, DE-CM, GCM, sCM and MeanFlow.
+"""Eleven runs of few-step methods: one network, equal seconds of training, one measure.
 
     python benchmarks/bakeoff.py glyphs
-    python benchmarks/bakeoff.py mnist --seeds 0 --teacher-seconds 900 --seconds 600
+    python benchmarks/bakeoff.py mnist --seconds 180
+    python benchmarks/bakeoff.py glyphs --methods FACM iMF --seeds 0
 
-FACM, DE-CM, sCM and MeanFlow distil one teacher a seed, a run of flow.py. GCM needs none and trains
-from scratch, for the seconds of the teacher and of a student together. The options are those of
-each script's preset for this data; the network is the same in all.
+For each seed flow.py trains a teacher with its preset. The methods that distil it then train for
+--seconds each. GCM and iMF need no teacher; they train from scratch, for the seconds of the teacher
+and of a student together. The options are those of each script's preset for this data, and the
+network is the same in all. sCM with pixel normalisation has a teacher of its own, which has pixel
+normalisation as well.
 
-A second is one of CPU time of one thread. First each method runs 5 and 25 steps; the difference is
+A second is one of CPU time of one thread. First each method runs 5 and 45 steps; the difference is
 the cost of a step, and the steps of its runs follow from it. Runs are kept in runs/bakeoff, and the
 same command resumes a table that was interrupted. The measure is that of quickstart.py. The picture
 shows the runs of the first seed, with the same noise in each row.
@@ -37,38 +40,60 @@ from common import folders
 from common.flags import Parser
 from common.messages import fail
 
+PIXELNORM = ["--net", "pixelnorm=True"]
+FREEFLOW = ["--objectives", "n2n", "--freq", "1", "--lam", "1", "--gam", "0", "--r-max", "0"]
 SCRIPTS = {                                # {run: its script and its flags}
     "teacher": ["flow.py"],
+    "teacher (pixelnorm)": ["flow.py", *PIXELNORM],
     "FACM": ["facm.py"],
     "DE-CM": ["decm.py"],
     "GCM": ["gcm.py"],
+    "GCM from the teacher": ["gcm.py"],
     "sCM": ["baselines.py", "--objective", "scm"],
+    "sCM (pixelnorm)": ["baselines.py", "--objective", "scm"],
     "MeanFlow": ["baselines.py", "--objective", "meanflow"],
+    "AYF": ["baselines.py", "--objective", "ayf"],
+    "AlphaFlow": ["baselines.py", "--objective", "alphaflow"],
+    "FreeFlow's predictor": ["decm.py", *FREEFLOW],
+    "iMF": ["baselines.py", "--objective", "imf", "--teacher", "none"],
 }
-METHODS = [name for name in SCRIPTS if name != "teacher"]
-COLUMNS = ["Euler 1", "Euler 20", "NFE 1", "NFE 2", "NFE 4"]
+TEACHERS = ["teacher", "teacher (pixelnorm)"]
+METHODS = [name for name in SCRIPTS if name not in TEACHERS]
+FROM_SCRATCH = ["GCM", "iMF"]
+TEACHER_COLUMNS = ["Euler 1", "Euler 2", "Euler 4", "Euler 20"]
+COLUMNS = ["NFE 1", "NFE 2", "NFE 4"]
+SHOWN = ["Euler 1", "Euler 20", "NFE 1", "NFE 2"]      # the columns of the picture
 SIZES = dict(glyphs=16, mnist=28)
+
+
+def teacher_of(name):
+    """The name of the run that a method distils; None if it trains from scratch."""
+    if name in TEACHERS or name in FROM_SCRATCH:
+        return None
+    return "teacher (pixelnorm)" if name == "sCM (pixelnorm)" else "teacher"
+
+
+def teacher_flags(name, data_name, path):
+    """The flags with which a method begins at the teacher's checkpoint."""
+    if teacher_of(name) is None:
+        return []
+    if name == "GCM from the teacher":
+        return ["--preset", f"{data_name}_finetune", "--init", str(path)]
+    return ["--teacher", str(path)]
 
 
 # --------------------------------------------------------------------------------------------------
 # How long a step takes, and training.
 
-def teacher_flags(name, teacher):
-    """The flags that name the teacher, a run folder, for a method that has one."""
-    if name in ("teacher", "GCM"):
-        return []
-    return ["--teacher", str(teacher / "ckpt.pt")]
-
-
 def seconds_of_a_step(name, flags, folder):
     """The CPU seconds of one step, from runs in a folder that is not kept."""
     script, *more = SCRIPTS[name]
     seconds = {}
-    for steps in (5, 25):
+    for steps in (5, 45):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         ablation.train(script, [*more, *flags, "--steps", str(steps)], folder / f"{name}-{steps}")
         seconds[steps] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    return (seconds[25] - seconds[5]) / 20
+    return (seconds[45] - seconds[5]) / 40
 
 
 def measure_costs(data_name, out):
@@ -76,13 +101,15 @@ def measure_costs(data_name, out):
     path = out / "costs.json"
     if path.exists():
         return json.loads(path.read_text())
-    flags = ["--data", data_name, "--log-every", "5"]
     costs = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         for name in SCRIPTS:
-            teacher = teacher_flags(name, folder / "teacher-5")
-            costs[name] = seconds_of_a_step(name, [*flags, *teacher], folder)
+            flags = ["--data", data_name, "--log-every", "5"]
+            if teacher_of(name):
+                checkpoint = folder / f"{teacher_of(name)}-5" / "ckpt.pt"
+                flags += teacher_flags(name, data_name, checkpoint)
+            costs[name] = seconds_of_a_step(name, flags, folder)
             print(f"{name}: {costs[name]:.3f} s a step", file=sys.stderr, flush=True)
     path.write_text(json.dumps(costs, indent=2) + "\n")
     return costs
@@ -94,24 +121,31 @@ class Runs:
     def __init__(self, args, out):
         self.data, self.out = args.data, out
         self.costs = measure_costs(args.data, out)
-        self.seconds = {name: args.seconds for name in SCRIPTS}
-        self.seconds["teacher"] = args.teacher_seconds
-        self.seconds["GCM"] = args.teacher_seconds + args.seconds
-        self.steps = {}
+        self.steps, self.seconds = {}, {}
         for name in SCRIPTS:
+            if name in TEACHERS:
+                self.steps[name] = args.teacher_steps
+                self.seconds[name] = args.teacher_steps * self.costs[name]
+                continue
+            self.seconds[name] = args.seconds
+            if name in FROM_SCRATCH:
+                self.seconds[name] += self.seconds["teacher"]
             self.steps[name] = max(1, round(self.seconds[name] / self.costs[name]))
 
     def folder(self, name, seed):
         """The run folder."""
-        return self.out / f"{name}-{self.steps[name]}-seed{seed}"
+        words = "".join(c if c.isalnum() or c in "-" else " " for c in name).split()
+        return self.out / f"{'-'.join(words)}-{self.steps[name]}-seed{seed}"
 
     def train(self, name, seed):
         """Trains a run. Returns whether it finished; else loss or gradient were not finite."""
         begun = time.time()
         script, *flags = SCRIPTS[name]
-        flags += ["--data", self.data, "--seed", str(seed), "--log-every", "100",
-                  "--steps", str(self.steps[name])]
-        flags += teacher_flags(name, self.folder("teacher", seed))
+        flags = [*flags, "--data", self.data, "--seed", str(seed), "--log-every", "100",
+                 "--steps", str(self.steps[name])]
+        if teacher_of(name):
+            checkpoint = self.folder(teacher_of(name), seed) / "ckpt.pt"
+            flags += teacher_flags(name, self.data, checkpoint)
         finished = ablation.train(script, flags, self.folder(name, seed))
         print(f"{name}, seed {seed}: {self.steps[name]} steps in {time.time() - begun:.0f} s, "
               f"{'finished' if finished else 'diverged'}", file=sys.stderr, flush=True)
@@ -123,11 +157,11 @@ class Runs:
 
 def choices_of(name, data_name):
     """{column: (NFE, options of sample.draw)} of a run."""
-    if name != "teacher":
+    if name not in TEACHERS:
         return {"NFE 1": (1, {}), "NFE 2": (2, {}), "NFE 4": (4, {})}
     preset = facm.PRESETS[data_name]       # the guidance that its students follow
     guided = dict(sampler="euler", cfg=preset["w"], cfg_interval=(preset["t_low"], 1.0))
-    return {"Euler 1": (1, guided), "Euler 20": (20, guided)}
+    return {f"Euler {nfe}": (nfe, guided) for nfe in (1, 2, 4, 20)}
 
 
 def judge_all(args, runs, finished):
@@ -136,20 +170,25 @@ def judge_all(args, runs, finished):
     size, labels = SIZES[args.data], torch.arange(args.n) % 10
     classifier = quickstart.load_classifier(args.data, size)
     reference = quickstart.reference_of(classifier, args.data, size)
-    rows, shown = {name: [] for name in SCRIPTS}, {}
+    rows, shown = {name: [] for name in runs.chosen}, {}
     for seed in args.seeds:
-        for name in SCRIPTS:
+        for name in runs.chosen:
             if not finished[name, seed]:
                 rows[name].append(None)
                 continue
-            net, checkpoint = sample.load(runs.folder(name, seed) / "ckpt.pt")
-            figures = {}
+            folder = runs.folder(name, seed)
+            net, checkpoint = sample.load(folder / "ckpt.pt")
+            kept = folder / f"figures-{args.n}.json"
+            figures = json.loads(kept.read_text()) if kept.exists() else {}
             for column, (nfe, options) in choices_of(name, args.data).items():
-                images = sample.draw(net, checkpoint, nfe, labels, **options)
-                share, distance = quickstart.measure(classifier, images, labels, reference)
-                figures[column] = dict(recognised=share, distance=distance)
-                if seed == args.seeds[0]:
+                shows = args.picture and seed == args.seeds[0] and column in SHOWN
+                if column not in figures or shows:
+                    images = sample.draw(net, checkpoint, nfe, labels, **options)
+                    share, distance = quickstart.measure(classifier, images, labels, reference)
+                    figures[column] = dict(recognised=share, distance=distance)
+                if shows:
                     shown[f"{name}\n{column}"] = images[:10]
+            kept.write_text(json.dumps(figures))
             rows[name].append(figures)
     real, real_labels = quickstart.real_images(args.data, size, "test", args.n)
     share, distance = quickstart.measure(classifier, real[:args.n], real_labels[:args.n], reference)
@@ -166,10 +205,10 @@ def cell(values, form):
     return text
 
 
-def print_table(key, form, rows, seconds, images_seen):
+def print_table(key, form, rows, columns, seconds, images_seen):
     """Prints a table of one figure, "distance" or "recognised"."""
     print(f"{key}, mean ± standard deviation over the seeds\n")
-    heads = ["method", "images seen", "CPU seconds", *COLUMNS]
+    heads = ["run", "images seen", "CPU seconds", *columns]
     print("| " + " | ".join(heads) + " |")
     print("|---" * len(heads) + "|")
     for name, found in rows.items():
@@ -178,7 +217,7 @@ def print_table(key, form, rows, seconds, images_seen):
         if failed:
             label += f" ({failed} of {len(found)} diverged)"
         cells = [label, f"{images_seen[name]:,}", f"{seconds[name]:.0f}"]
-        for column in COLUMNS:
+        for column in columns:
             values = [one[column][key] for one in found if one is not None and column in one]
             cells.append(cell(values, form))
         print("| " + " | ".join(cells) + " |")
@@ -186,11 +225,13 @@ def print_table(key, form, rows, seconds, images_seen):
 
 
 def main():
-    p = Parser(description="Five methods, one network, equal seconds of training.")
+    p = Parser(description="Few-step methods: one network, equal seconds of training, one measure.")
     p.add_argument("data", choices=list(SIZES), help="the data set")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
+                   help="which: " + ", ".join(METHODS))
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training")
-    p.add_argument("--teacher-seconds", type=float, default=150, help="of the flow matching")
-    p.add_argument("--seconds", type=float, default=300, help="of each method, after the teacher")
+    p.add_argument("--teacher-steps", type=int, default=2000, help="steps of the teachers")
+    p.add_argument("--seconds", type=float, default=100, help="of each method, after the teacher")
     p.add_argument("--n", type=int, default=1000, help="samples for each figure")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
@@ -198,20 +239,23 @@ def main():
     args = p.parse_args()
     folders.check_output(args.json)
     folders.check_output(args.picture)
-    if args.n < 100 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) <= 0:
-        fail("--n must be at least 100, --jobs at least 1, the seconds above 0")
+    if args.n < 100 or args.jobs < 1 or args.teacher_steps < 1 or args.seconds <= 0:
+        fail("--n must be at least 100, --jobs and --teacher-steps at least 1, --seconds above 0")
     out = pathlib.Path("runs/bakeoff") / args.data
     out.mkdir(parents=True, exist_ok=True)
     runs = Runs(args, out)
+    teachers = {teacher_of(name) for name in args.methods} | {"teacher"}
+    runs.chosen = [name for name in SCRIPTS if name in teachers or name in args.methods]
 
-    # Train: the teachers, then the methods
+    # Train: the teachers, then the methods, seed by seed
     finished = {}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for names in (["teacher"], METHODS):
+        for names in (TEACHERS, METHODS):
             waiting = {}
             for seed in args.seeds:
                 for name in names:
-                    waiting[name, seed] = pool.submit(runs.train, name, seed)
+                    if name in runs.chosen:
+                        waiting[name, seed] = pool.submit(runs.train, name, seed)
             for pair, job in waiting.items():
                 finished[pair] = job.result()
 
@@ -219,16 +263,19 @@ def main():
     torch.set_num_threads(args.jobs)
     rows, shown, real = judge_all(args, runs, finished)
     images_seen = {}
-    for name, steps in runs.steps.items():
+    for name in runs.chosen:
         images_seen[name] = 0
         if finished[name, args.seeds[0]]:
             checkpoint = sample.load(runs.folder(name, args.seeds[0]) / "ckpt.pt")[1]
-            images_seen[name] = steps * checkpoint["args"]["batch"]
+            images_seen[name] = runs.steps[name] * checkpoint["args"]["batch"]
 
     print(f"{args.data}, {args.n} samples, seeds {args.seeds}; as many real digits: "
           f"{real['recognised']:.1%} recognised, distance {real['distance']:.2f}\n")
-    print_table("distance", "{:.2f}", rows, runs.seconds, images_seen)
-    print_table("recognised", "{:.1%}", rows, runs.seconds, images_seen)
+    parts = [({name: rows[name] for name in runs.chosen if name in TEACHERS}, TEACHER_COLUMNS),
+             ({name: rows[name] for name in runs.chosen if name in METHODS}, COLUMNS)]
+    for key, form in (("distance", "{:.2f}"), ("recognised", "{:.1%}")):
+        for part, columns in parts:
+            print_table(key, form, part, columns, runs.seconds, images_seen)
     if args.picture:
         images = torch.cat([torch.as_tensor(row) for row in shown.values()])
         data.save_grid(args.picture, images, 10, scale=2, labels=list(shown))

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from oracle import SHAPES, Gaussian, fused, loss_and_gradient, mutant
+from oracle import SHAPES, Beside, Gaussian, fused, loss_and_gradient, mutant
 from test_training import (
     SCRATCH,
     TINY,
@@ -135,7 +135,7 @@ MUTANTS = [
     ("guided_velocity(teacher, f, t, y", "guided_velocity(teacher, f, r, y", "n2n"),       # ... or time
     # v at z_t for v_r
     ("flow_velocity(teacher, x1, x0, xr, r, y", "flow_velocity(teacher, x1, x0, xt, t, y", "n2n"),
-    ("also=(xt, t, t.clone(), y)", "also=(xr, r, r, y)", "n2n's fm"),
+    ("also = None if v is None else (xt, t, t.clone(), y)", "also = (xr, r, r, y)", "n2n's fm"),
     ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),              # another point, still exact
 ]
 
@@ -457,12 +457,56 @@ def test_updates_that_are_never_finite_end_the_run_with_their_terms(teacher, tmp
 @pytest.mark.parametrize("flags, words", [
     (["--w", "2", "--teacher", "none"], "--w 1"), (["--freq", "0"], "--freq"), (["--segments", "0"], "--segments"),
     (["--lam", "0", "--gam", "0"], "--lam"), (["--r-max", "1"], "--r-max"), (["--objectives", "cm"], "cm"),
-    (["--objectives", "n2n"], "beside fm"),
+    (["--objectives", "n2n"], "--freq 1"), (["--objectives", "n2n", "--freq", 1, "--vpsi", "data"], "--vpsi model"),
     (["--times", "uniform"], "uniform"), (["--objectives"], "--objectives"), (["--vel-norm", "0"], "--vel-norm"),
     (["--teacher", "nowhere.pt"], "nowhere.pt")])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, decm, *TINY, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run/ckpt.pt").exists() and not pathlib.Path("runs").exists()
+
+
+def test_freeflows_predictor_is_n2n_alone():
+    """FreeFlow's predictor, stated directly: from noise z, F(z, t) + t dF/dt = v(z + t F, t), where v is the teacher's. Its
+    gradient is that of n2n_loss at r = 0, lambda 1, gamma 0, to the bit, and no data have a part in it."""
+    _, z, _, t = draw()
+    teacher = OracleNet(teacher=True)
+
+    def freeflow(net):
+        F = net(z, torch.zeros_like(t), t, None)
+        with torch.no_grad():
+            ahead = forward_mode(net, at=(z, torch.zeros_like(t), t, None), along=(torch.zeros_like(z), 0.0, 1.0))
+            v = teacher(z + ORACLE.expand(t) * F, t, None, None)
+            target = v - ORACLE.expand(t) * ahead
+        e = decm.mean((F - target).square())
+        return (e / (e + 1e-3).sqrt().detach()).mean()
+
+    def n2n(net, x1):
+        L_fm, L_n2n = decm.n2n_loss(net, JVP["exact"], x1, z, None, None, torch.zeros_like(t), t, None, teacher=teacher,
+                                    lam=1.0, gam=0.0)
+        assert L_fm == 0
+        return L_n2n
+    for theta in (0.0, 0.1):
+        gradients = []
+        for loss_of in (freeflow, lambda net: n2n(net, torch.zeros_like(z)), lambda net: n2n(net, torch.ones_like(z))):
+            net = Beside(OracleNet(), theta)
+            loss = loss_of(net)
+            gradients.append((loss.item(), torch.autograd.grad(loss, net.theta)[0].item()))
+        assert gradients[1] == gradients[2] and gradients[0] == pytest.approx(gradients[1], rel=1e-9, abs=1e-12)
+        assert (gradients[0][0] < 1e-12) == (theta == 0)
+
+
+def test_n2n_alone_trains_without_a_first_update(teacher, tmp_path, monkeypatch):
+    """FreeFlow's flags: one update a step, whose gradient depends on the labels of the data alone."""
+    flags = [*TINY, "--teacher", teacher, "--objectives", "n2n", "--freq", 1, "--lam", 1, "--gam", 0, "--r-max", 0]
+    call(monkeypatch, decm, *flags, "--steps", 2, "--out", tmp_path / "run")
+    call(monkeypatch, decm, *flags, "--steps", 2, "--micro-batch", 3, "--out", tmp_path / "micro")
+    assert all({"L_n2n", "grad_norm_n2n"} <= set(row) and "L_cm" not in row for row in rows(tmp_path / "run"))
+    optimizer = checkpoints.read(tmp_path / "run/ckpt.pt")["optimizer"]
+    assert {float(entry["step"]) for entry in optimizer["state"].values()} == {2.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(decm, "decm_loss", None)         # not called
+        call(patch, decm, *flags, "--steps", 2, "--out", tmp_path / "again")
+    assert_same_run(tmp_path / "run", tmp_path / "again")
 
 
 def test_a_run_of_facm_is_refused(finished, teacher, tmp_path, monkeypatch, capsys):
