@@ -1,4 +1,5 @@
-"""Checkpoints: dicts of tensors and plain values, in files that a kill leaves whole."""
+"""Checkpoints: dicts of tensors and plain values, in files that stay complete if the program is
+killed."""
 
 import hashlib
 import json
@@ -28,8 +29,8 @@ def save(path, checkpoint):
 
 
 def read_safetensors(path):
-    """The tensors of a .safetensors file, {name: tensor}; of one that sample.py --export wrote, a
-    checkpoint: method, args and step, which its metadata tell, and the tensors as model and ema."""
+    """The tensors of a .safetensors file, {name: tensor}. For a file of sample.py --export it is a
+    checkpoint: method, args and step from the metadata, and the tensors as model and ema."""
     with safe_open(path, "pt") as f:
         weights, told = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     if "method" not in told:
@@ -38,28 +39,28 @@ def read_safetensors(path):
 
 
 def read(path):
-    """What a checkpoint file holds, on the CPU; nothing in it is executed. Returns a dict with
-    method, args, step, model, ema, optimizer and torch_version; without the last two for what
-    sample.py --export wrote. ValueError if the file is missing, damaged or of another kind."""
+    """The content of a checkpoint file, on the CPU. Nothing in it is executed. Returns a dict with
+    method, args, step, model, ema, optimizer and torch_version. A file of sample.py --export lacks
+    the last two. Raises ValueError if the file is missing, damaged or of another kind."""
     try:
         if str(path).endswith(".safetensors"):
             checkpoint = read_safetensors(path)
         else:
-            # The tensors are mapped, so that several processes do not each hold the whole file
+            # The file is memory-mapped, so that several processes share its memory
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as e:
-        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
+        raise ValueError(f"{path} is not a readable checkpoint, it is truncated or of another kind "
                          f"({type(e).__name__})") from None
     needed = {"method", "args", "step", "model", "ema"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of a training script here")
+        raise ValueError(f"{path} is not a checkpoint of a training script of this repository")
     return checkpoint
 
 
 def read_if_ours(path):
-    """As read; None for a file that is no checkpoint of a training script here."""
+    """As read, but None for a file that is not a checkpoint of this repository."""
     try:
         return read(path)
     except ValueError:
@@ -67,8 +68,8 @@ def read_if_ours(path):
 
 
 def fingerprint(path, blocks=64, size=2 ** 16):
-    """A hash of a file's length and of blocks spread over it, so that a large file takes no time.
-    """
+    """A hash of a file's length and of blocks that are spread over it, which is fast for a large
+    file."""
     digest = hashlib.sha256()
     length = os.path.getsize(path)
     digest.update(str(length).encode())
@@ -80,7 +81,7 @@ def fingerprint(path, blocks=64, size=2 ** 16):
 
 
 def cut_like(a, p):
-    """The tensor a, cut among the processes as the parameter p is, if it is (--fsdp)."""
+    """The tensor a, sharded over the processes like the parameter p, if p is sharded (--fsdp)."""
     if not hasattr(p, "placements"):
         return a
     from torch.distributed.tensor import distribute_tensor  # here: this takes a second
@@ -88,7 +89,7 @@ def cut_like(a, p):
 
 
 def load_weights(net, weights, path, may_lack=()):
-    """net.load_state_dict, strict but for missing names that begin with one of `may_lack`.
+    """net.load_state_dict, strict except for missing names that begin with one of `may_lack`.
 
     Raises ValueError, before net is changed, with the first parameter of the file `path` that is
     missing, unexpected or of another shape.
@@ -96,7 +97,7 @@ def load_weights(net, weights, path, may_lack=()):
     own = net.state_dict()
     problems = {
         "lacks": [k for k in own if k not in weights and not k.startswith(tuple(may_lack))],
-        "has the unknown": [k for k in weights if k not in own],
+        "has an unknown parameter": [k for k in weights if k not in own],
         "has another shape of": [
             k for k in weights if k in own and own[k].shape != weights[k].shape],
     }
@@ -109,8 +110,8 @@ def load_weights(net, weights, path, may_lack=()):
 
 
 def load_optimizer(optimizer, state):
-    """Loads a checkpoint's state, in the memory layout of the parameters: fused optimisers pair
-    elements by their place in memory. Raises ValueError if it does not fit."""
+    """Loads the state of a checkpoint in the memory layout of the parameters, because fused
+    optimisers pair elements by their place in memory. Raises ValueError if it does not fit."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def part(i, a):
@@ -127,9 +128,9 @@ def copy_to_cpu(state, keep=True):
     """A copy of a nested dict or list with its tensors on the CPU, so that training may continue
     while it is written.
 
-    A tensor that FSDP has sharded is put together: all processes call this, and those with keep
-    False receive None in its place. Tensors are gathered one after the other, so that no GPU holds
-    more than one whole tensor.
+    Tensors that FSDP has sharded are gathered, so all processes have to call this. Processes with
+    keep=False receive None instead of tensors. Tensors are gathered one after the other, so that no
+    GPU holds more than one whole tensor.
     """
     if isinstance(state, dict):
         return {name: copy_to_cpu(part, keep) for name, part in state.items()}

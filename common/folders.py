@@ -1,4 +1,4 @@
-"""Folders with one owner, and files that can be written."""
+"""Folders that one program owns, and a check that files can be written."""
 
 import contextlib
 import errno
@@ -12,26 +12,26 @@ LOCKS = []                                 # (file, its path); a lock ends with 
 
 
 def own(folder):
-    """Makes a folder, unless it is there, and makes this program its owner until the program ends,
-    even by a kill. One process of a torchrun does it.
+    """Creates a folder, if it does not exist, and makes this program its owner until the program
+    ends, even if it is killed. Under torchrun one process calls this.
 
-    Returns the folders that it has made, the innermost first. Raises ValueError if another program
+    Returns the folders that were created, the innermost first. Raises ValueError if another program
     owns the folder.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; use another --out")
+        raise ValueError(f"{folder} is not a folder; use another --out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-    except ImportError:                    # Windows has none: its folders have no owner
+    except ImportError:                    # Windows does not have it, so folders have no owner
         return made
     path = folder / ".owner"
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        if e.errno not in (errno.EAGAIN, errno.EACCES):    # as some cluster's file systems
+        if e.errno not in (errno.EAGAIN, errno.EACCES):    # as on file systems of some clusters
             say_once(f"{folder} lies on a file system without locks ({e.strerror}): nothing keeps "
                      "a second program from writing into it")
             file.close()
@@ -41,7 +41,7 @@ def own(folder):
         raise ValueError(f"{folder} belongs to a running program, {file.read().strip()}; wait for "
                          "it, stop it, or use another --out") from None
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        own(folder)                        # its last owner has just removed this file
+        own(folder)                        # the last owner has just removed this file
         return made
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
@@ -71,8 +71,8 @@ def disown_all():
 
 
 def check_output(*paths):
-    """Makes the folders of these files (pathlib.Path or None), and ends the program, before its
-    work, if one of the files cannot be written. Process 0 does both."""
+    """Creates the folders of these files (pathlib.Path or None), and ends the program, before it
+    does any work, if one of the files cannot be written. Process 0 does both."""
     if torchrun.rank() != 0:
         return
     for path in paths:

@@ -1,4 +1,5 @@
-"""Processes: the device and torchrun's processes, the share of each, and how a program ends."""
+"""Processes: the device, the processes of torchrun, the part of the batch that each of them has,
+and how a program ends."""
 
 import contextlib
 import ctypes
@@ -18,11 +19,11 @@ from common.messages import fail
 # Beginning and end of a program.
 
 def start(device, compile=False, precision=None):
-    """Joins torchrun's processes, if it started this one: by NCCL on CUDA, by gloo on the CPU and
-    where there is no NCCL.
+    """Joins the other processes if torchrun started this one, with NCCL on CUDA, and with gloo on
+    the CPU and where NCCL is not available.
 
-    device: "cpu", "cuda", "cuda:N", "mps", or None for the best there is. Returns (device, rank,
-    world). Ends the program in one line if the device does not exist.
+    device: "cpu", "cuda", "cuda:N", "mps", or None for CUDA if there is a GPU and else the CPU.
+    Returns (device, rank, world). Ends the program with one line if the device does not exist.
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -59,11 +60,12 @@ def start(device, compile=False, precision=None):
 
 
 def set_globals(device, compile=False, precision=None):
-    """Everything that this project sets for the whole process. Ctrl-C ends it in one line.
+    """Makes all settings of this project that are global to the process. Ctrl-C then ends the
+    program with one line.
 
-    compile: Dynamo does not cut graphs at DDP's buckets, because that loses gradients of a fused
-    pass. precision: "tf32" switches TF32 on, another one switches it off, and None leaves it as
-    PyTorch has it.
+    compile: Dynamo does not split graphs at DDP's buckets, because that loses gradients of a fused
+    pass. precision: "tf32" switches TF32 on, another value switches it off, and None does not
+    change PyTorch's setting.
     """
     def report(kind, error, trace):
         if issubclass(kind, KeyboardInterrupt):
@@ -72,7 +74,7 @@ def set_globals(device, compile=False, precision=None):
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = report
-    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name is not in 2.11
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # renamed after torch 2.11
     if compile:
         torch._dynamo.config.optimize_ddp = False
     if precision:
@@ -83,8 +85,8 @@ def set_globals(device, compile=False, precision=None):
 
 
 def keep_freed_memory():
-    """Lets glibc keep the memory that is freed: new pages cost a tenth or more of a training step
-    on a CPU. Does nothing with another C library."""
+    """Lets glibc keep freed memory, because new pages cost a tenth or more of a training step on a
+    CPU. Does nothing with another C library."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3   # glibc's names for the three options
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -94,7 +96,7 @@ def keep_freed_memory():
 
 
 def barrier():
-    """All processes meet here. One that has ended, and has said why, ends the others as well."""
+    """Waits for all processes. If one of them has ended with an error, the others end as well."""
     try:
         if dist.is_initialized():
             dist.barrier()
@@ -105,17 +107,18 @@ def barrier():
 
 
 def end():
-    """All processes leave torchrun's group together. One that leaves alone may crash."""
+    """Leaves the process group, together with the other processes, because a process that leaves
+    alone may crash."""
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def program(advice):
-    """Decorates the main function of a program, which then ends in one line and with exit code 2 if
-    memory runs out or numbers are not finite, and gives up the folders that it owns.
+    """Decorates the main function of a program. If memory runs out or numbers are not finite, the
+    program ends with one line and exit code 2. At the end it releases the folders that it owns.
 
-    advice: what the line for short memory recommends, after torch's own words.
+    advice: the end of the line that is printed when memory runs out, after PyTorch's message.
     """
     def decorate(main):
         @functools.wraps(main)
@@ -124,7 +127,7 @@ def program(advice):
                 main(*args)
             except FloatingPointError as e:
                 fail(e, always=True)
-            except BrokenPipeError:        # as in `... | head -1`, which has read enough
+            except BrokenPipeError:        # as in `... | head -1`, which closes the pipe
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
             except (MemoryError, RuntimeError) as e:
@@ -139,18 +142,19 @@ def program(advice):
 
 
 def is_out_of_memory(error):
-    """Whether an error says that memory is short: Python's, CUDA's, or that of torch on a CPU."""
+    """Whether an error means that memory ran out, in Python, in CUDA or in PyTorch on a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return "can't allocate memory" in str(error)
 
 
 # --------------------------------------------------------------------------------------------------
-# The share of a process.
+# The part of a batch that a process has.
 
 @contextlib.contextmanager
 def one_process_first():
-    """One process of each machine runs the body alone, then the others, who find its download."""
+    """One process of each machine runs the body first, and then the others, so that only the first
+    one downloads."""
     first = torchrun.local_rank() == 0
     if not first:
         barrier()
@@ -163,12 +167,12 @@ def split_batch(batch, rank, world, micro_batch=None, group=1):
     """The micro-batches of a process: slices of the global batch.
 
     Each process has batch / world consecutive samples. They are split into micro-batches of at most
-    micro_batch samples (None: all at once), whose sizes differ by one group at most. group: so many
-    consecutive samples stay in one micro-batch. Raises ValueError if they cannot, or if the batch
-    is no multiple of the processes.
+    micro_batch samples (None: all at once), whose sizes differ by at most one group. group: the
+    number of consecutive samples that have to stay in one micro-batch. Raises ValueError if this is
+    impossible, or if the batch is not a multiple of the number of processes.
     """
     if batch % world:
-        raise ValueError(f"--batch {batch} is no multiple of {world}, the number of processes")
+        raise ValueError(f"--batch {batch} is not a multiple of {world}, the number of processes")
     own = batch // world
     most = min(micro_batch or own, own)
     if own % group or most < group:
@@ -182,7 +186,7 @@ def split_batch(batch, rank, world, micro_batch=None, group=1):
 
 
 def to_device(tensors, device):
-    """Copies of CPU tensors on the device. The program does not wait for a GPU's copies."""
+    """Copies of CPU tensors on the device. The copies to a GPU are asynchronous."""
     if device.type == "cuda":
         tensors = [a.pin_memory() for a in tensors]
     return [a.to(device, non_blocking=True) for a in tensors]

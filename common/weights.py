@@ -1,9 +1,10 @@
-"""Weights: public checkpoints in, ours too, and nothing in them is executed.
+"""Reads weights from public checkpoints and from those of this repository. Nothing in a file is
+executed.
 
     load(path)            the network of a checkpoint, with its weights
-    read(path)            its tensors, {name: tensor}, and its options, if it tells them
-    options_from_shapes   the options of models.create that names and shapes tell
-    read_start            what a run begins with: its tensors and options
+    read(path)            its tensors, {name: tensor}, and its options, if the file has them
+    options_from_shapes   the options of models.create that follow from names and shapes
+    read_start            the tensors and options with which a run begins
 
 Files: .pt, .pth, .ckpt, .bin, .safetensors, and the .pkl of NVlabs/edm and edm2. Layouts:
 facebookresearch's DiT, SiT, LightningDiT, FACM's release, NVlabs/edm and edm2, CompVis' and
@@ -27,37 +28,37 @@ from common.messages import say_once
 # --------------------------------------------------------------------------------------------------
 # Reading.
 
-# What no shape tells of public weights
+# Options that do not follow from the shapes of public weights
 NOT_IN_SHAPES = "heads head_channels prediction sigma_data edm_time time_scale pixelnorm".split()
 
 # Heads of the published DiTs and LightningDiTs, by width
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
-# The field's names for averaged weights: DiT, SiT, LightningDiT; k-diffusion, CompVis; lucidrains;
-# FACM's training, by ema_pytorch; timm, OpenTAD; diffusers. They go before the weights themselves.
+# Usual names of averaged weights: DiT, SiT, LightningDiT; k-diffusion, CompVis; lucidrains; FACM's
+# training, by ema_pytorch; timm, OpenTAD; diffusers. They are preferred to the weights themselves.
 AVERAGES = ("ema", "model_ema", "ema_model", "emas", "state_dict_ema", "ema_state_dict")
 
-# ema_pytorch keeps the network itself beside it; of two averages FACM's authors take the second
+# ema_pytorch also saves the network itself; of two averages FACM's authors use the second one
 AVERAGE = re.compile(r"^(ema_model|ema|model_ema|ema_models\.1\.ema_model)\.(?!decay$|num_)")
 
-# What wrappers put before the names
+# Prefixes that wrappers add to the names
 PREFIX = re.compile(r"^(module\.|_orig_mod\.|first_stage_model\.|model\.(?=map_|enc\.|dec\.)|"
                     r"unet\.)+")
 
-# Parameters that a student may have and the network that it begins with may lack
+# Parameters that a student may have and that may be missing in the file with which it begins
 MAY_BEGIN_ANEW = ("map_second", "r_embed", "map_augment")
 
 
-# Files have NumPy's numbers, too: weights_only needs the function that rebuilds them, which has
-# one name in NumPy 1 and another in NumPy 2
+# Files may contain NumPy numbers. weights_only needs the function that rebuilds them, whose name
+# differs between NumPy 1 and NumPy 2
 NUMBERS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
            for core in ("core", "_core")]
 NUMBERS += [np.dtype, *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdg"}]
 
 
 class _Plain(dict):
-    """In a pickle it replaces an object that is only a container, and its items are the object's
-    state; or it replaces a NumPy number, which is dropped."""
+    """Replaces an object in a pickle that is only a container, whose state becomes the items, or a
+    NumPy number, which is dropped."""
 
     def __init__(self, *args):
         super().__init__()
@@ -67,9 +68,11 @@ class _Plain(dict):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers, executes nothing, and refuses every other name.
+    """Rebuilds tensors and plain containers, executes nothing, and raises UnpicklingError for any
+    other name.
 
-    NVlabs' networks hold their own source code; here they come back as dicts of their state.
+    NVlabs' pickles contain the source code of the network. Here a network becomes a dict of its
+    state.
     """
 
     ALLOWED = {
@@ -87,7 +90,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor "
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, which is neither a tensor "
                                          "nor a plain container")
         return self.ALLOWED[f"{module}.{name}"]
 
@@ -102,7 +105,7 @@ def _flatten(state, prefix=""):
 
 
 def find_weights(held, place=()):
-    """[(place, weights), ...]: every dict of tensors in a checkpoint, at any depth, with the keys
+    """[(place, weights), ...]: every dict of tensors in a checkpoint, at any depth. place: the keys
     that lead to it."""
     found = []
     if any(torch.is_tensor(value) for value in held.values()):
@@ -133,18 +136,18 @@ def has_tensors(value):
 
 
 def choose(held, path, key=None):
-    """The dict in a checkpoint that holds its weights: that of `key`, else the only average of the
-    weights, else the model.
+    """The dict in a checkpoint that holds its weights: that of `key`, or else the only average of
+    the weights, or else the model.
 
-    Raises ValueError with the places of the candidates if that would be a guess: if several dicts
-    have the names and shapes of the weights, and not exactly one is known as an average, or if the
-    file has another entry with tensors whose name says EMA.
+    Raises ValueError, which lists the candidates, if the choice would be a guess. This is so if
+    several dicts have the names and shapes of the weights, and not exactly one of them is known as
+    an average, or if another entry with tensors has "ema" in its name.
     """
     found = {".".join(place): weights for place, weights in find_weights(held)}
     if key:
         if key not in found:
             raise ValueError(f"{path} has the keys {', '.join(found)}; --weights {key} names no "
-                             "weights there")
+                             "weights in it")
         return found[key]
     names = [name for name in (*AVERAGES, "model", "state_dict", *found) if name in found]
     if not names:
@@ -155,16 +158,17 @@ def choose(held, path, key=None):
                 if "ema" in str(name).lower() and has_tensors(value)]
     if averages not in ([], [chosen]) or (len(alike) > 1 and averages != [chosen]):
         places = ", ".join(dict.fromkeys([*found, *averages]))
-        raise ValueError(f"{path} has the keys {places}; --weights KEY says which are the weights")
+        raise ValueError(f"{path} has the keys {places}; choose one by --weights KEY")
     return found[chosen]
 
 
 def read(path, velocity=False, key=None):
     """The tensors of a .safetensors, .pkl (NVlabs/edm) or PyTorch file, {name: tensor}, and the
-    options of models.create, if it is a checkpoint of ours. key: see choose.
+    options of models.create, or None for a public file. key: see choose.
 
     Nothing in the file is executed. Raises ValueError for a file that is missing, damaged, or
-    holds anything but tensors and plain values, and with `velocity` for our consistency models.
+    holds anything but tensors and plain values, and with `velocity` for a consistency model of
+    this repository.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -179,30 +183,31 @@ def read(path, velocity=False, key=None):
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as e:
         asks = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(e))
-        reason = f"it asks for {asks[1]}" if asks else " ".join(str(e).split())[:120]
-        raise ValueError(f"{path} is no readable checkpoint, truncated or foreign "
+        reason = f"it needs {asks[1]}" if asks else " ".join(str(e).split())[:120]
+        raise ValueError(f"{path} is not a readable checkpoint, it is truncated or of another kind "
                          f"({type(e).__name__}: {reason})") from None
     args = held.get("args") if isinstance(held, dict) else None
     options = args.get("net") if isinstance(args, dict) else None
     if velocity and options and not is_velocity(held):
-        raise ValueError(f"{path} is a consistency model and no velocity; use its teacher, such as "
-                         "runs/flow-DATA/ckpt.pt")
+        raise ValueError(f"{path} is a consistency model and not a velocity network; use its "
+                         "teacher, such as runs/flow-DATA/ckpt.pt")
     if isinstance(held, dict) and not str(path).endswith(".pkl"):
         held = choose(held, path, key)
         averaged = {AVERAGE.sub("", k): v for k, v in held.items() if AVERAGE.match(str(k))}
         held = averaged or held
     if not isinstance(held, dict) or not any(torch.is_tensor(v) for v in held.values()):
-        raise ValueError(f"{path} holds no weights, neither at its top nor as ema or model")
+        raise ValueError(f"{path} contains no weights, neither at its top level nor in an entry "
+                         "such as ema or model")
     weights = {PREFIX.sub("", k): v for k, v in held.items() if torch.is_tensor(v)}
     if any(k.startswith("projectors.") for k in weights):
-        say_once(f"{path}: its projectors.*, which REPA needs in training alone, are left out")
+        say_once(f"{path}: its projectors.*, which only the training of REPA needs, are ignored")
         weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
-    if "emb_noise.weight" in weights:              # EDM2's: ours has gains [1], and no uncertainty
+    if "emb_noise.weight" in weights:              # EDM2: here gains are [1], without uncertainty
         weights = {k: v.reshape(1) if k.endswith("_gain") else v for k, v in weights.items()
                    if not k.startswith("logvar_")}
     if any(k.startswith("encoder.down_blocks") for k in weights):
         weights = _from_diffusers(weights)
-    if "quant_conv.weight" in weights:             # what an autoencoder needs in training alone
+    if "quant_conv.weight" in weights:             # without what only its training needs
         weights = {k: v for k, v in weights.items()
                    if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     return weights, options
@@ -224,7 +229,8 @@ DIFFUSERS = [
 
 
 def _from_diffusers(weights):
-    """A diffusers AutoencoderKL's weights under CompVis' names; its decoder counts levels down."""
+    """The weights of diffusers' AutoencoderKL under CompVis' names. diffusers numbers the levels of
+    the decoder in the opposite order."""
     levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("decoder.up_blocks."))
     renamed = {}
     for name, w in weights.items():
@@ -237,7 +243,7 @@ def _from_diffusers(weights):
 
 
 def options_from_shapes(weights):
-    """The options of models.create that the names and shapes in public weights tell.
+    """The options of models.create that follow from the names and shapes of public weights.
 
     Raises ValueError for weights of an unknown network.
     """
@@ -298,8 +304,8 @@ def options_from_shapes(weights):
 
 
 def say_guesses(path, options, given):
-    """Prints, once for a file, what neither its shapes nor --net say of a public network, and is
-    therefore a guess."""
+    """Prints, once for a file, the options of a public network that follow neither from the shapes
+    nor from --net and are therefore assumed."""
     if "z_channels" in options:            # an autoencoder
         return
     defaults = inspect.signature(models.NETWORKS[options["name"]]).parameters
@@ -309,22 +315,25 @@ def say_guesses(path, options, given):
         if key in defaults and not known:
             guesses.append(f"{key}={options.get(key, defaults[key].default)}")
     if guesses:
-        say_once(f"{path} does not say {' '.join(guesses)}, which is assumed; --net changes it")
+        say_once(f"{path}: {' '.join(guesses)} is assumed, because the file does not contain it; "
+                 "--net changes it")
 
 
 def load(path, velocity=False, key=None, **options):
-    """The network of a checkpoint, ours or public, with its weights, in eval mode on the CPU.
+    """The network of a checkpoint of this repository or a public one, with its weights, in eval
+    mode on the CPU.
 
-    options: what no shape tells of public weights (NOT_IN_SHAPES), such as prediction="noise" for
-    facebookresearch/DiT's own, or sigma_data=None for a SongUNet that is no EDM denoiser.
-    velocity, key, and the ValueErrors: see read and checkpoints.load_weights.
+    options: those that do not follow from the shapes of public weights (NOT_IN_SHAPES), such as
+    prediction="noise" for the networks of facebookresearch/DiT, or sigma_data=None for a SongUNet
+    that is not an EDM denoiser. velocity, key, and the ValueErrors: see read and
+    checkpoints.load_weights.
     """
     weights, own = read(path, velocity, key)
     try:
         known = own or options_from_shapes(weights) | options
         net = models.create(**known)
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: no network of ours fits these weights: {e}") from None
+        raise ValueError(f"{path}: no network of models.py fits these weights: {e}") from None
     checkpoints.load_weights(net, weights, path)
     if own is None:
         say_guesses(path, known, options)
@@ -332,17 +341,18 @@ def load(path, velocity=False, key=None, **options):
 
 
 def is_velocity(checkpoint):
-    """Whether a checkpoint of ours holds a flow-matching network: one of flow.py, or of a run that
-    began with flow matching, as those of earlier versions did, and had not gone beyond it."""
+    """Whether a checkpoint of this repository is a flow-matching network: one of flow.py, or of an
+    earlier version, whose runs began with flow matching, if the run had not gone beyond it."""
     steps_of_flow = checkpoint["args"].get("pretrain", 0)
     return checkpoint.get("method") == "flow" or checkpoint.get("step", 0) <= steps_of_flow
 
 
 def read_start(path, args):
-    """The tensors of the velocity network that a run begins with, and the options of its network.
+    """The tensors of the velocity network with which a run begins, and the options of the run's
+    network.
 
-    The options are those of the file. Only what no file tells is taken from args.net: dropout, and
-    for a public file what no shape tells. args: the flags of a training script. Raises ValueError
+    The options are those of the file. From args.net come only dropout and, for a public file, the
+    options that do not follow from shapes. args: the flags of a training script. Raises ValueError
     as read does, and if --net contradicts the file.
     """
     tensors, own = read(path, velocity=True, key=args.weights)
@@ -350,13 +360,13 @@ def read_start(path, args):
     held = models.expand(options)
     wanted = args.net
     if models.expand(args.net)["name"] != held["name"]:
-        wanted = args.net_given            # the preset's are those of another network
+        wanted = args.net_given            # the preset has the options of another network
     names = ("dropout", "dropout_res") if own else ("dropout", "dropout_res", *NOT_IN_SHAPES)
     options = options | {k: v for k, v in wanted.items() if k in names}
     held = models.expand(options)
     given = models.expand(dict(name=held["name"]) | args.net_given)
     for key in ("input_size", "in_channels", "num_classes"):
-        if key not in args.net_given:      # implied by a name; these are the data's
+        if key not in args.net_given:      # a name implies it, but the data determine it
             given.pop(key, None)
     different = first_difference(held, held | given)
     if different:
@@ -370,8 +380,8 @@ def read_start(path, args):
 
 def first_difference(a, b):
     """(option, its value in a, its value in b) of the first option in which two networks differ, or
-    None. Options that are not given have their defaults. Dropout and a second time do not count: a
-    run adds them to the network that it begins with."""
+    None. Options that are not given have their defaults. Dropout, a second time and augmentation
+    labels are not compared, because a run adds them to the network with which it begins."""
     a, b = models.expand(a), models.expand(b)
     defaults = inspect.signature(models.NETWORKS[b["name"]]).parameters
     for key in dict.fromkeys([*b, *a]):

@@ -593,7 +593,7 @@ def test_an_exported_network_is_read_as_its_checkpoint_is(trained, tmp_path, mon
     if name == "teacher":
         assert weights.load(tmp_path / "x.safetensors", velocity=True).num_classes == options["num_classes"]
     else:
-        with pytest.raises(ValueError, match="is a consistency model and no velocity"):
+        with pytest.raises(ValueError, match="is a consistency model and not a velocity network"):
             weights.load(tmp_path / "x.safetensors", velocity=True)
 
 

@@ -784,7 +784,7 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, f
 
 def test_only_a_velocity_can_be_a_teacher(finished, tmp_path, monkeypatch, capsys):
     common = ["--device", "cpu", "--resolution", 12, "--out", tmp_path / "run"]
-    words = "is a consistency model and no velocity; use its teacher"
+    words = "is a consistency model and not a velocity network; use its teacher"
     net = TINY[4:9]
     assert words in refused(monkeypatch, capsys, facm, *common, *net, "--teacher", finished / "ckpt.pt")
     assert words in refused(monkeypatch, capsys, flow, *common, *net, "--init", finished / "ckpt.pt")

@@ -99,7 +99,7 @@ def test_a_dry_run_opens_a_teacher_that_is_there(teacher, tmp_path, monkeypatch,
     assert "width=16" in refused(monkeypatch, capsys, facm, *flags, teacher, "--net", "width=16")
     assert "nowhere.pt: no such checkpoint" in refused(monkeypatch, capsys, facm, *flags, "nowhere.pt")
     (tmp_path / "torn.pt").write_bytes(teacher.read_bytes()[:1000])
-    assert "torn.pt is no readable checkpoint" in refused(monkeypatch, capsys, facm, *flags, tmp_path / "torn.pt")
+    assert "torn.pt is not a readable checkpoint" in refused(monkeypatch, capsys, facm, *flags, tmp_path / "torn.pt")
 
 
 # Memory.
@@ -167,7 +167,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, capsys):
     for name in torchrun.NAMES:
         monkeypatch.setenv(name, "3" if name == "WORLD_SIZE" else "0")
     said = refused(monkeypatch, capsys, facm, *TINY, "--out", tmp_path / "run")
-    assert "--batch 4 is no multiple of 3, the number of processes" in said
+    assert "--batch 4 is not a multiple of 3, the number of processes" in said
 
 
 # Owners. The first command is a process; the second one comes while it runs, then after kill -9.

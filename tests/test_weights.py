@@ -239,7 +239,7 @@ def test_an_average_of_an_unknown_name_is_not_passed_over(tmp_path, file, places
     if len(places.split(", ")) == 2 and "params" not in places.split(".")[0]:
         other = places.split(", ")[1]
         assert torch.equal(weights.read(tmp_path / "x.pt", key=other)[0]["a"], torch.zeros(2))
-    with pytest.raises(ValueError, match="--weights nothing names no weights there"):
+    with pytest.raises(ValueError, match="--weights nothing names no weights in it"):
         weights.read(tmp_path / "x.pt", key="nothing")
 
 
@@ -258,7 +258,7 @@ def test_what_no_shape_tells_is_said_when_it_is_assumed(tmp_path, capsys):
         torch.save(models.create(**options, width=width, heads=given.get("heads", width // 64 or 1)).state_dict(), tmp_path / "x.pt")
         weights.load(tmp_path / "x.pt", **given)
         said = capsys.readouterr().err
-        assert said == (f"{tmp_path}/x.pt does not say {assumed}, which is assumed; --net changes it\n" if assumed else "")
+        assert said == (f"{tmp_path}/x.pt: {assumed} is assumed, because the file does not contain it; --net changes it\n" if assumed else "")
 
 
 def test_what_repa_needs_in_training_alone_is_left_out(tmp_path, capsys):
@@ -266,4 +266,4 @@ def test_what_repa_needs_in_training_alone_is_left_out(tmp_path, capsys):
     say_once.cache_clear()
     torch.save(dict(ema=net.state_dict() | {"projectors.0.0.weight": torch.zeros(2, 2)}), tmp_path / "x.pt")
     weights.load(tmp_path / "x.pt", heads=2)
-    assert "its projectors.*, which REPA needs in training alone, are left out" in capsys.readouterr().err
+    assert "its projectors.*, which only the training of REPA needs, are ignored" in capsys.readouterr().err
