@@ -79,7 +79,7 @@ def test_what_no_shape_tells_is_an_option(tmp_path):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda w: w.pop("blocks.1.attn.proj.bias"), "lacks blocks.1.attn.proj.bias"),
-    (lambda w: w.update(extra=torch.ones(1)), "unknown extra"),
+    (lambda w: w.update(extra=torch.ones(1)), "unknown parameter extra"),
     (lambda w: w.update({"blocks.1.attn.proj.bias": torch.ones(3)}), "another shape of blocks.1.attn.proj.bias"),
     (lambda w: w.pop("final_layer.linear.weight"), "final_layer.linear.weight"),
     (lambda w: [w.pop(k) for k in list(w) if not k.startswith("blocks")], "unknown network"),
