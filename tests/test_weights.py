@@ -232,7 +232,7 @@ ONE, OTHER = {"a": torch.ones(2)}, {"a": torch.zeros(2)}
 def test_an_average_of_an_unknown_name_is_not_passed_over(tmp_path, file, places):
     """Under whatever name and at whatever depth: two dicts of the same names and shapes are a question."""
     torch.save(file, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=f"has the keys {places}; --weights KEY says which"):
+    with pytest.raises(ValueError, match=f"has the keys {places}; choose one by --weights KEY"):
         weights.read(tmp_path / "x.pt")
     key = places.split(", ")[0]
     assert torch.equal(weights.read(tmp_path / "x.pt", key=key)[0]["a"], torch.ones(2))
