@@ -1579,7 +1579,8 @@ def use_channels_last(net):
 def shard(net):
     """Shards the parameters of net over the processes (FSDP), in place. A block is gathered when it
     is computed. Gradients are sharded too, and so is the state of an optimiser that is made after
-    this."""
+    this. Between two passes all parameters are sharded, so that the average can be updated after a
+    preview was drawn from it."""
     from torch.distributed.device_mesh import init_device_mesh  # here: this takes a second
     from torch.distributed.fsdp import fully_shard
     net.to(memory_format=torch.contiguous_format)          # FSDP supports no other layout
@@ -1588,4 +1589,4 @@ def shard(net):
     blocks = [m for m in net.modules() if isinstance(m, (UNetBlock, EDM2Block, DiTBlock))]
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
