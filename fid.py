@@ -487,14 +487,15 @@ def load_extractor(args, device):
 
 @torch.no_grad()
 def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, batch=64,
-            device="cpu", rank=0, world=1):
+            device="cpu", rank=0, world=1, quiet=False):
     """What the measures need of a Source's images. Each process has a contiguous part of them.
 
     extract(uint8 [b, 3, H, W]) -> features [b, D], spatial features, logits. moments: of "mu" and
     "mu_s". keep: how many images' features to keep, spread evenly over the source. width: the D
-    that the features must have. Returns a dict with n, mu, sigma, ..., parts (sums for the
-    Inception Score) if `score`, and kept [keep, D] on process 0. Raises ValueError, on every
-    process, for an image that cannot be read, or for features of another width or not finite.
+    that the features must have. quiet: there is no bar. Returns a dict with n, mu, sigma, ...,
+    parts (sums for the Inception Score) if `score`, and kept [keep, D] on process 0. Raises
+    ValueError, on every process, for an image that cannot be read, or for features of another width
+    or not finite.
     """
     n = source.count
     if n < max(2, world):
@@ -504,7 +505,7 @@ def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, b
     end = n * (rank + 1) // world
     keep = min(keep, n)
     chosen = torch.arange(keep) * n // max(keep, 1)        # the images whose features are kept
-    hidden = True if rank else None                        # None: the bar is for terminals alone
+    hidden = True if rank or quiet else None               # None: the bar is for terminals alone
     sums, kept, problem = {}, [], None
     try:
         for i in tqdm(range(first, end, batch), source.name, unit="batch", disable=hidden):
