@@ -839,15 +839,16 @@ def preview_noise(seed, shape):
 
 
 def save_preview(path, images):
-    """Writes images, float [N, C, H, W] in [-1, 1] with C 1 or 3, as a PNG with 10 in a row, each
-    pixel 3 wide and high. path None: does nothing. If the file cannot be written, that is printed
-    once, and the run continues."""
+    """Writes images, float [N, C, H, W] in [-1, 1] with C 1 or 3, as a PNG with 10 in a row. A
+    pixel is 3 wide and high, unless the images are large. path None: does nothing. If the file
+    cannot be written, that is printed once, and the run continues."""
     if path is None:
         return
     path = pathlib.Path(path)
+    scale = 3 if images.shape[2] <= 64 else 1
     try:
         path.parent.mkdir(exist_ok=True)
-        save_grid(path, to_uint8(images), columns=10, scale=3)
+        save_grid(path, to_uint8(images), columns=10, scale=scale)
     except OSError as e:
         say_once(f"\n{path.parent}: no previews ({e.strerror or e}); the run continues")
 

@@ -567,11 +567,14 @@ def train(args, run):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
-        # Log, save, preview (of latents sample.py makes pictures)
+        # Log, save, and now and then a preview and the FID of samples
         run.log(step, **figures)                                                         # line 30
         run.save()
-        if run.preview_is_due() and dataset.shape[0] in (1, 3):
-            data.save_preview(run.preview_path(), preview(ema, preview_noise, args))
+        if run.preview_is_due():
+            images = run.decode(preview(ema, preview_noise, args))
+            data.save_preview(run.preview_path(), images)
+        if run.evaluation_is_due():
+            run.evaluate(ema)
 
 
 def main():

@@ -325,11 +325,14 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, save, preview (of latents sample.py makes pictures)
+        # Log, save, and now and then a preview and the FID of samples
         run.log(step, L_fm=total, grad_norm=grad_norm)
         run.save()
-        if run.preview_is_due() and dataset.shape[0] in (1, 3):
-            data.save_preview(run.preview_path(), preview(ema, preview_noise, args))
+        if run.preview_is_due():
+            images = run.decode(preview(ema, preview_noise, args))
+            data.save_preview(run.preview_path(), images)
+        if run.evaluation_is_due():
+            run.evaluate(ema)
 
 
 def main():
@@ -406,6 +409,8 @@ def default_teacher(args, dataset, run):
         setattr(own, name, getattr(args, name))
     own.data, own.data_dir, own.fresh, own.dry_run = args.data, args.data_dir, False, None
     own.out = str(path.parent)             # also if the folder was moved
+    own.vae, own.eval_every = args.vae, None               # evaluations are those of the student
+    run.prepare(dataset.shape)             # a mistake there is reported before the teacher's hours
     processes.barrier()                    # all have read it before it is written
     Run(own, METHOD, run.device, run.rank, run.world, announcement=f"the teacher, {path}, is not "
         "finished: it is trained first, as by flow.py").call(train)

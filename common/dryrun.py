@@ -137,6 +137,10 @@ class DryRun(Run):
         """Nothing is drawn."""
         return False
 
+    def evaluation_is_due(self):
+        """Nothing is evaluated."""
+        return False
+
     def save(self):
         """Nothing is saved."""
 

@@ -89,6 +89,20 @@ def add_flags(parser, presets, teacher=False):
     flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
+    g = parser.add_argument_group("evaluation")
+    flag(g, "--vae", resume=True, metavar="FILE", help="checkpoint of the autoencoder that makes "
+         "images of latents, for previews and evaluations")
+    flag(g, "--eval-every", int, 1, resume=True, metavar="STEPS", help="measure the FID of the "
+         "averaged network every so many steps, for log.jsonl (default: never)")
+    flag(g, "--ref", resume=True, help="its reference, as for fid.py")
+    flag(g, "--eval-n", int, 2, resume=True, default=5000, metavar="N", help="its number of "
+         "samples (default: 5000)")
+    flag(g, "--eval-nfe", int, 1, resume=True, nargs="+", default=[1, 2], metavar="NFE", help="its "
+         "numbers of function evaluations (default: 1 2)")
+    flag(g, "--features", resume=True, metavar="FILE", help="TorchScript network in place of "
+         "Inception, as for fid.py; the file is executed")
+    flag(g, "--inception", resume=True, metavar="FILE", help="Inception's weights, as for fid.py")
+
     g = parser.add_argument_group("data")
     flag(g, "--data", resume=True, default="glyphs", help="glyphs, mnist, fashion, cifar10, "
          "imagenet_latents, or a path")
@@ -145,6 +159,7 @@ def parse(parser, method, presets, argv=None):
     argv: the words of the command line (None: the program's own).
     """
     args = parse_words(parser, argv)
+    check_evaluation(args)
     return fill_in(args, method, choose_preset(args, presets))
 
 
@@ -171,6 +186,15 @@ def check_effect(args, *rules):
         for name in names.split():
             if name in args.given and not has_effect:
                 fail(f"--{name} has no effect here: it needs {need}")
+
+
+def check_evaluation(args):
+    """Ends the program if the flags of the evaluations do not fit each other."""
+    check_effect(args, ("ref eval-n eval-nfe features inception", args.eval_every, "--eval-every"))
+    if args.eval_every and not args.ref:
+        fail("--eval-every needs --ref: statistics or images to compare the samples with")
+    if args.features and args.inception:
+        fail("--features replaces Inception; leave out --inception")
 
 
 def choose_preset(args, presets):

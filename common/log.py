@@ -23,6 +23,15 @@ def line_step(line):
         return math.inf
 
 
+def read_lines(path):
+    """The lines of a log.jsonl, a list of dicts. It has no lines that are torn or foreign, and it
+    is empty if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line_step(line) < math.inf]
+
+
 class Log:
     """log.jsonl and the progress bar. A line has the means of the figures since the line before.
 
@@ -106,14 +115,27 @@ class Log:
         images = sum(images for _, images, _ in self.window)
         row["images_per_s"] = round(images / (time.perf_counter() - self.tick), 1)
         self.window, self.tick = [], time.perf_counter()
+        self.write_line(dict(step=step) | row)
+        self.bar.set_postfix(row)
+
+    def write_line(self, row):
+        """Adds a line, a dict with the step, to the file. It is also used for lines without figures
+        of training, such as those of an evaluation."""
         if self.quiet:
             return
         try:
-            self.file.write(json.dumps(dict(step=step) | row) + "\n")
+            self.file.write(json.dumps(row) + "\n")
         except OSError as e:
             fail(f"{self.path}: {e}; the checkpoints stay, and the same command resumes the run",
                  always=True)
-        self.bar.set_postfix(row)
+
+    def note(self, row, seconds):
+        """Adds a line to the file, and shows it, after something else than training, which took so
+        many seconds. They do not count in images_per_s."""
+        self.tick += seconds
+        self.write_line(row)
+        if not self.quiet:
+            self.bar.write(json.dumps(row), sys.stderr)
 
     def close(self):
         """Ends the bar. The file is written through at each line."""

@@ -5,17 +5,17 @@
 """
 
 import itertools
-import json
 import pathlib
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from common import checkpoints, folders, processes, torchrun
 from common.flags import MAY_CHANGE
-from common.log import Log
+from common.log import Log, read_lines
 from common.messages import fail, say_once
 
 # After these a run saves and ends: Slurm warns by SIGUSR1, and a terminal that closes by SIGHUP
@@ -71,6 +71,7 @@ class Run:
         self.changed = {}                  # {flag: [what it was, what it is]}
         self.made = []                     # the folders that did not exist before
         self.writer, self.writing = ThreadPoolExecutor(1), None        # the thread, and its task
+        self.evaluation = None             # see prepare
 
     def call(self, train):
         """Opens the folder and calls train(args, run). What is wrong before the first step is the
@@ -146,6 +147,10 @@ class Run:
         run was begun with other flags, or if the checkpoint does not fit.
         """
         self.net, self.ema, self.optimizer, self.extra = net, ema, optimizer, extra
+        size = self.args.net["input_size"]
+        self.prepare((self.args.net["in_channels"], size, size))
+        if self.args.eval_every:           # of step 1, because that of step 0 is no student yet
+            self.evaluation.choose_samplers(net, self.as_checkpoint() | dict(step=1))
         if self.checkpoint:
             self.check_flags([name for name in self.checkpoint["args"] if name in FILLED_IN])
             path = self.folder / "ckpt.pt"
@@ -163,6 +168,8 @@ class Run:
             if hangs_up and signal.getsignal(number) == signal.SIG_IGN:
                 continue                   # started by nohup, which the run shall survive
             signal.signal(number, lambda number, frame: self.signals.append(number))
+        missed = self.evaluation_is_due() and not self.was_evaluated()
+        processes.barrier()                # all have read the log before it is written
         self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
                             self.args.log_every, quiet=self.rank > 0)
         if self.changed and self.rank == 0:
@@ -170,14 +177,27 @@ class Run:
         self.begun = True
         if self.announcement:
             say_once(self.announcement)
+        if missed:                         # the run was killed between the save and the figures
+            self.evaluate(ema)
+
+    def prepare(self, shape):
+        """Loads, the first time, what previews of latents and evaluations need, so that a mistake
+        is reported before training begins. shape: (C, H, W) of the samples."""
+        if self.evaluation or not (self.args.vae or self.args.eval_every):
+            return
+        from common.evaluation import Evaluation  # here: it needs a second
+        self.evaluation = Evaluation(self.args, shape, self.device, self.rank, self.world)
+
+    def as_checkpoint(self):
+        """What the checkpoint of this step has beside its tensors."""
+        return dict(method=self.method, step=self.step, args=dict(vars(self.args)))
 
     def note_changes(self):
         """Prints which flags are not what they were, and adds a line to the log, so that the record
         of the run is complete."""
         text = ", ".join(f"{name} {old} is now {new}" for name, (old, new) in self.changed.items())
         say_once(f"{self.folder}, step {self.step}: {text}")
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(dict(step=self.step, changed=self.changed)) + "\n")
+        self.log_file.write_line(dict(step=self.step, changed=self.changed))
 
     def begin_anew(self):
         """--fresh: renames the old folder to NAME.old-K, after everything that may refuse the run.
@@ -216,13 +236,41 @@ class Run:
         return self.step == self.args.steps or self.step % self.args.save_every == 0
 
     def preview_is_due(self):
-        """Whether this process draws a preview now. With --fsdp all processes draw together."""
+        """Whether this process draws a preview now. With --fsdp all processes draw together. Of
+        latents there are previews with --vae alone."""
+        if self.args.net["in_channels"] not in (1, 3) and not self.args.vae:
+            return False
         due = self.step == self.args.steps or self.step % self.args.preview_every == 0
         return due and (self.rank == 0 or self.args.fsdp)
 
     def preview_path(self):
         """The PNG of the step that was just logged; None in processes that write none."""
         return self.folder / "previews" / f"{self.step:07d}.png" if self.rank == 0 else None
+
+    def decode(self, samples):
+        """The images of samples: of pixels the samples themselves, and of latents what --vae makes
+        of them, in the process that writes previews."""
+        if self.evaluation is None or self.rank > 0:
+            return samples
+        return self.evaluation.decode_rows(samples)
+
+    def evaluation_is_due(self):
+        """Whether all processes measure the FID now, because of --eval-every."""
+        if not self.args.eval_every or self.step == 0:
+            return False
+        return self.step == self.args.steps or self.step % self.args.eval_every == 0
+
+    def was_evaluated(self):
+        """Whether the log has the figures of the newest checkpoint already."""
+        lines = read_lines(self.folder / "log.jsonl")
+        return any(line["step"] == self.step and "eval_n" in line for line in lines)
+
+    def evaluate(self, ema):
+        """Draws samples of the averaged network and adds their FID to the log. All processes call
+        it together. It changes neither the weights nor the random numbers of training."""
+        begun = time.perf_counter()
+        row = dict(step=self.step) | self.evaluation.figures(ema, self.as_checkpoint())
+        self.log_file.note(row, time.perf_counter() - begun)
 
     def save(self):
         """Writes a checkpoint if it is time. After one of SIGNALS it is time, and the program ends.
@@ -247,8 +295,7 @@ class Run:
                      optimizer=self.optimizer.state_dict())
         if self.extra:
             state["extra"] = list(self.extra)
-        checkpoint = dict(method=self.method, args=dict(vars(self.args)), step=self.step,
-                          torch_version=str(torch.__version__))
+        checkpoint = self.as_checkpoint() | dict(torch_version=str(torch.__version__))
         checkpoint |= checkpoints.copy_to_cpu(state, keep=self.rank == 0)
         if self.rank == 0:
             self.writing = self.writer.submit(self.write, checkpoint, snapshot)

@@ -25,7 +25,7 @@ from common import flags, torchrun
 
 SCRIPTS = [ROOT / name for name in ("flow.py", "facm.py", "decm.py", "gcm.py", "baselines.py")]
 TOP = "flow facm decm gcm baselines models jvp data encode sample fid".split()
-COMMON = "augment checkpoints dryrun ema flags folders imagefiles log messages processes run seeds torchrun weights".split()
+COMMON = "augment checkpoints dryrun ema evaluation flags folders imagefiles log messages processes run seeds torchrun weights".split()
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")])
 
 
@@ -150,12 +150,14 @@ def test_a_loss_needs_torch_alone(path):
 
 
 def test_imports_run_one_way():
-    """Floor by floor: what a file may import of ours. common/ knows nothing of the methods, and nothing of data sets."""
+    """Floor by floor: what a file may import of ours. common/ knows nothing of the methods, and nothing of data sets. Only
+    evaluation.py calls two of the programs."""
     inside = {
         "__init__": set(), "augment": set(), "ema": set(), "torchrun": set(), "messages": {"torchrun"}, "seeds": set(),
         "folders": {"messages", "torchrun"}, "checkpoints": {"messages"}, "log": {"messages"}, "flags": {"messages", "torchrun"},
         "imagefiles": {"messages"}, "processes": {"folders", "messages", "torchrun"}, "weights": {"checkpoints", "messages"},
-        "run": {"checkpoints", "dryrun", "flags", "folders", "log", "messages", "processes", "torchrun"}, "dryrun": {"processes", "run"}}
+        "evaluation": {"fid", "sample", "messages"},
+        "run": {"checkpoints", "dryrun", "evaluation", "flags", "folders", "log", "messages", "processes", "torchrun"}, "dryrun": {"processes", "run"}}
     everything = set(COMMON)
     allowed = {name: inside[name] | ({"models"} if name == "weights" else set()) for name in inside}
     allowed |= {"jvp": set(), "models": {"jvp"}, "data": everything, "encode": everything | {"data"},
@@ -254,7 +256,7 @@ def test_help_is_whole(name, monkeypatch, capsys):
 
 def test_flags_that_may_change_at_a_resume_are_said_once():
     assert flags.MAY_CHANGE == set("data data_dir skip_broken class_names steps save_every keep_every log_every preview_every device fresh out fsdp "
-                                   "grad_checkpoint micro_batch dry_run teacher given net_given".split())
+                                   "grad_checkpoint micro_batch dry_run teacher given net_given vae eval_every eval_n eval_nfe ref features inception".split())
 
 
 COMMANDS = [line.split("#")[0].strip()
