@@ -709,11 +709,14 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, save, preview (of latents sample.py makes pictures)
+        # Log, save, and now and then a preview and the FID of samples
         run.log(step, loss=total, grad_norm=grad_norm)
         run.save()
-        if run.preview_is_due() and dataset.shape[0] in (1, 3):
-            data.save_preview(run.preview_path(), preview(ema, preview_noise, args))
+        if run.preview_is_due():
+            images = run.decode(preview(ema, preview_noise, args))
+            data.save_preview(run.preview_path(), images)
+        if run.evaluation_is_due():
+            run.evaluate(ema)
 
 
 def main():
