@@ -15,14 +15,12 @@ import pathlib
 import statistics
 import sys
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import quickstart
 
 import fid
 import sample
-from common import flags, folders, processes
+from common import evaluation, flags, folders, processes
 from common.messages import fail
 
 
@@ -36,31 +34,23 @@ def distances(args, device):
     if args.ref_n is not None and not fid.is_glyphs(args.ref):
         raise ValueError(f"--ref-n is the number of glyphs, but the reference is {args.ref}; leave it out")
     net, checkpoint = sample.load(args.ckpt, device)
-    labels = sample.choose_labels("all", args.n, net.num_classes, seed=0)
     size = checkpoint["args"]["net"]["input_size"]
     if checkpoint["args"]["net"]["in_channels"] not in (1, 3):
         raise ValueError(f"{args.ckpt} draws latents; sample them by sample.py --vae, and compare by fid.py")
-    part = "fd_dinov2" if args.features else "fid"         # of EDM2's statistics
-    ref_n = 20_000 if args.ref_n is None else args.ref_n
-    reference = fid.open_source(args.ref, ref_n, size, part=part)
-    extract, name = fid.load_extractor(args, device)
-    moments = reference.statistics
-    if "mu" not in moments:
-        moments = fid.collect(reference, extract, batch=args.batch, device=device)
-    if moments.get("features", name) != name:
-        raise ValueError(f"{args.ref}: statistics of {moments['features']}, not of {name}")
+    decode, _, _ = sample.load_decoder(None, None, checkpoint, device)
+    glyphs = evaluation.GLYPHS if args.ref_n is None else args.ref_n
+    judge = evaluation.load_judge(args.ref, args.features, args.inception, size=size, glyphs=glyphs, device=device)
     found = {nfe: [] for nfe in args.nfe}
     for nfe in args.nfe:
+        chosen = sample.choose_sampler(net, checkpoint, nfe)
         for seed in range(args.seed, args.seed + args.seeds):
-            images = sample.draw(net, checkpoint, nfe, labels, seed)
-            source = fid.Source(f"seed {seed}", len(images), lambda i, j: np.ascontiguousarray(images[i:j]))
-            these = fid.collect(source, extract, width=len(moments["mu"]), batch=args.batch, device=device)
-            found[nfe].append(fid.frechet_distance(these["mu"], these["sigma"], moments["mu"], moments["sigma"]))
+            figures = evaluation.measure(net, checkpoint, chosen, args.n, judge, decode, device, seed=seed)
+            found[nfe] += figures.values()
             print(f"NFE {nfe}, seed {seed}: {found[nfe][-1]:.4f}", flush=True)
-    return found, "FID" if name == fid.INCEPTION else f"Frechet distance ({name})"
+    return found, "FID" if judge.name == fid.INCEPTION else f"Frechet distance ({judge.name})"
 
 
-@processes.program("use fewer images at once by --batch")
+@processes.program("use a smaller network")
 def main():
     p = flags.Parser(description="Mean and deviation of a checkpoint's FID over the seeds of its samples.")
     p.add_argument("ckpt", type=pathlib.Path, help="checkpoint of a script here")
@@ -72,13 +62,12 @@ def main():
     p.add_argument("--nfe", type=int, nargs="+", default=[1, 2], help="numbers of function evaluations")
     p.add_argument("--seeds", type=int, default=3, help="number of seeds")
     p.add_argument("--seed", type=int, default=0, help="the first seed")
-    p.add_argument("--batch", type=int, default=250, help="images at once in the network of the features")
     p.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     p.add_argument("--json", type=pathlib.Path, help="file to which the figures are also written")
     args = p.parse_args()
     folders.check_output(args.json)
-    if min(args.n, args.seeds, args.batch, *args.nfe) < 1 or args.seeds < 2:
-        fail("--n, --batch and --nfe must be at least 1, --seeds at least 2")
+    if min(args.n, args.seeds) < 2 or min(args.nfe) < 1:
+        fail("--n and --seeds must be at least 2, --nfe at least 1")
     device, _, _ = processes.start(args.device)
     try:
         found, name = distances(args, device)
