@@ -801,7 +801,7 @@ def test_checkpoints_of_earlier_versions_are_read(teacher, tmp_path, monkeypatch
         checkpoints.save(tmp_path / f"{name}.pt", checkpoint | dict(args=args))
     call(monkeypatch, facm, *TINY, "--teacher", tmp_path / "teacher.pt", "--steps", 1, "--out", tmp_path / "run")
     capsys.readouterr()
-    assert "no velocity" in refused(monkeypatch, capsys, facm, *TINY, "--teacher", tmp_path / "ckpt.pt", "--out", tmp_path / "no")
+    assert "not a velocity network" in refused(monkeypatch, capsys, facm, *TINY, "--teacher", tmp_path / "ckpt.pt", "--out", tmp_path / "no")
     for name, sampler in (("teacher", "euler at NFE 3"), ("ckpt", "cm at NFE 3")):
         call(monkeypatch, sample, "--ckpt", tmp_path / f"{name}.pt", "--nfe", 3, "--n", 4, "--device", "cpu")
         assert sampler in capsys.readouterr().out
