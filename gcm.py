@@ -205,7 +205,8 @@ def parse_args():
     flag("--epsilon", float, 1e-9, help="eps of h(t) 'exp'; the others: integral of eps (1-t)^2")
     flag("--curriculum", int, 0, help="steps after which eps, first 1/q, falls (G.1, Table 7d)")
     flag("--q", float, 1, help="what eps is divided by at the end of each --curriculum (G.1)")
-    flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t); not with --init (Eq. 9)")
+    flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t); not with --init, nor with "
+         "a network that scales itself (Eq. 9)")
     flag("--mu", float, 1e-9, help="exponent of h(t) and c(t) (Eqs. 36, 37)")
     flag("--scheme", choices=list(WEIGHTS), help="whose weights and times (Tables 7e, 11)")
     flag("--gamma", float, help="gamma in w(t) = t^gamma e^(-lambda t) (Eq. 14)")
@@ -344,7 +345,7 @@ def precondition(net, *, ct="exp", mu=3.5, sigma_d=0.5, second_time=False, veloc
     net        any callable net(x, t, s, y); s is c(s) if second_time, else None
     velocity   net is a velocity network as models.py has them, with time from noise to data and
                noise of deviation 1: its answer at k x_t, where the ratio of noise to data is the
-               same, becomes f
+               same, becomes f. So are the networks of --init, and those that scale themselves
     augment    the labels [B, D] of the augmentation, which are net's fifth argument, or None
 
     paper: z ~ N(0, I) (2.1); here: its deviation is sigma_d, because c_in and c_out have unit
@@ -549,8 +550,12 @@ def default_sampler(nfe, args):
 
 def scalings(args):
     """The options of `precondition` for a run with these flags (a dict)."""
+    net = args["net"]
+    scales_itself = (net.get("sigma_data") is not None or net.get("edm_time", False)
+                     or net["name"].startswith("EDM2"))
     return dict(ct=args["ct"], mu=args["mu"], sigma_d=args["sigma_data"],
-                second_time=args["variant"] == "VU", velocity=args["init"] is not None)
+                second_time=args["variant"] == "VU",
+                velocity=args["init"] is not None or scales_itself)
 
 
 def sampler_options(args):
@@ -578,9 +583,6 @@ def check(args, net):
     if args.w != 1 and (args.uncond or not net["num_classes"]):
         raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
                          "--w 1")
-    if args.init is None and net.get("sigma_data") is not None:
-        raise ValueError("--net sigma_data is for velocity networks, whose time runs the other "
-                         "way; gcm.py has its own preconditioning, --sigma-data")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab: a and b must differ")
     times = [T_MAX, *args.t_mid, T_MIN]

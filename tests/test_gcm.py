@@ -536,7 +536,8 @@ def test_samplers_in_any_shape(shape):
 
 
 def test_samplers_take_their_options_from_the_run():
-    args = dict(variant="VU", scheme="gcm", ct="exp", mu=3.5, sigma_data=0.5, init=None, t_mid=[0.6])
+    args = dict(variant="VU", scheme="gcm", ct="exp", mu=3.5, sigma_data=0.5, init=None, t_mid=[0.6],
+                net=dict(name="DDPM++"))
     assert gcm.default_sampler(2, args) == "pushforward" and set(gcm.sampler_options(args)) == set(gcm.SAMPLERS)
     assert gcm.default_sampler(1, dict(args, variant="CU")) == "restart" and "restart" not in gcm.DETERMINISTIC
     assert gcm.default_sampler(2, dict(args, scheme="facm")) == "restart"          # its s is t_0 or t
@@ -878,7 +879,11 @@ def test_a_flag_given_by_hand_beats_its_alternative_in_the_preset(monkeypatch, f
     assert (args.curriculum, args.ema_beta) == expected
 
 
-def test_the_preconditioning_of_velocity_networks_is_refused_from_scratch(tmp_path, monkeypatch, capsys):
-    """Their time runs the other way, so that their scalings would be those of another time."""
-    words = refused(monkeypatch, capsys, gcm, "--device", "cpu", "--net", "sigma_data=0.5", "--out", tmp_path / "run")
-    assert "--net sigma_data is for velocity networks" in words
+@pytest.mark.parametrize("net, velocity", [
+    (dict(name="DDPM++"), False), (dict(name="DDPM++", sigma_data=None), False), (dict(name="DiT-B/4"), False),
+    (dict(name="DDPM++", sigma_data=0.5), True), (dict(name="DDPM++", edm_time=True), True), (dict(name="EDM2-S"), True)],
+    ids=str)
+def test_networks_that_scale_themselves_are_asked_at_their_own_times(net, velocity):
+    """Their time runs the other way; from scratch as well, GCM's own scalings would be those of another time."""
+    args = dict(net=net, ct="exp", mu=3.5, sigma_data=0.5, variant="CU", init=None)
+    assert gcm.scalings(args)["velocity"] == velocity and gcm.scalings(dict(args, init="x.pt"))["velocity"]
