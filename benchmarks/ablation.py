@@ -40,6 +40,7 @@ import quickstart
 import sample
 from common import folders
 from common.flags import Parser
+from common.log import read_lines
 from common.messages import fail
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def folder_of(*words):
 
 def gradient_norms(out):
     """Percentiles 50, 90, 99 and 100 of the gradient's norm in a run with a line for each step."""
-    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    lines = read_lines(out / "log.jsonl")
     norms = [line["grad_norm"] for line in lines if "grad_norm" in line]       # not if skipped
     return np.percentile(norms, [50, 90, 99, 100]).tolist()
 

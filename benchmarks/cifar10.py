@@ -35,6 +35,7 @@ import fid
 import sample
 from common import checkpoints, folders
 from common.flags import Parser
+from common.log import read_lines
 from common.messages import fail
 
 # The preset of MNIST, for a network of 3 M parameters. gcm.py has its own preconditioning, and its
@@ -86,7 +87,7 @@ def train(name, args):
 
     # How fast it is; the first line of the log has what PyTorch does once
     python(script, *flags, "--steps", 100, "--out", probe)
-    lines = [json.loads(line) for line in open(probe / "log.jsonl")]
+    lines = [line for line in read_lines(probe / "log.jsonl") if "images_per_s" in line]
     images_per_second = statistics.median_high([line["images_per_s"] for line in lines[1:]])
     batch = checkpoints.read(probe / "ckpt.pt")["args"]["batch"]
     steps = 50 * max(1, round(images_per_second * seconds / batch / 50))

@@ -1,30 +1,26 @@
-"""The curves of one or more runs as one PNG: losses, gradient norm and distance over the steps.
+"""The curves of one or more runs as one PNG: losses, gradient norm, FID and distance over the steps.
 
     pip install matplotlib
     python benchmarks/curves.py runs/flow-glyphs runs/facm-glyphs --out curves.png
 
-Losses and gradient norms are in log.jsonl. Distances are in distance.jsonl, a line for each call of
-`benchmarks/quickstart.py RUN --log`. A run can be stopped on its way for it, and resumed:
+Losses, gradient norms and, with --eval-every, the FID are in log.jsonl. A dotted line marks a step
+at which the run was resumed with other flags. Distances are in distance.jsonl, a line for each call
+of `benchmarks/quickstart.py RUN --log`. A run can be stopped on its way for it, and resumed:
 
     timeout -s TERM 120 python facm.py
     python benchmarks/quickstart.py runs/facm-glyphs --log
 """
 
-import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from common import folders
 from common.flags import Parser
+from common.log import read_lines
 from common.messages import fail
 
-
-def read_lines(path):
-    """The dicts in a file of JSON lines; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+DISTANCES = dict(fid="FID", fd="Frechet distance")         # keys of log.jsonl, and their panels
 
 
 def smooth(values, window):
@@ -52,6 +48,31 @@ def curves_of_log(folder, window):
     return curves
 
 
+def curves_of_fid(folder):
+    """{panel: [(label, steps, values), ...]} of a run's evaluations. A curve has one NFE and one
+    number of samples, because figures of other numbers cannot be compared with each other."""
+    panels = {}
+    for key, title in DISTANCES.items():
+        points = {}                        # {label: [(step, figure), ...]}
+        for line in read_lines(folder / "log.jsonl"):
+            for nfe, figure in line.get(key, {}).items():
+                label = f"{folder.name}, {nfe}, {line['eval_n']:,} samples"
+                points.setdefault(label, []).append((line["step"], figure))
+        if points:
+            panels[title] = [(label, *zip(*pairs)) for label, pairs in points.items()]
+    return panels
+
+
+def changes_of(folder):
+    """[(step, text), ...] of the flags that changed when the run was resumed."""
+    changes = []
+    for line in read_lines(folder / "log.jsonl"):
+        names = [f"{name} {new}" for name, (_, new) in line.get("changed", {}).items()]
+        if names:
+            changes.append((line["step"], ", ".join(names)))
+    return changes
+
+
 def curves_of_distance(folder):
     """[(label, steps, values), ...] of the samplers whose distance was measured."""
     lines = read_lines(folder / "distance.jsonl")
@@ -67,7 +88,7 @@ def curves_of_distance(folder):
 
 
 def main():
-    p = Parser(description="Losses, gradient norm and distance over the steps, as a PNG.")
+    p = Parser(description="Losses, gradient norm, FID and distance over the steps, as a PNG.")
     p.add_argument("runs", type=pathlib.Path, nargs="+", help="run folders")
     p.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     p.add_argument("--smooth", type=int, default=5, help="lines of the log in a mean")
@@ -81,22 +102,29 @@ def main():
     from matplotlib import pyplot
 
     panels = {}                            # {title: [(label, steps, values), ...]}
+    changes = []                           # [(step, text), ...]
     for folder in args.runs:
         curves = curves_of_log(folder, args.smooth)
         if not curves:
             fail(f"{folder}: no log.jsonl with lines in it")
         for name, curve in curves.items():
             panels.setdefault(name, []).append(curve)
+        for title, evaluated in curves_of_fid(folder).items():
+            panels.setdefault(title, []).extend(evaluated)
         for curve in curves_of_distance(folder):
             panels.setdefault("distance", []).append(curve)
+        changes += changes_of(folder)
 
     size = (4 * len(panels), 3.2)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items()):
-        marker = "o" if title == "distance" else None
+        few = title in ("distance", *DISTANCES.values())   # points, which are marked
         for label, steps, values in curves:
-            axis.plot(steps, values, label=label, marker=marker)
+            axis.plot(steps, values, label=label, marker="o" if few else None)
         axis.set(title=title, xlabel="step", yscale="log")
+        for step, text in changes:
+            axis.axvline(step, color="gray", linestyle=":")
+            axis.text(step, 0.02, f" {text}", fontsize=6, rotation=90, color="gray", transform=axis.get_xaxis_transform())
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out, dpi=80)
