@@ -409,7 +409,8 @@ def default_teacher(args, dataset, run):
         setattr(own, name, getattr(args, name))
     own.data, own.data_dir, own.fresh, own.dry_run = args.data, args.data_dir, False, None
     own.out = str(path.parent)             # also if the folder was moved
-    own.vae, own.eval_every = args.vae, None               # evaluations are those of the student
+    own.vae, own.tensorboard = args.vae, args.tensorboard
+    own.eval_every = None                  # evaluations are those of the student
     run.prepare(dataset.shape)             # a mistake there is reported before the teacher's hours
     processes.barrier()                    # all have read it before it is written
     Run(own, METHOD, run.device, run.rank, run.world, announcement=f"the teacher, {path}, is not "

@@ -59,7 +59,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         settings = flags.argparse.Namespace(
             out=folder, fresh=False, steps=10, log_every=1, save_every=1, keep_every=None, preview_every=1,
-            vae=None, eval_every=None, net=dict(in_channels=4, input_size=32))
+            vae=None, eval_every=None, tensorboard=False, net=dict(in_channels=4, input_size=32))
         run = Run(settings, "flow", device, rank, world)
         run.resume(net, ema, optimizer)
         reset_peak()

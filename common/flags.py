@@ -6,6 +6,7 @@ is wrong with a command line is printed in one line, with exit code 2.
 
 import argparse
 import ast
+import importlib.util
 import math
 import pathlib
 
@@ -87,6 +88,8 @@ def add_flags(parser, presets, teacher=False):
     flag(g, "--keep-every", int, 1, resume=True, metavar="STEPS", help="keep a snapshot, without "
          "the optimiser, every so many steps (default: none)")
     flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
+    flag(g, "--tensorboard", action="store_true", resume=True, help="write the lines of log.jsonl "
+         "for TensorBoard as well")
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
     g = parser.add_argument_group("evaluation")
@@ -159,7 +162,7 @@ def parse(parser, method, presets, argv=None):
     argv: the words of the command line (None: the program's own).
     """
     args = parse_words(parser, argv)
-    check_evaluation(args)
+    check_reports(args)
     return fill_in(args, method, choose_preset(args, presets))
 
 
@@ -188,13 +191,16 @@ def check_effect(args, *rules):
                 fail(f"--{name} has no effect here: it needs {need}")
 
 
-def check_evaluation(args):
-    """Ends the program if the flags of the evaluations do not fit each other."""
+def check_reports(args):
+    """Ends the program if the flags of the evaluations do not fit each other, or if there is no
+    TensorBoard."""
     check_effect(args, ("ref eval-n eval-nfe features inception", args.eval_every, "--eval-every"))
     if args.eval_every and not args.ref:
         fail("--eval-every needs --ref: statistics or images to compare the samples with")
     if args.features and args.inception:
         fail("--features replaces Inception; leave out --inception")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        fail("--tensorboard needs a package that is not installed: pip install tensorboard")
 
 
 def choose_preset(args, presets):

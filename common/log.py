@@ -32,14 +32,38 @@ def read_lines(path):
     return [json.loads(line) for line in lines if line_step(line) < math.inf]
 
 
+class TensorBoard:
+    """Writes what log.jsonl gets into a folder for TensorBoard: numbers as scalars, other things as
+    text. Events past the step, of a run that was killed, are hidden."""
+
+    def __init__(self, folder, step):
+        from torch.utils.tensorboard import SummaryWriter  # here: the package need not be there
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def add(self, row):
+        """Writes a line of the log. Figures of an evaluation have names such as fid/NFE 1."""
+        for name, value in row.items():
+            if name == "step":
+                continue
+            parts = value if isinstance(value, dict) else {"": value}
+            for part, figure in parts.items():
+                tag = f"{name}/{part}" if part else name
+                if isinstance(figure, (int, float)):
+                    self.writer.add_scalar(tag, figure, row["step"])
+                else:
+                    self.writer.add_text(tag, str(figure), row["step"])
+        self.writer.flush()
+
+
 class Log:
     """log.jsonl and the progress bar. A line has the means of the figures since the line before.
 
     step: the steps that are done. Lines past it, of a run that was killed, are dropped. total: the
     steps of the run. every: steps between two lines. quiet: this process writes and shows nothing.
+    tensorboard: the lines are also written for TensorBoard, into a folder beside the file.
     """
 
-    def __init__(self, path, step, total, every, quiet=False):
+    def __init__(self, path, step, total, every, quiet=False, tensorboard=False):
         self.path, self.every, self.quiet = path, every, quiet
         self.window = []                   # (step, number of images, figures) since the last line
         self.tick = time.perf_counter()
@@ -49,6 +73,9 @@ class Log:
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
             path.write_text("".join(line for line in old if line_step(line) <= step))
             self.file = open(path, "a", buffering=1)
+        self.tensorboard = None
+        if tensorboard and not quiet:
+            self.tensorboard = TensorBoard(path.parent / "tensorboard", step)
 
     def add(self, step, images, figures, signals, now=False):
         """Adds what a step has brought: its number of images, its figures {name: tensor []}, and
@@ -128,6 +155,8 @@ class Log:
         except OSError as e:
             fail(f"{self.path}: {e}; the checkpoints stay, and the same command resumes the run",
                  always=True)
+        if self.tensorboard:
+            self.tensorboard.add(row)
 
     def note(self, row, seconds):
         """Adds a line to the file, and shows it, after something else than training, which took so

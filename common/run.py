@@ -171,7 +171,8 @@ class Run:
         missed = self.evaluation_is_due() and not self.was_evaluated()
         processes.barrier()                # all have read the log before it is written
         self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
-                            self.args.log_every, quiet=self.rank > 0)
+                            self.args.log_every, quiet=self.rank > 0,
+                            tensorboard=self.args.tensorboard)
         if self.changed and self.rank == 0:
             self.note_changes()
         self.begun = True

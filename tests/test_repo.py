@@ -256,7 +256,7 @@ def test_help_is_whole(name, monkeypatch, capsys):
 
 def test_flags_that_may_change_at_a_resume_are_said_once():
     assert flags.MAY_CHANGE == set("data data_dir skip_broken class_names steps save_every keep_every log_every preview_every device fresh out fsdp "
-                                   "grad_checkpoint micro_batch dry_run teacher given net_given vae eval_every eval_n eval_nfe ref features inception".split())
+                                   "grad_checkpoint micro_batch dry_run teacher given net_given vae eval_every eval_n eval_nfe ref features inception tensorboard".split())
 
 
 COMMANDS = [line.split("#")[0].strip()

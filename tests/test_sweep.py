@@ -25,6 +25,7 @@ import sample
 from common import checkpoints, evaluation
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import curves
 import sweep
 
 STEADY = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]       # processes have other dropout
@@ -114,7 +115,6 @@ def test_the_random_generator_is_left_alone():
     state = torch.get_rng_state()
     with evaluation.apart("cpu"):
         torch.randn(3)
-        fid.Inception                      # whose layers begin with random weights
     assert torch.equal(torch.get_rng_state(), state)
     torch.backends.cuda.matmul.allow_tf32 = True           # as with --precision tf32
     with evaluation.apart("cpu"):
@@ -423,3 +423,66 @@ def test_mistakes_of_a_sweep_end_in_one_line(watched, net, ref, monkeypatch, cap
     pathlib.Path("broken/ckpt.pt").write_text("no checkpoint")
     pathlib.Path("text.json").write_text("[1]")
     assert words in refused(monkeypatch, capsys, sweep, *flags.split(), "--device", "cpu")
+
+
+# Curves and TensorBoard
+
+def test_curves_of_a_log_with_lines_of_all_kinds(tmp_path):
+    """Losses, figures of two numbers of samples, changed flags, and a line that is torn."""
+    lines = [dict(step=1, L_fm=2.0, grad_norm=1.0), dict(step=2, L_fm=1.0, skipped=1),
+             dict(step=2, fid={"NFE 1": 9.0, "NFE 2": 5.0}, eval_n=50), dict(step=2, changed=dict(lr=[1e-4, 5e-5], clip=[1.0, 0.5])),
+             dict(step=3, L_fm=0.5, grad_norm=3.0), dict(step=4, fid={"NFE 2": 4.0}, eval_n=50), dict(step=6, fid={}, eval_n=50),
+             dict(step=6, fid={"NFE 1": 3.0}, eval_n=5000), dict(step=8, fd={"NFE 1": 7.5}, eval_n=50, features="dinov2.pt")]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "fid"')
+    assert curves.curves_of_log(tmp_path / "run", 1) == dict(L_fm=("run", [1, 2, 3], [2, 1, 0.5]), grad_norm=("run", [1, 3], [1, 3]))
+    assert curves.curves_of_fid(tmp_path / "run") == {
+        "FID": [("run, NFE 1, 50 samples", (2,), (9.0,)), ("run, NFE 2, 50 samples", (2, 4), (5.0, 4.0)),
+                ("run, NFE 1, 5,000 samples", (6,), (3.0,))],
+        "Frechet distance": [("run, NFE 1, 50 samples", (8,), (7.5,))]}
+    assert curves.changes_of(tmp_path / "run") == [(2, "lr 5e-05, clip 0.5")]
+
+
+def test_curves_are_drawn(watched, asked, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(watched, tmp_path / "run")
+    call(monkeypatch, facm, *STEADY, *SCRATCH, *asked, "--steps", 5, "--lr", "1e-4", "--out", tmp_path / "run")
+    call(monkeypatch, curves, tmp_path / "run", "--out", tmp_path / "curves.png")
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert width == 4 * 4 * 80 and height == 256                       # L_fm, L_cm, grad_norm, Frechet distance
+
+
+def test_the_sweep_is_drawn(run, net, ref, monkeypatch):
+    pytest.importorskip("matplotlib")
+    swept(monkeypatch, run, "--ref", ref, "--features", net, "--n", 70)
+    assert Image.open(run / "sweep.png").size == (500, 360)
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of the events in a folder, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_what_the_log_has(asked, tmp_path, monkeypatch):
+    """Also after a resume with another rate, and from an older checkpoint."""
+    pytest.importorskip("tensorboard")
+    out, command = tmp_path / "run", [*FLOW, *asked, "--eval-nfe", 3, "--save-every", 2, "--tensorboard", "--out", tmp_path / "run"]
+    call(monkeypatch, flow, *command, "--steps", 2)
+    old = (out / "ckpt.pt").read_bytes()
+    call(monkeypatch, flow, *command, "--steps", 4)
+    (out / "ckpt.pt").write_bytes(old)
+    call(monkeypatch, flow, *command, "--steps", 4, "--lr", "1e-4")
+    shown = scalars(out / "tensorboard")
+    trained = [row for row in rows(out) if "L_fm" in row]
+    assert shown["L_fm"] == [(row["step"], pytest.approx(row["L_fm"], rel=1e-6)) for row in trained] and len(trained) == 4
+    assert shown["fd/NFE 3"] == [(row["step"], pytest.approx(row["fd"]["NFE 3"], rel=1e-6)) for row in evaluations(out)]
+    assert set(shown) == {"L_fm", "grad_norm", "images_per_s", "fd/NFE 3", "eval_n"}
+
+
+def test_without_the_package_tensorboard_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    monkeypatch.setattr(sys, "path", [])                               # where it could be found
+    line = refused(monkeypatch, capsys, flow, *FLOW, "--tensorboard", "--out", tmp_path / "run")
+    assert line.endswith("pip install tensorboard") and not (tmp_path / "run").exists()
