@@ -1,1 +1,1 @@
-"""What every run needs and no paper mentions. Nothing here has to be read to follow a step."""
+"""What every run needs and no paper mentions. A training step can be read without it."""

@@ -1,4 +1,5 @@
-"""EDM's augmentation. The network sees its parameters, so that it does not leak into samples."""
+"""EDM's augmentation. The network receives its parameters as labels, so that samples are not
+augmented."""
 
 import math
 
@@ -13,12 +14,13 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 
 def augment(x, generator, p=0.12, batch=None, rows=slice(None)):
     """EDM's augmentation for CIFAR-10 (Karras et al. 2022, Appendix F.2): x [B, C, H, W] on any
-    device -> augmented x and labels [B, 9], all zero where nothing was done but for the mirroring.
-    x may be the `rows` of a larger `batch`, for which the random numbers are then drawn.
+    device -> augmented x and labels [B, 9], which are zero for an image that did not change.
+    x may be the `rows` of a larger `batch`. The random numbers are then drawn for that batch.
 
-    One half of the images is mirrored; each of these befalls a share p: upside down (one half of
-    it), scaling by 2^(0.2 n), rotation by any angle, stretching by 2^(0.2 n) along an axis that is
-    turned in half of the cases, translation by 0.125 n of the size; n standard normal.
+    Half of the images are mirrored. Each of the following changes is applied with the probability
+    p, where n is a standard normal number: turning upside down (in half of the cases), scaling by
+    2^(0.2 n), rotation by any angle, stretching by 2^(0.2 n) along an axis that is rotated in half
+    of the cases, and translation by 0.125 n of the size.
     """
     B, C, H, W = x.shape
     normal = torch.randn((4, batch or B), generator=generator)[:, rows].to(x)
@@ -55,7 +57,7 @@ def augment(x, generator, p=0.12, batch=None, rows=slice(None)):
     x = F.conv2d(x, kernel, padding=(0, 6), groups=C)
     x = torch.stack([x, torch.zeros_like(x)], dim=3).reshape(B, C, 2 * h, -1)[:, :, :-1]
     x = F.conv2d(x, kernel.transpose(2, 3), padding=(6, 0), groups=C)
-    # A pixel's centre now lies half a pixel of the finer grid beside it
+    # The centre of a pixel is now shifted by half a pixel of the finer grid
     half = matrix(c=-0.5, f=-0.5)
     inverse = half @ matrix(2.0, e=2.0) @ inverse @ matrix(0.5, e=0.5) @ torch.linalg.inv(half)
     size = (B, C, 2 * (H + 2 * more), 2 * (W + 2 * more))

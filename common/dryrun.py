@@ -1,8 +1,9 @@
-"""What a run needs, without data or GPU: --dry-run [PROCESSES] of the training scripts.
+"""--dry-run [PROCESSES] of the training scripts: estimates what a run needs, without data or GPU.
 
-One step of the script's own training function runs on fake tensors, which have shapes and no
-content, so that the figures follow the code. Memory is the sum of the living tensors at its
-highest. The allocator's own reserve, CUDA's context (about 0.5 GiB) and NCCL's buffers come on top.
+One step of the script's own training function runs on fake tensors, which have shapes but no
+values, so the figures follow the code. The memory is the highest sum of the tensors that exist at
+the same time. It does not include the reserve of the allocator, CUDA's context (about 0.5 GiB) and
+NCCL's buffers.
 """
 
 import copy
@@ -21,7 +22,7 @@ from common.processes import split_batch
 from common.run import Run
 
 GIB = 2 ** 30
-SHARE = 0.4                                # of a GPU's rate, which well-run training reaches
+SHARE = 0.4                                # the part of the peak rate that is reached
 H100 = {"bf16": 989e12, "tf32": 495e12, "float32": 67e12}              # dense FLOPs a second
 
 
@@ -33,8 +34,8 @@ class FakeTensors(FakeTensorMode):
 
 
 class LivingBytes(TorchDispatchMode):
-    """Counts the bytes of the living tensors: now, and at most. Fake tensors have no content, so a
-    question such as "is the gradient finite?" is answered with yes."""
+    """Counts the bytes of the tensors that exist, and their maximum. Fake tensors have no values,
+    so a question such as "is the gradient finite?" is answered with yes."""
 
     def __init__(self):
         super().__init__()
@@ -52,20 +53,20 @@ class LivingBytes(TorchDispatchMode):
         return result
 
     def see(self, storage):
-        """Counts a storage, unless it is known, until it dies."""
+        """Counts a storage, unless it is known, until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:
             return
         self.known.add(key)
         weakref.finalize(storage, self.forget, key, size)
         self.now += size
-        if self.now > 1.05 * self.collected:               # fake tensors hold each other
+        if self.now > 1.05 * self.collected:               # fake tensors form reference cycles
             gc.collect()
             self.collected = max(self.collected, self.now)
         self.peak = max(self.peak, self.now)
 
     def forget(self, key, size):
-        """A storage has died."""
+        """Subtracts a storage that was freed."""
         self.known.discard(key)
         self.now -= size
 
@@ -76,13 +77,13 @@ def size(tensors):
 
 
 class NoData:
-    """Stands in for a data set: zeros in the shape of the preset's data."""
+    """Replaces a data set by zeros in the shape of the preset's data."""
 
     def __init__(self, args):
         grey = args.preset == "mnist"
         side = args.resolution or (28 if grey else 32)
         self.shape = (1 if grey else 3, side, side)
-        if args.preset == "imagenet_latents":              # the VA-VAE's, or the SD-VAE's
+        if args.preset == "imagenet_latents":              # of the VA-VAE, or of the SD-VAE
             light = args.net["name"].startswith("LightningDiT")
             self.shape = (32, 16, 16) if light else (4, 32, 32)
         classes = 1000 if args.preset.startswith("imagenet") else 10
@@ -95,8 +96,8 @@ class NoData:
 
 
 class DryRun(Run):
-    """A run of one step, of one micro-batch, in one process. It reads and writes no run folder, and
-    notes memory and work."""
+    """A run of one step with one micro-batch in one process. It has no run folder, and measures
+    memory and work."""
 
     def __init__(self, args, method, living, flops):
         super().__init__(args, method, torch.device("cpu"), rank=0, world=1)
@@ -104,16 +105,16 @@ class DryRun(Run):
         self.passes = 0                    # the bytes that forward and backward pass need
 
     def open_folder(self):
-        """There is none."""
+        """Opens no folder."""
 
     def close(self):
-        """Nothing is open."""
+        """Closes nothing."""
 
     def resume(self, net, ema, optimizer, extra=()):
-        """The networks are there: memory and work are counted from here on."""
+        """Counts memory and work from here on, where the networks exist."""
         self.net, self.ema, self.optimizer, self.extra = net, ema, optimizer, extra
         self.begun = True
-        gc.freeze()                        # what is there now need not be looked at again
+        gc.freeze()                        # later collections skip the objects that exist now
         self.networks = self.base = self.living.now
         self.living.peak = self.living.collected = self.living.now
         optimizer.register_step_pre_hook(self.after_passes)
@@ -121,20 +122,21 @@ class DryRun(Run):
         self.flops.__enter__()
 
     def after_passes(self, *_):
-        """The forward and backward passes of an update are over."""
+        """Notes the memory of the forward and backward passes, before an update."""
         self.passes = max(self.passes, self.living.peak - self.base)
 
     def after_update(self, *_):
-        """A step may have a second update. What the optimiser has made now belongs to its base."""
+        """Prepares for a second update of the step, which begins with the state of the optimiser in
+        memory."""
         gradient = size(p.grad for p in self.net.parameters() if p.grad is not None)
         self.base = self.living.now - gradient
         self.living.peak = self.living.now
 
     def log(self, step, **figures):
-        """Nothing is logged."""
+        """Logs nothing."""
 
     def preview_is_due(self):
-        """Nothing is drawn."""
+        """Returns False: a dry run has no previews."""
         return False
 
     def evaluation_is_due(self):
@@ -142,7 +144,7 @@ class DryRun(Run):
         return False
 
     def save(self):
-        """Nothing is saved."""
+        """Saves nothing."""
 
 
 def report(train, method, args):
@@ -154,7 +156,7 @@ def report(train, method, args):
     one.compile = one.fsdp = False
     run = DryRun(one, method, living, flops)
     with fake, living, warnings.catch_warnings():
-        # Copying a network looks at the address of its parameters, which nothing here depends on
+        # Copying a network reads the addresses of its parameters, which do not matter here
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         run.call(train)
         flops.__exit__(None, None, None)
@@ -162,7 +164,7 @@ def report(train, method, args):
 
 
 def print_report(args, run, one, count):
-    """Prints the figures, a line each. one: the flags of the step; count: its micro-batches."""
+    """Prints the figures. one: the flags of the step; count: the number of micro-batches."""
     world = args.dry_run
     moments = size(a for entry in run.optimizer.state.values() for a in entry.values()
                    if torch.is_tensor(a))

@@ -1,10 +1,11 @@
-"""Image files in a folder or a zip archive: which files, of which class, as a viewer shows them.
+"""Image files in a folder or a zip archive: finds them and their classes, and reads them as an
+image viewer shows them.
 
     Tree(path)             .names, .labels and .classes of the images; .open(name)
-    read_image(file)       turned as its EXIF data say, in sRGB, transparent parts white
-    center_crop(image, n)  as ADM crops and scales
+    read_image(file)       rotated as its EXIF data say, in sRGB, transparent areas white
+    center_crop(image, n)  crops and scales as ADM does
 
-Labels come from dataset.json, as NVlabs' dataset_tool writes it, or else from class folders.
+Labels come from a dataset.json, as NVlabs' dataset_tool writes it, or else from class folders.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from common.messages import say_once
 
-# Files with these endings are images, and an error if they are not; others are looked into
+# Files with these extensions must be images; the beginning of other files is examined
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".ppm", ".pgm",
                ".tif", ".tiff", ".gif")
 MACHINES = ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
@@ -35,16 +36,16 @@ MACHINES = ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume I
 def read_image(file, channels=3):
     """The image in a file, a Pillow image: RGB, or grey if channels is 1.
 
-    It is turned as its EXIF data say, its colours are converted to sRGB if it has a colour profile,
-    and it lies on white where it is transparent. Raises ValueError for an image of more than 8
-    bits, which Pillow would clip, and whatever Pillow's decoders raise.
+    It is rotated as its EXIF data say, its colours are converted to sRGB if it has a colour
+    profile, and transparent areas become white. Raises ValueError for an image of more than 8 bits,
+    which Pillow would clip, and whatever Pillow's decoders raise.
     """
     with Image.open(file) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode}, more than 8 bits")
         image.load()
         profile = image.info.get("icc_profile")
-        with contextlib.suppress(Exception):               # damaged EXIF data turn nothing
+        with contextlib.suppress(Exception):               # damaged EXIF data are ignored
             image = ImageOps.exif_transpose(image)
         if profile:
             image = to_srgb(image, profile)
@@ -57,8 +58,8 @@ def read_image(file, channels=3):
 
 def to_srgb(image, profile):
     """A Pillow image with its colours converted from an ICC profile (bytes) to sRGB: RGB, or RGBA
-    if it has transparent parts. The image itself, untouched, if the profile is sRGB, or damaged, or
-    of another kind of image."""
+    if it has transparent areas. Returns the image itself if the profile is sRGB, damaged, or of
+    another kind of image."""
     if image.mode == "CMYK":
         opaque = image
     elif image.mode in ("1", "L", "LA"):
@@ -81,7 +82,7 @@ def srgb_conversion(profile, mode):
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        if space == "RGB" and mode == "L":                 # it was made from an RGB image
+        if space == "RGB" and mode == "L":                 # a grey image with an RGB profile
             mode = "RGB"
         if space != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
             return None
@@ -98,9 +99,8 @@ def srgb_conversion(profile, mode):
 
 
 def changes_nothing(convert, mode):
-    """Whether a conversion to sRGB leaves the colours of a mode as they are. There are dozens of
-    sRGB profiles, whose numbers are rounded in different ways: they may move a colour by 2 of 255.
-    """
+    """Whether a conversion to sRGB does not change the colours of a mode. There are dozens of sRGB
+    profiles, whose numbers are rounded in different ways, so a colour may change by 2 of 255."""
     colours = np.arange(256).reshape(-1, 1, 1).repeat(3, axis=2)       # all greys
     if mode == "CMYK":
         return False
@@ -113,9 +113,9 @@ def changes_nothing(convert, mode):
 
 
 def center_crop(image, size):
-    """A Pillow image's centre square, uint8 [size, size] or [size, size, 3], as in ADM: halved
-    by box filters while twice too large, then bicubic to the short side (Dhariwal & Nichol 2021).
-    """
+    """The central square of a Pillow image, uint8 [size, size] or [size, size, 3], as in ADM
+    (Dhariwal & Nichol 2021): halved by a box filter while it is more than twice as large, and then
+    scaled bicubically so that the shorter side fits."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -127,16 +127,16 @@ def center_crop(image, size):
 
 
 # --------------------------------------------------------------------------------------------------
-# A tree of them.
+# A tree of images.
 
 class Tree:
     """The images of a folder or a zip archive, in the order of their names.
 
-    names [N], relative, with "/"; labels [N] below num_classes; classes: the names of the class
-    folders, or [] if dataset.json gives numbers, or if nothing says classes (num_classes 0). What
-    is left out is printed once.
+    names [N] are relative and have "/"; labels [N] are below num_classes. classes has the names of
+    the class folders. It is [] if dataset.json gives numbers, and if there are no classes
+    (num_classes 0). Files that are left out are printed once.
 
-    labelled False: there are no labels, and nothing is wrong with them.
+    labelled False: the labels are neither read nor checked.
 
     Raises ValueError if there is no image, if images lie both in class folders and beside them, if
     a class folder has no image, which would shift the labels of the others, if the folders are
@@ -175,18 +175,18 @@ class Tree:
             self.num_classes = len(self.classes)
 
     def say_what_is_left_out(self, others):
-        """Prints a line that counts the files that are no images, and those of the machine."""
+        """Prints the number of files that are not images, and of those that a system created."""
         aside = [name for name in self.places if is_aside(name)]
         parts = []
         if others:
-            parts.append(f"{len(others)} files that are no images, such as {others[0]}")
+            parts.append(f"{len(others)} files that are not images, such as {others[0]}")
         if aside:
-            parts.append(f"{len(aside)} files of the machine, such as {aside[0]}")
+            parts.append(f"{len(aside)} hidden or system files, such as {aside[0]}")
         if parts:
             say_once(f"{self.path}: left out: {'; '.join(parts)}")
 
     def open(self, name):
-        """The file of an image, opened or as a path, as Pillow takes it."""
+        """The file of an image, opened or as a path, for Pillow."""
         place = self.places[name]
         if self.archive:
             return io.BytesIO(self.archive.read(place))
@@ -203,7 +203,7 @@ class Tree:
             return os.fstat(file.fileno()).st_size, file.read(length)
 
     def is_image(self, name):
-        """Whether this file is an image, by its ending or else by its first bytes."""
+        """Whether this file is an image, by its extension or else by its first bytes."""
         if name.lower().endswith(IMAGE_TYPES):
             return True
         if not self.archive and not (self.path / name).is_file():      # a pipe, a link to nothing
@@ -213,13 +213,13 @@ class Tree:
         return False
 
     def read_table(self, table):
-        """dataset.json's {name: label}; {} if it says that there are no labels."""
+        """{name: label} of dataset.json; {} if it says that there are no labels."""
         try:
             file = self.open(table)
             content = file.read() if self.archive else file.read_bytes()
-            labels = json.loads(content)["labels"] or []   # of bytes, so that a BOM may be there
+            labels = json.loads(content)["labels"] or []   # bytes, which may begin with a BOM
             return {name.replace("\\", "/"): label for name, label in labels}
-        except Exception as e:             # besides ValueError, zipfile and deep lists have others
+        except Exception as e:             # zipfile and deeply nested lists raise other errors
             raise ValueError(f"{self.path}: {table} has no \"labels\": [[name, label], ...] that "
                              f"can be read ({type(e).__name__})") from None
 
@@ -229,18 +229,19 @@ class Tree:
         for name in self.names:
             label = given.pop(name.removeprefix(base), None)
             if label is None:
-                raise ValueError(f"{self.path}: {table} gives {name} no label")
+                raise ValueError(f"{self.path}: {table} has no label for {name}")
             if type(label) is not int or not 0 <= label < 2 ** 31:     # bool is a kind of int
                 raise ValueError(f"{self.path}: {table} gives {name} the label {label}; labels are "
                                  "whole numbers from 0 on")
             labels.append(label)
         if given:
-            say_once(f"{self.path}: {table} names {len(given)} images that are not there, such as "
+            say_once(f"{self.path}: {table} names {len(given)} images that do not exist, such as "
                      f"{min(given)}")
         return labels
 
     def classes_of_folders(self, base, folders):
-        """The folders below `base` are the classes, and their order gives the labels."""
+        """The names of the folders below `base`, which are the classes, and the labels, which are
+        the numbers of the classes in the order of the names."""
         inside, beside = [], []
         for name in self.names:
             below = name.removeprefix(base)
@@ -268,17 +269,17 @@ class Tree:
 
 
 def open_zip(path):
-    """The archive, opened to read, by several threads too; ValueError if that cannot be done."""
+    """The archive, opened for reading by several threads; ValueError if that fails."""
     try:
         return zipfile.ZipFile(path)
-    except Exception as e:                 # besides BadZipFile, damaged ones cause several errors
-        raise ValueError(f"{path}: damaged, or no {path.suffix} file to be read "
-                         f"({type(e).__name__})") from None
+    except Exception as e:                 # damaged archives raise BadZipFile and other errors
+        raise ValueError(f"{path} is damaged or not a {path.suffix} file ({type(e).__name__})"
+                         ) from None
 
 
 def zip_entries(archive):
     """{name with "/": name in the archive} of the files, and the set of all folders. Names such as
-    /cat/0.png, ./cat/0.png and cat\\0.png are cat/0.png."""
+    /cat/0.png, ./cat/0.png and cat\\0.png become cat/0.png."""
     files, folders = {}, set()
     for place in archive.namelist():
         parts = [part for part in place.replace("\\", "/").split("/") if part not in ("", ".")]
@@ -293,7 +294,8 @@ def zip_entries(archive):
 
 def walk(root):
     """{name: name} of the files below a folder, and the set of the folders, relative to it. Links
-    are followed; a folder that several lead to is taken once, by its own name if it has one."""
+    are followed. A folder that several links lead to appears once, under its own name if it has one
+    here."""
     def refuse(error):
         raise ValueError(f"{error.filename}: the folder cannot be read ({error.strerror})")
 
@@ -310,7 +312,7 @@ def walk(root):
                 say_once(f"{os.path.join(folder, name)}: left out, another name of {real}")
             else:
                 seen.add(real)
-                inner.append(name)         # os.walk goes on into these
+                inner.append(name)         # os.walk visits these
                 folders.add(os.path.join(here, name))
         for name in names:
             files[os.path.join(here, name)] = os.path.join(here, name)
@@ -318,7 +320,7 @@ def walk(root):
 
 
 def is_aside(name):
-    """Whether it is hidden, or in a folder that a machine makes for itself."""
+    """Whether a file is hidden, or in a folder that a system created."""
     for part in name.split("/"):
         if part.startswith(".") or part in MACHINES:
             return True
@@ -326,13 +328,13 @@ def is_aside(name):
 
 
 def children(names, base):
-    """The first parts, below `base`, of those names that lie there."""
+    """The names directly below `base`."""
     return {name.removeprefix(base).split("/")[0] for name in names if name.startswith(base)} - {""}
 
 
 def find_base(names, folders, files):
-    """The folder, "" or ending in "/", below which the classes are: lone outer folders are peeled
-    off, down to a dataset.json or to folders side by side; a lone folder of images is a class."""
+    """The folder, "" or ending in "/", below which the classes are. A single outer folder is
+    skipped, unless it has a dataset.json. A single folder of images is a class."""
     base = ""
     while base + "dataset.json" not in files:
         lone = children(folders, base)
@@ -346,15 +348,16 @@ def find_base(names, folders, files):
 
 
 def has_images(folder, names):
-    """Whether a folder ("" or ending in "/") has images of its own. All names lie below it."""
+    """Whether a folder ("" or ending in "/") has images directly in it. All names are below it."""
     return any("/" not in name.removeprefix(folder) for name in names)
 
 
 # --------------------------------------------------------------------------------------------------
 # Classes, or parts of a data set?
 
-# Words in the names of folders: which part of a data set it is (words of one meaning have the same
-# value), that it holds pictures, or what belongs to pictures, and words that say nothing
+# Words in the names of folders. SPLITS: parts of a data set, where words of the same meaning have
+# the same value; PICTURES: folders of images; COMPANIONS: files that belong to images; EMPTY: words
+# without a meaning here
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
           "dev": "val", "eval": "val", "evaluation": "val", "holdout": "val", "test": "test",
           "testing": "test", "extra": "extra", "unlabeled": "extra", "unlabelled": "extra"}
@@ -369,7 +372,7 @@ ANY_WORD = "|".join(sorted(WORDS, key=len, reverse=True))
 
 
 class Part(NamedTuple):
-    """What the name of a folder says."""
+    """The meaning of a folder's name."""
 
     name: str
     splits: tuple                          # of a data set, such as ("train",), or ()
@@ -378,8 +381,8 @@ class Part(NamedTuple):
 
 
 def parts_of_a_data_set(names):
-    """Those of the names of folders side by side that are parts of one data set, the best first:
-    train2017 and val2017, or images and masks. [] if the folders may be classes."""
+    """Of the names of folders side by side, those that are parts of one data set, such as train2017
+    and val2017, or images and masks. The most useful one is the first. [] if all may be classes."""
     found = set()
     parts = [part for part in map(read_part, names) if part.splits or part.kind]
     for one, other in itertools.combinations(parts, 2):
@@ -389,7 +392,7 @@ def parts_of_a_data_set(names):
 
 
 def read_part(name):
-    """The Part that the name of a folder says."""
+    """The Part of a folder's name."""
     words = []
     for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+", name):     # also of camelCase
         word = word.lower()
@@ -407,19 +410,20 @@ def read_part(name):
 
 
 def belong_together(one, other):
-    """Whether two folders are parts of one data set. Their names are then the same but for the
-    words above, as train_cats and test_cats are; train beside car, or beside test_tube, is not."""
+    """Whether two folders are parts of one data set. Their names then differ only in the words
+    above, as those of train_cats and test_cats do. Those of train and car, or of train and
+    test_tube, differ in other words."""
     if one.rest != other.rest:
         return False
     if one.splits and other.splits and one.splits != other.splits:
         return True
     if one.kind and other.kind:
         return one.kind != other.kind
-    # One of them says nothing of its kind, as train beside train_masks
+    # One of them does not say its kind, as train beside train_masks
     same_split = one.splits != () and one.splits == other.splits
     return same_split and "companions" in (one.kind, other.kind)
 
 
 def how_rarely_needed(part):
-    """A key to sort parts by, so that the one that most people need comes first."""
+    """A key for sorting parts, so that the one that most people need comes first."""
     return part.kind == "companions", part.splits != ("train",), part.name

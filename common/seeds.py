@@ -1,4 +1,4 @@
-"""Random numbers that follow from a key alone, so that no random state needs to be saved."""
+"""Random numbers that are determined by a key, so that no random state needs to be saved."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def seed_of(*key):
-    """A seed, 0 to 2^63 - 1, that follows from the key (plain values) alone."""
+    """A seed, 0 to 2^63 - 1, that is determined by the key (plain values)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 

@@ -1,4 +1,4 @@
-"""What torchrun says in the environment: whether it started this process, and which one it is."""
+"""Reads torchrun's environment variables: whether it started this process, and its rank."""
 
 import os
 
@@ -6,8 +6,8 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def started():
-    """Whether torchrun, or a launcher that sets the same variables, started this process. One of
-    them alone, left over in the environment, means nothing."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process. If only
+    some of the variables are set, they are ignored."""
     return all(os.environ.get(name) for name in NAMES)
 
 

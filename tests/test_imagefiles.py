@@ -76,7 +76,7 @@ def test_dataset_json_says_that_there_are_none(tmp_path, kind, labels):
 
 @BOTH
 @pytest.mark.parametrize("labels, word", [
-    (LABELS[:3], "gives 00001/img3.png no label"), ([[n, "cat"] for n, _ in LABELS], "label cat; labels are whole numbers"),
+    (LABELS[:3], "has no label for 00001/img3.png"), ([[n, "cat"] for n, _ in LABELS], "label cat; labels are whole numbers"),
     ([[n, -1] for n, _ in LABELS], "label -1"), ([[n, [0, 1]] for n, _ in LABELS], "labels are whole numbers"),
     (7, "dataset.json has no"), (LABELS, "only 3 classes")])
 def test_a_dataset_json_that_does_not_fit(tmp_path, kind, labels, word):
@@ -251,7 +251,7 @@ def test_folders_of_machines_are_left_out_and_told(tmp_path, kind, capsys):
              "lost+found/": None, ".git/x.png": None}
     dataset = data.load(str(write_tree(tmp_path, kind, files)))
     assert dataset.names == ["cat/0.png", "dog/1.png"] and dataset.class_names == ["cat", "dog"]
-    assert "4 files of the machine" in capsys.readouterr().err
+    assert "4 hidden or system files" in capsys.readouterr().err
 
 
 def test_each_real_folder_counts_once(tmp_path, capsys):
@@ -274,7 +274,7 @@ def test_whatever_pillow_opens_is_an_image(tmp_path, kind, capsys):
     picture(2).save(file, "PNG")
     held |= {"a/without ending": file.getvalue(), "a/0.png.bak": file.getvalue(), "a/notes.txt": b"n", "a/list.csv": b"0,1"}
     dataset = data.load(str(write_tree(tmp_path, kind, held)))
-    assert len(dataset.names) == 10 and "2 files that are no images, such as a/list.csv" in capsys.readouterr().err
+    assert len(dataset.names) == 10 and "2 files that are not images, such as a/list.csv" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
