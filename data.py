@@ -1,10 +1,10 @@
-"""Data sets in, pictures out.
+"""Reads data sets and writes pictures.
 
-    load(name, ...)        a Dataset; its `batch` is addressed by (seed, images before it)
-    glyphs(n, size, seed)  class-conditional coloured digits, drawn here; nothing is downloaded
-    to_uint8, save_grid    pixels are floats in [-1, 1] inside the methods and uint8 on disk
+    load(name, ...)        a Dataset, whose batches depend only on the seed and the images before
+    glyphs(n, size, seed)  coloured digits with labels, drawn here; nothing is downloaded
+    to_uint8, save_grid    pixels are floats in [-1, 1] in the methods and uint8 in files
 
-    python data.py inspect DATA                                     # what is in a data set?
+    python data.py inspect DATA                                     # prints what is in a data set
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from common import flags, folders, imagefiles, processes, seeds
 from common.messages import fail, say_once
 
 # --------------------------------------------------------------------------------------------------
-# Glyphs: a distribution that ships as code.
+# Glyphs: images that a function draws.
 
 SUPERSAMPLING = 4          # a glyph is drawn this many times larger, then averaged down
 
@@ -38,7 +38,8 @@ def _font(points):
 
 
 def _glyph(index, size, seed):
-    """One digit, uint8 [size, size, 3]: random paper and ink, size, rotation and shift."""
+    """One digit, uint8 [size, size, 3], with random colours of paper and ink, size, rotation and
+    shift."""
     rng = np.random.default_rng((seed, index))
     while True:            # ink and paper differ in luminance, by half of the range or more
         paper, ink = rng.integers(0, 256, (2, 3))
@@ -59,26 +60,27 @@ def _glyph(index, size, seed):
 def glyphs(n, size=16, seed=0, first=0):
     """n coloured digits in Pillow's bundled TrueType font; image i shows the digit i % 10.
 
-    Deterministic by (seed, i), so any amount of the true distribution can be had; i runs from
-    `first` on. Returns images uint8 [n, size, size, 3] and labels int64 [n]. About 0.3 ms an image.
+    Image i depends only on (seed, i), so any number of images can be drawn; i runs from `first` on.
+    Returns images uint8 [n, size, size, 3] and labels int64 [n]. An image takes about 0.3 ms.
     """
     images = np.stack([_glyph(i, size, seed) for i in range(first, first + n)])
     return images, np.arange(first, first + n, dtype=np.int64) % 10
 
 
 # --------------------------------------------------------------------------------------------------
-# Data sets. One address for every sample: the number of images before the batch, and its rows.
+# Data sets. A batch is given by the number of images before it, and a process reads its `rows`.
 
 class Dataset:
     """Samples and their labels. A subclass's `items(index, flip)` gives the samples with the
     numbers index (int64 [b]), mirrored where flip (bool [b]) is set: float [b, *shape].
 
-    labels: int64 [N], below num_classes. shape: (C, H, W). num_classes 0: the labels mean nothing.
-    xflip: half of the samples are mirrored. class_names: the class folders, in the order of the
-    labels. names: those of the files, if each sample has one. Raises ValueError for oblong samples.
+    labels: int64 [N], below num_classes. shape: (C, H, W). num_classes 0: there are no classes, and
+    the labels have no meaning. xflip: half of the samples are mirrored. class_names: the class
+    folders, in the order of the labels. names: the names of the files, if each sample has a file.
+    Raises ValueError for samples that are not square.
     """
 
-    ahead = False                          # True: items are slow, so the next come in a thread
+    ahead = False                          # True: a thread prepares the next batch
     class_names = names = ()
 
     def __init__(self, labels, shape, num_classes, xflip=False):
@@ -90,13 +92,14 @@ class Dataset:
         self.num_classes = num_classes
         self.xflip = xflip
         self.thread = ThreadPoolExecutor(1)
-        self.next = {}                     # the batches that are made ahead
+        self.next = {}                     # the batches that are prepared
 
     def index(self, seed, first, batch, rows=slice(None)):
-        """Which samples are the `rows` of the batch that comes after `first` samples: int64 [b].
+        """The numbers, int64 [b], of the samples in the `rows` of the batch after `first` samples.
 
-        Consecutive entries of a fresh permutation each epoch, so that each sample is seen once an
-        epoch; a function of (seed, first) alone, whatever the processes and resumes.
+        They are consecutive entries of a permutation that is new in each epoch, so an epoch has
+        each sample once. They depend only on the seed and `first`, and not on the number of
+        processes or on resuming.
         """
         n = len(self.labels)
         place = torch.arange(first, first + batch)[rows]
@@ -122,7 +125,7 @@ class Dataset:
         return self.gather(seed, first, batch, rows)
 
     def gather(self, seed, first, batch, rows):
-        """What `batch` returns, made now."""
+        """What `batch` returns, computed now."""
         index = self.index(seed, first, batch, rows)
         flip = torch.zeros(batch, dtype=torch.bool)
         if self.xflip:
@@ -130,19 +133,19 @@ class Dataset:
         return self.items(index, flip[rows]), self.labels[index]
 
     def content(self):
-        """What tells this data set from another one with the same labels: a list of bytes, the same
-        in all processes and wherever the data lie. Of a large set it depends on samples that are
-        spread over it, so that it is a matter of less than a second."""
+        """A list of bytes that distinguishes this data set from others with the same labels. It
+        does not depend on the process or on the path of the data. For a large set it is computed
+        from samples that are spread over the set, which takes less than a second."""
         return []
 
 
 class Images(Dataset):
-    """uint8 images [N, H, W, C] in memory, C 1 or 3; items are floats in [-1, 1]. resolution: the
-    images are cropped and scaled to it, unless it is None."""
+    """uint8 images [N, H, W, C] in memory, C 1 or 3. Items are floats in [-1, 1]. Images are
+    cropped and scaled to `resolution`, unless it is None."""
 
     def __init__(self, images, labels, num_classes, xflip=False, resolution=None):
         self.given_shape = images.shape
-        self.given = images[spread(len(images))]           # as they were before they are scaled
+        self.given = images[spread(len(images))]           # before they are scaled
         if resolution and images.shape[1:3] != (resolution, resolution):
             images = scale_arrays(images, resolution)
         self.images = torch.from_numpy(images)
@@ -156,12 +159,12 @@ class Images(Dataset):
         return x.float().div_(127.5).sub_(1)
 
     def content(self):
-        """The shape, and 256 of the images as they were before they were scaled."""
+        """The shape, and 256 of the images, before they were scaled."""
         return [repr(self.given_shape).encode(), self.given.tobytes()]
 
 
 class Glyphs(Images):
-    """n glyphs, each drawn when it is first asked for and then kept."""
+    """n glyphs, each of which is drawn when it is first needed and then kept."""
 
     def __init__(self, n, size, seed):
         self.size, self.seed = size, seed
@@ -175,18 +178,18 @@ class Glyphs(Images):
         return super().items(index, flip)
 
     def content(self):
-        """What they are drawn from."""
+        """The parameters with which they are drawn."""
         return [f"glyphs {len(self.labels)} {self.size} {self.seed}".encode()]
 
 
 class Files(Dataset):
-    """Image files of a folder or a zip archive, decoded when asked for, in several threads.
+    """Image files of a folder or a zip archive, decoded by several threads when they are needed.
 
-    path, labelled: as imagefiles.Tree has them. channels: 3 (RGB) or 1 (grey). resolution: images
-    are cropped and scaled to it; None: all have the size of the first. skip_broken: images that do
-    not decode are listed and left out, for which all images are decoded once. `numbers`, int64 [N],
-    are the places of the samples among all images, the broken ones included. Raises ValueError as
-    imagefiles.Tree does, and, naming the file, for a broken image and for one of another size.
+    path, labelled: see imagefiles.Tree. channels: 3 (RGB) or 1 (grey). resolution: images are
+    cropped and scaled to it; None: all have the size of the first. skip_broken: all images are
+    decoded once, and those that cannot be decoded are listed and left out. `numbers`, int64 [N],
+    has the numbers of the samples among all images, including the broken ones. Raises ValueError as
+    imagefiles.Tree does, and with the name of the file for a broken image or one of another size.
     """
 
     ahead = True
@@ -210,7 +213,8 @@ class Files(Dataset):
         self.class_names = self.tree.classes
 
     def find_sound(self):
-        """The numbers of the images that decode, int64 [N]; prints the names of the others."""
+        """The numbers of the images that can be decoded, int64 [N]. Prints the names of the others.
+        """
         broken = list(self.decoders.map(self.is_broken, self.tree.names))
         lines = [f"{self.tree.path}: {sum(broken)} broken images left out"]
         lines += [name for name, bad in zip(self.tree.names, broken) if bad]
@@ -220,21 +224,21 @@ class Files(Dataset):
         return torch.nonzero(~torch.tensor(broken)).flatten()
 
     def read(self, name):
-        """The image, of any size; ValueError if it does not decode."""
+        """The image, of any size; ValueError if it cannot be decoded."""
         try:
             return imagefiles.read_image(self.tree.open(name), self.channels)
-        except Exception as e:             # decoders raise about anything on a damaged file
+        except Exception as e:             # decoders raise many kinds of errors
             raise self.unreadable(name, e) from None
 
     def unreadable(self, name, error):
         """The ValueError that says why an image cannot be read, and what to do."""
-        message = f"{self.tree.path / name}: no readable image ({error})"
+        message = f"{self.tree.path / name} is not a readable image ({error})"
         if not self.skip_broken:
             message += "; --skip-broken leaves such files out"
         return ValueError(message)
 
     def is_broken(self, name):
-        """Whether this image does not decode."""
+        """Whether this image cannot be decoded."""
         try:
             self.read(name)
         except ValueError:
@@ -250,7 +254,7 @@ class Files(Dataset):
             pixels = np.asarray(image)
         else:
             raise ValueError(f"{self.tree.path / name} has {image.width}x{image.height} pixels; "
-                             "images of several sizes, or not square, need --resolution")
+                             "images of several sizes, or that are not square, need --resolution")
         return pixels.reshape(*self.shape[1:], self.channels)
 
     def items(self, index, flip):
@@ -266,8 +270,8 @@ class Files(Dataset):
         return list(self.decoders.map(self.content_of, names))
 
     def content_of(self, name, length=2 ** 16):
-        """The size of a file and its first bytes. A small one is decoded as well: if it is broken,
-        this is what the error should say, and not that the data are others."""
+        """The size of a file and its first bytes. A small file is decoded as well, so that the
+        error for a broken file does not say that the data have changed."""
         try:
             size, beginning = self.tree.beginning(name, length)
         except Exception as e:             # OSError, and what zipfile raises
@@ -278,13 +282,13 @@ class Files(Dataset):
 
 
 class Latents(Dataset):
-    """Shards of latents in LightningDiT's layout, mapped into memory and never read as a whole.
+    """Shards of latents in the format of LightningDiT, which are memory-mapped.
 
     folder: *.safetensors, each with latents and latents_flip [n, C, H, W] and labels [n], and
-    latents_stats.pt with mean and std [1, C, 1, 1]: items are (z - mean) / std, as the published
-    README says. Without that file 4 channels are the SD-VAE's: items are 0.18215 z. With xflip half
-    of the items come from latents_flip. Raises ValueError naming the shard for missing or unequal
-    tensors.
+    latents_stats.pt with mean and std [1, C, 1, 1]. Items are (z - mean) / std, as in LightningDiT.
+    Without that file, latents of 4 channels are those of the SD-VAE, and items are 0.18215 z. With
+    xflip half of the items come from latents_flip. Raises ValueError with the name of the shard for
+    tensors that are missing or of unequal lengths.
     """
 
     ahead = True
@@ -294,8 +298,8 @@ class Latents(Dataset):
         self.paths = sorted(folder.glob("*.safetensors"))
         if not self.paths:
             raise ValueError(
-                f"{folder}: no *.safetensors in it, which are the shards of latents in "
-                "LightningDiT's layout; put the published ones there, or run "
+                f"{folder}: no *.safetensors in it, which are shards of latents in the format of "
+                "LightningDiT; put the published ones there, or run "
                 f"python encode.py --out {folder}")
         self.shards = [map_shard(path, xflip) for path in self.paths]
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
@@ -310,8 +314,8 @@ class Latents(Dataset):
         self.mean, self.std = read_stats(folder, self.shape[0])
 
     def raw(self, index, flip):
-        """Latents as they lie in the shards, float32 [b, C, H, W]. Raises ValueError, naming the
-        shard and the row, if one is not finite."""
+        """Latents as they are in the shards, float32 [b, C, H, W]. Raises ValueError with the shard
+        and the row if one is not finite."""
         z = np.empty((len(index), *self.shape), np.float32)
         shard = torch.searchsorted(self.start, index, right=True) - 1
         rows = (index - self.start[shard]).tolist()
@@ -343,7 +347,7 @@ def _permutation(n, seed, epoch):
 
 
 def spread(n, count=256):
-    """The numbers of `count` of n samples, from the first to the last; of all n if n is smaller."""
+    """The numbers of `count` of n samples, evenly spread; of all samples if n is smaller."""
     return sorted({i * (n - 1) // (count - 1) for i in range(count)})
 
 
@@ -355,12 +359,13 @@ SHARD_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "
 
 
 def map_shard(path, flipped=True):
-    """{name: memory-mapped array} of a .safetensors file: length, a JSON header, data. bfloat16 is
-    mapped as its bits (see as_float). flipped: latents_flip has to be there."""
+    """{name: memory-mapped array} of a .safetensors file, which has a length, a JSON header, and
+    the data. bfloat16 is mapped as uint16 (see as_float). flipped: latents_flip has to exist."""
     try:
         types, arrays = map_tensors(path)
-    except Exception as e:                 # a foreign header may have any form
-        raise ValueError(f"{path} is no readable shard, truncated or foreign ({e})") from None
+    except Exception as e:                 # the header of another file may have any form
+        raise ValueError(f"{path} is not a readable shard, it is truncated or of another kind "
+                         f"({e})") from None
     needed = ["latents", "labels"]
     if flipped:
         needed.append("latents_flip")
@@ -368,7 +373,7 @@ def map_shard(path, flipped=True):
         if name not in types:
             message = f"{path} has no {name}; it has {', '.join(types) or 'nothing'}"
             if name == "latents_flip":
-                message += "; --no-xflip does without"
+                message += "; --no-xflip does not need it"
             raise ValueError(message)
         is_float = "F" in types[name]
         if name == "labels" and (is_float or name not in arrays):
@@ -386,12 +391,12 @@ def map_shard(path, flipped=True):
 
 def map_tensors(path):
     """{name: type} and {name: memory-mapped array} of a .safetensors file. Raises an error of any
-    kind if it is none. Arrays of types that NumPy lacks are left out."""
+    kind for another file. Arrays of types that NumPy does not have are left out."""
     types, arrays = {}, {}
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > os.fstat(file.fileno()).st_size:
-            raise ValueError("its header does not end")
+            raise ValueError("its header is not complete")
         header = json.loads(file.read(length))
     for name, tensor in header.items():
         if name == "__metadata__":
@@ -405,16 +410,17 @@ def map_tensors(path):
 
 
 def as_float(latents):
-    """float32 of a mapped shard's latents; bfloat16 are the upper 16 bits of float32."""
+    """Latents of a mapped shard as float32. bfloat16 has the upper 16 bits of float32."""
     if latents.dtype == np.uint16:
         return (latents.astype(np.uint32) << 16).view(np.float32)
     return latents.astype(np.float32)
 
 
 def read_stats(path, channels):
-    """mean and std [1, C, 1, 1] with which latents z are normalised, (z - mean) / std: those of a
-    latents_stats.pt, or of a folder. Without such a file 4 channels are the SD-VAE's and become
-    0.18215 z. Raises ValueError if other latents have none, or if the file is damaged or foreign.
+    """mean and std [1, C, 1, 1] with which latents z are normalised, (z - mean) / std. path: a
+    latents_stats.pt, or a folder that contains it. Without it, latents of 4 channels are those of
+    the SD-VAE and become 0.18215 z. Raises ValueError if it is missing for other latents, damaged,
+    or of another kind.
     """
     shape = (1, channels, 1, 1)
     if path.is_dir():
@@ -429,9 +435,9 @@ def read_stats(path, channels):
         mean, std = (held[name].float().reshape(shape) for name in ("mean", "std"))
         if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
             raise ValueError
-    except Exception as e:                 # torch.load raises about anything on a foreign file
-        raise ValueError(f"{path}: no statistics of these latents ({type(e).__name__}), which are "
-                         f"a mean and a std of {channels} channels; {advice} anew") from None
+    except Exception as e:                 # torch.load raises many kinds of errors
+        raise ValueError(f"{path} has no statistics of these latents ({type(e).__name__}), which "
+                         f"are a mean and a std of {channels} channels; {advice} again") from None
     return mean, std
 
 
@@ -451,7 +457,7 @@ def latent_stats(shards):
 
 def save_stats(folder):
     """Writes latents_stats.pt (mean, std) of the shards in a folder. Raises ValueError if there are
-    none, and OSError if the file cannot be written; an older file is then still there."""
+    none, and OSError if the file cannot be written, in which case an older file is kept."""
     path = pathlib.Path(folder) / "latents_stats.pt"
     paths = sorted(path.parent.glob("*.safetensors"))
     shards = [map_shard(shard, flipped=False) for shard in paths]
@@ -469,9 +475,10 @@ def save_stats(folder):
 # Arrays of images.
 
 def read_npz(path):
-    """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None; in ADM's files arr_0 and arr_1.
+    """images uint8 [N, H, W, 3 or 1] and labels int64 [N] or None of an .npz. ADM's files call them
+    arr_0 and arr_1.
 
-    Raises ValueError naming the file for other content; pickled objects in it are not read.
+    Raises ValueError with the name of the file for other content. Pickled objects are not read.
     """
     held = {}
     try:
@@ -480,8 +487,9 @@ def read_npz(path):
             for name in ("images", "arr_0", "labels", "arr_1"):
                 if name in names:
                     held[name] = np.ascontiguousarray(file[name])
-    except Exception as e:                 # ValueError, zlib.error, ...: what numpy raises on it
-        raise ValueError(f"{path}: no readable npz of plain arrays of one size ({e})") from None
+    except Exception as e:                 # NumPy raises ValueError, zlib.error, ...
+        raise ValueError(f"{path} is not a readable npz of plain arrays of one size ({e})"
+                         ) from None
     images = held.get("images", held.get("arr_0"))
     labels = held.get("labels", held.get("arr_1"))
     if images is None:
@@ -502,7 +510,8 @@ def read_npz(path):
 
 IDX = ("the four files train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
        "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz")
-TORCHVISION = {                            # name: class there, what to put where without a network
+# Name: class of torchvision, files to put in place without internet access, and their folder
+TORCHVISION = {
     "cifar10": ("CIFAR10", "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"
                 "cifar.html", ""),
     "mnist": ("MNIST", f"{IDX} from https://ossci-datasets.s3.amazonaws.com/mnist/", "MNIST/raw"),
@@ -513,8 +522,8 @@ TORCHVISION = {                            # name: class there, what to put wher
 
 def read_torchvision(name, folder, train=True):
     """The training or test images uint8 [N, H, W, C] and labels int64 [N]. name: a key of
-    TORCHVISION. IDX files that were put into the folder by hand are read as they are; what the
-    folder lacks is downloaded. Raises ValueError if that fails."""
+    TORCHVISION. IDX files that were put into the folder by hand are read directly; missing files
+    are downloaded. Raises ValueError if that fails."""
     kind, files, place = TORCHVISION[name]
     place = os.path.join(folder, place)
     if name != "cifar10":
@@ -535,7 +544,7 @@ def read_torchvision(name, folder, train=True):
 
 
 def find_idx(folder, name):
-    """The path of an IDX file, unpacked or as .gz; None if it is not there."""
+    """The path of an IDX file, unpacked or as .gz; None if it does not exist."""
     for path in (pathlib.Path(folder, name), pathlib.Path(folder, name + ".gz")):
         if path.is_file():
             return path
@@ -547,29 +556,30 @@ def read_idx_pair(images, labels):
     pixels, numbers = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or numbers.shape != pixels.shape[:1]:
         raise ValueError(f"{images} has the shape {list(pixels.shape)} and {labels.name} "
-                         f"{list(numbers.shape)}; download both anew")
+                         f"{list(numbers.shape)}; download both again")
     return with_channels(pixels), numbers.astype(np.int64)
 
 
 def read_idx(path):
-    """The uint8 array in an IDX file, packed by gzip or not: two bytes 0, a byte 8 for uint8, the
-    number of dimensions, each size in four bytes, data. Raises ValueError if it is damaged."""
+    """The uint8 array in an IDX file, which may be packed by gzip. The file has two bytes 0, a byte
+    8 for uint8, a byte with the number of dimensions, each size in four bytes, and the data. Raises
+    ValueError if it is damaged."""
     try:
         content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):                # gzip's own first bytes
+        if content.startswith(b"\x1f\x8b"):                # the first bytes of gzip
             content = gzip.decompress(content)
         if not content.startswith(b"\0\0\x08"):
-            raise ValueError("its beginning is another")
+            raise ValueError("its first bytes are wrong")
         dimensions = content[3]
         shape = np.frombuffer(content, ">u4", dimensions, offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
         return values.reshape(shape).copy()
     except Exception as e:                 # OSError, EOFError, zlib.error, ...
-        raise ValueError(f"{path}: no readable IDX file ({e}); download it anew") from None
+        raise ValueError(f"{path} is not a readable IDX file ({e}); download it again") from None
 
 
 def with_channels(images):
-    """[N, H, W] of grey images -> [N, H, W, 1]; others as they are."""
+    """Grey images [N, H, W] as [N, H, W, 1]; other images without a change."""
     return images[..., None] if images.ndim == 3 else images
 
 
@@ -587,8 +597,8 @@ def scale_arrays(images, resolution):
 # A data set by its name.
 
 def kind_of(name):
-    """What a data set is: "glyphs", "arrays", "files" or "latents". Raises ValueError if `name` is
-    neither a data set nor the path of one."""
+    """The kind of a data set: "glyphs", "arrays", "files" or "latents". Raises ValueError if `name`
+    is neither a data set nor the path of one."""
     path = pathlib.Path(name)
     if name == "glyphs":
         return "glyphs"
@@ -603,7 +613,7 @@ def kind_of(name):
     if path.is_file() and path.suffix.lower() == ".zip":
         return "files"
     if path.exists():
-        raise ValueError(f"{path}: neither a folder, nor an .npz or .zip file")
+        raise ValueError(f"{path} is neither a folder, nor an .npz or .zip file")
     raise ValueError(f"{name}: no such file or folder; data sets are glyphs, "
                      f"{', '.join(TORCHVISION)}, imagenet_latents")
 
@@ -619,19 +629,19 @@ def refuse_idle_flags(name, resolution=None, data_dir=None, skip_broken=False):
     """Raises ValueError for a flag that has no effect on this data set."""
     kind = kind_of(name)
     if data_dir and name not in TORCHVISION and name != "imagenet_latents":
-        raise ValueError(f"--data-dir {data_dir}: {name} does not lie there; leave it out, as it "
-                         f"is for {', '.join(TORCHVISION)} and imagenet_latents")
+        raise ValueError(f"--data-dir {data_dir}: {name} is not read from there; leave it out, "
+                         f"because it is for {', '.join(TORCHVISION)} and imagenet_latents")
     if skip_broken and kind != "files":
         raise ValueError(f"--skip-broken: {name} has no image files that could be broken; leave it "
                          "out")
     if resolution and kind == "latents":
         raise ValueError(f"--resolution {resolution}: latents cannot be scaled; leave it out, or "
-                         "encode the images anew with encode.py --resolution")
+                         "encode the images again with encode.py --resolution")
 
 
 def open_data(name, resolution=None, data_dir=None, uncond=None, xflip=None, skip_broken=False,
               channels=None):
-    """The data set `name`, with the flags of `load`, before its labels are looked at."""
+    """The data set `name`, with the flags of `load`, before its labels are checked."""
     if resolution is not None and resolution < 1:
         raise ValueError(f"--resolution {resolution} is too small; it needs to be 1 or more")
     refuse_idle_flags(name, resolution, data_dir, skip_broken)
@@ -648,8 +658,8 @@ def open_data(name, resolution=None, data_dir=None, uncond=None, xflip=None, ski
     else:
         dataset = Files(name, resolution, xflip, skip_broken, channels or 3, labelled=not uncond)
     if channels not in (None, dataset.shape[0]):
-        raise ValueError(f"{name} has {dataset.shape[0]} channels, whatever --channels says: that "
-                         "is for image files")
+        raise ValueError(f"{name} has {dataset.shape[0]} channels; leave out --channels, which is "
+                         "for image files")
     return dataset
 
 
@@ -674,17 +684,17 @@ def load(name, resolution=None, data_dir=None, num_classes=None, uncond=None, xf
     """The data set `name`: glyphs, mnist, fashion, cifar10, imagenet_latents, or the path of an
     npz, a zip archive, a folder of images or a folder of latents.
 
-    resolution    images are cropped and scaled to it (None: as they are; glyphs: 16)
+    resolution    images are cropped and scaled to it (None: they are not; glyphs: 16)
     data_dir      the folder of mnist, fashion, cifar10 or imagenet_latents
-    num_classes   the number of classes, of which some may have no images
-    uncond        True leaves the labels out, and False requires that there are some
-    xflip         half of the images are mirrored (None: of latents alone; glyphs never are)
-    skip_broken   image files that do not decode are left out
+    num_classes   the number of classes, some of which may have no images
+    uncond        True ignores the labels, and False requires that there are labels
+    xflip         half of the images are mirrored (None: only latents are; glyphs never are)
+    skip_broken   image files that cannot be decoded are left out
     channels      of image files: 3 (None) or 1
 
-    Under torchrun all processes call it, and one of each machine downloads.
+    Under torchrun all processes call it, and one process of each machine downloads.
 
-    Raises ValueError, naming the file, for what cannot be read, and for a flag that has no effect.
+    Raises ValueError with the name of a file that cannot be read, and for a flag without effect.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"--num-classes {num_classes} is too small; it needs to be 1 or more")
@@ -701,7 +711,7 @@ def check_labels(dataset, name, num_classes=None, uncond=None):
     """Raises ValueError if the labels of a data set do not fit --num-classes or --no-uncond, or if
     some numbers below the highest one do not occur and nothing says that they are classes."""
     if num_classes and not dataset.num_classes:
-        raise ValueError(f"{name} has no labels: take --uncond in place of --num-classes")
+        raise ValueError(f"{name} has no labels; use --uncond instead of --num-classes")
     if uncond is False and not dataset.num_classes:
         raise ValueError(f"{name} has no labels; leave out --no-uncond")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
@@ -716,7 +726,7 @@ def check_labels(dataset, name, num_classes=None, uncond=None):
     if dataset.num_classes and not dataset.class_names and used <= high:
         raise ValueError(
             f"{name}: labels up to {high}, but only {used} classes have images; number "
-            f"them from 0 on, or say --num-classes {high + 1} if the others are meant")
+            f"them from 0 on, or use --num-classes {high + 1} if the other classes are empty")
 
 
 def say_if_scaled(name, width, height, resolution):
@@ -730,24 +740,24 @@ def say_if_scaled(name, width, height, resolution):
 # What training scripts need.
 
 def load_for(args):
-    """The data set that a training script's flags ask for; with --dry-run a stand-in.
+    """The data set of a training script's flags. With --dry-run it has zeros instead of data.
 
-    What a checkpoint keeps of it goes into args: class_names; samples, a fingerprint by which a
-    resumed run recognises its data, even if they have moved; latent_stats, the mean and the std of
-    latents, lists of a number for each channel, or None. Raises ValueError as `load` does.
+    Adds to args what a checkpoint keeps: class_names; samples, a fingerprint by which a resumed run
+    recognises its data, even if they were moved; and latent_stats, the mean and the std of latents
+    with a number for each channel, or None. Raises ValueError as `load` does.
     """
     if args.dry_run:
         from common.dryrun import NoData
         return NoData(args)
     if args.uncond and "num-classes" in args.given:
         raise ValueError(f"--num-classes {args.num_classes}: the labels are left out by --uncond, "
-                         f"or by the preset {args.preset}; use --no-uncond to have them")
+                         f"or by the preset {args.preset}; use --no-uncond to use them")
     if args.xflip and "xflip" in args.given and args.data == "glyphs":
         raise ValueError("--xflip: glyphs are never mirrored, as digits have no mirror images; "
                          "leave it out")
     resolution = args.resolution
     if "resolution" not in args.given and kind_of(args.data) == "latents":
-        resolution = None                  # it is that of a preset, which is for images
+        resolution = None                  # that of the preset is for images
     dataset = load(args.data, resolution, args.data_dir, args.num_classes, args.uncond,
                    args.xflip, args.skip_broken, args.channels)
     if isinstance(dataset, Files):
@@ -770,8 +780,8 @@ def say_what_is_there(name, dataset):
 
 
 def fingerprint(dataset):
-    """Twelve letters and digits that follow from the labels, the names and the content of a data
-    set, and not from the place where it lies. Raises ValueError for a sample that is broken."""
+    """Twelve letters and digits that depend on the labels, the names and the content of a data set,
+    and not on its path. Raises ValueError for a broken sample."""
     held = hashlib.sha256(dataset.labels.numpy().tobytes())
     held.update("\n".join(dataset.names).encode(errors="surrogatepass"))
     for part in dataset.content():
@@ -780,8 +790,8 @@ def fingerprint(dataset):
 
 
 def fit_network_to(dataset, options):
-    """A network's options, with a data set's size, channels and classes. Raises ValueError if they
-    contradict it; more classes, or none, are allowed."""
+    """A network's options together with the size, channels and classes of a data set. Raises
+    ValueError if they contradict each other. A network may have more classes, or none."""
     sizes = dict(input_size=dataset.shape[1], in_channels=dataset.shape[0],
                  num_classes=dataset.num_classes)
     for name, size in sizes.items():
@@ -790,12 +800,12 @@ def fit_network_to(dataset, options):
         if name == "num_classes" and (other == 0 or other > size):
             fits = True
         if not fits:
-            raise ValueError(f"the network has {name} {other}, the data {size}")
+            raise ValueError(f"the network has {name} {other}, and the data have {size}")
     return sizes | options
 
 
 # --------------------------------------------------------------------------------------------------
-# Images out.
+# Writing images.
 
 def to_uint8(x):
     """clip(round(127.5 x + 127.5)): float [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C], CPU."""
@@ -804,8 +814,9 @@ def to_uint8(x):
 
 
 def save_grid(path, images, columns, scale=1, labels=()):
-    """A PNG of uint8 images [N, H, W, C], C 1 or 3, `columns` in a row, each pixel enlarged `scale`
-    times. labels: a text for the left of each row. Raises OSError if it cannot be written."""
+    """Writes a PNG of uint8 images [N, H, W, C], C 1 or 3, with `columns` images in a row and each
+    pixel enlarged `scale` times. labels: a text for the left of each row. Raises OSError if the
+    file cannot be written."""
     images = np.asarray(images)
     n, h, w, c = images.shape
     rows = math.ceil(n / columns)
@@ -822,7 +833,7 @@ def save_grid(path, images, columns, scale=1, labels=()):
 
 
 def beside_labels(sheet, labels, height):
-    """A sheet of images with a text for each row at its left. height: that of a row."""
+    """A sheet of images with a text to the left of each row. height: the height of a row."""
     lines = "\n".join(labels).split("\n")
     margin = int(max(_font(13).getlength(line) for line in lines)) + 12
     page = Image.new("RGB", (margin + sheet.width, sheet.height), "white")
@@ -834,14 +845,14 @@ def beside_labels(sheet, labels, height):
 
 
 def preview_noise(seed, shape):
-    """The noise of all previews of a run, [2, 20, *shape]: for two steps of 20 samples."""
+    """The noise of all previews of a run, [2, 20, *shape], for 20 samples in two steps."""
     return torch.randn((2, 20, *shape), generator=seeds.generator("cpu", seed, "preview"))
 
 
 def save_preview(path, images):
-    """Writes images, float [N, C, H, W] in [-1, 1] with C 1 or 3, as a PNG with 10 in a row. A
-    pixel is 3 wide and high, unless the images are large. path None: does nothing. If the file
-    cannot be written, that is printed once, and the run continues."""
+    """Writes images, float [N, C, H, W] in [-1, 1] with C 1 or 3, as a PNG with 10 in a row. Small
+    images are enlarged 3 times. Does nothing if path is None. If the file cannot be written, this
+    is printed once, and the run continues."""
     if path is None:
         return
     path = pathlib.Path(path)
@@ -879,16 +890,16 @@ def inspect(args):
         print(f"{len(dataset.shards)} shards; latents' mean", *mean.flatten().numpy().round(4))
         print("std", *std.flatten().numpy().round(4))
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
-    print(f"of {len(x)} samples as a network sees them: mean", *mean.numpy().round(4), "std",
+    print(f"{len(x)} samples as a network sees them: mean", *mean.numpy().round(4), "std",
           *std.numpy().round(4))
-    if isinstance(dataset, Latents):       # the first channels become colours, and 3 std are white
+    if isinstance(dataset, Latents):       # the first channels are colours; 3 std become white
         shown = 3 if x.shape[1] >= 3 else 1
         x = x[:, :shown] / 3
     try:
         save_grid(args.grid, to_uint8(x), columns=10, scale=max(1, 64 // x.shape[2]))
     except OSError as e:
         fail(f"{args.grid}: {e}")
-    print(f"{args.grid}: {len(x)} of them")
+    print(f"{args.grid}: a grid of {len(x)} samples")
 
 
 def print_labels(name, dataset):
@@ -907,7 +918,7 @@ def print_labels(name, dataset):
         each = [count.get(label, 0) for label in range(dataset.num_classes)]
         print("samples of each class:", *each)
     if labels[0] < 0:
-        print(f"labels from {labels[0]} on, which training refuses: number them from 0 on")
+        print(f"labels begin at {labels[0]}; training needs labels from 0 on")
 
 
 @processes.program("use fewer images")
@@ -915,24 +926,24 @@ def main():
     parser = flags.Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=flags.Parser)
     a = commands.add_parser("inspect", help="counts, shapes, classes, statistics, a grid")
-    a.add_argument("data", help="data set or path, as --data of the scripts")
+    a.add_argument("data", help="data set or path, as for --data of the scripts")
     a.add_argument("--data-dir", help="folder of mnist, fashion, cifar10 or imagenet_latents")
     a.add_argument("--resolution", type=flags.number(int, 1), help="images are cropped and scaled "
                    "to it")
     a.add_argument("--channels", type=int, choices=[1, 3], help="channels of image files: 3 (RGB, "
                    "the default) or 1 (grey)")
     a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG to write")
-    a.add_argument("--save-stats", action="store_true", help="write latents_stats.pt, too")
-    a.add_argument("--skip-broken", action="store_true", help="list and leave out images that do "
-                   "not decode")
+    a.add_argument("--save-stats", action="store_true", help="also write latents_stats.pt")
+    a.add_argument("--skip-broken", action="store_true", help="list and leave out images that "
+                   "cannot be decoded")
     args = parser.parse_args()
     escape_names()
     inspect(args)
 
 
 def escape_names():
-    """Lets print escape the letters of names that the console lacks, as it does on stderr."""
-    with contextlib.suppress(AttributeError):              # stdout need not be a text file
+    """Lets print escape letters that the console does not have, as on stderr."""
+    with contextlib.suppress(AttributeError):              # stdout may be no text file
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

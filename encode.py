@@ -1,4 +1,4 @@
-"""Images -> latents: shards in LightningDiT's layout, which --data imagenet_latents reads.
+"""Encodes images as latents, in shards of LightningDiT's format, for --data imagenet_latents.
 
     python encode.py --images DIR --vae CKPT --out LATENTS
     torchrun --nproc_per_node=8 encode.py --images DIR --vae CKPT --out LATENTS
@@ -25,20 +25,21 @@ def parse_args():
     a("--images", required=True, help="folder, zip, npz, or glyphs, mnist, fashion or "
       "cifar10; grey images become RGB")
     a("--vae", required=True, help="checkpoint of an AutoencoderKL")
-    a("--out", required=True, help="folder of the shards; the same command continues in it")
-    a("--resolution", type=flags.number(int, 1), default=256, help="crop and scale to it")
-    a("--batch", type=flags.number(int, 1), default=16, help="images at a time")
+    a("--out", required=True, help="folder of the shards; the same command resumes there")
+    a("--resolution", type=flags.number(int, 1), default=256, help="crop and scale images to it")
+    a("--batch", type=flags.number(int, 1), default=16, help="images that are encoded at once")
     a("--shard", type=flags.number(int, 1), default=10_000, help="images in a shard")
     a("--seed", type=int, default=0, help="seed of the posterior's noise")
     a("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
-    a("--skip-broken", action="store_true", help="list and leave out images that do not decode; "
-      "may be added when the command continues")
+    a("--skip-broken", action="store_true", help="list and leave out images that cannot be "
+      "decoded; may be added when the command is resumed")
     return p.parse_args()
 
 
 def encode(args):
-    """Writes the latents of images, and of the mirrored images, in LightningDiT's layout: a sample
-    of the autoencoder's posterior each, with noise from (seed, image). Whole shards are kept."""
+    """Writes the latents of images and of the mirrored images. Each is a sample of the posterior of
+    the autoencoder, whose noise depends only on the seed and the image. Finished shards are kept.
+    """
     device, rank, world = processes.start(args.device)
     out = pathlib.Path(args.out)
     try:
@@ -51,7 +52,7 @@ def encode(args):
     except (ValueError, OSError) as e:
         fail(e)
     try:
-        # Each process has consecutive images, and each shard of a process as well
+        # A process has consecutive images, and so has each of its shards
         first, end = n * rank // world, n * (rank + 1) // world
         for shard, start in enumerate(range(first, end, args.shard)):
             stop = min(start + args.shard, end)
@@ -65,36 +66,37 @@ def encode(args):
         if rank == 0:
             data.save_stats(out)
             print(f"{out}: {len(images.labels)} images encoded")
-    except (ValueError, OSError) as e:     # of this process's own images
+    except (ValueError, OSError) as e:     # of images that only this process reads
         fail(e, always=True)
     processes.end()
 
 
 def load_autoencoder(path):
-    """The autoencoder in a checkpoint; ValueError if there is none."""
+    """The autoencoder in a checkpoint. Raises ValueError for another network."""
     vae = weights.load(path).requires_grad_(False)
     if not hasattr(vae, "encode"):
-        raise ValueError(f"{path} is no autoencoder")
+        raise ValueError(f"{path} is not an autoencoder")
     return vae
 
 
 def load_images(args, factor):
-    """The images to encode, a Dataset. factor: that by which the autoencoder makes images smaller.
-    Raises ValueError if they cannot be encoded."""
+    """The images to encode, a Dataset. factor: how much smaller the latents are than the images.
+    Raises ValueError if the images cannot be encoded."""
     if data.kind_of(args.images) == "latents":
-        raise ValueError(f"{args.images} holds no images, but latents")
+        raise ValueError(f"{args.images} contains latents and not images")
     images = data.open_data(args.images, args.resolution, skip_broken=args.skip_broken)
     if images.labels.min() < 0:
-        raise ValueError(f"{args.images}: labels from {images.labels.min()} on; number them from 0 "
-                         "on")
+        raise ValueError(f"{args.images}: labels begin at {images.labels.min()}; number them from "
+                         "0 on")
     if images.shape[1] % factor:
-        raise ValueError(f"--resolution {images.shape[1]} is no multiple of {factor}")
+        raise ValueError(f"--resolution {images.shape[1]} is not a multiple of {factor}")
     return images
 
 
 def number_images(images):
-    """The number of each sample among all images, int64 [N], and how many images there are. Broken
-    ones count, so that leaving them out changes neither the shards nor the noise of the others."""
+    """The number of each sample among all images, int64 [N], and the number of all images. Broken
+    images are included, so that leaving them out changes neither the shards nor the noise of the
+    others."""
     if isinstance(images, data.Files):
         return images.numbers, len(images.tree.names)
     n = len(images.labels)
@@ -102,8 +104,8 @@ def number_images(images):
 
 
 def identify(images):
-    """What the images are, whatever their place: a hash of the names of all files, the broken ones
-    included, or of the content of arrays."""
+    """A hash that identifies the images and does not depend on their path: of the names of all
+    files, including broken ones, or of the content of arrays."""
     if not isinstance(images, data.Files):
         return data.fingerprint(images)
     names = "\n".join(images.tree.names).encode(errors="surrogatepass")
@@ -111,8 +113,8 @@ def identify(images):
 
 
 def claim(out, rank, setting):
-    """Makes this program the owner of the folder of the shards, and notes its setting (a dict) in
-    encode.json. Raises ValueError if the folder holds shards of another setting."""
+    """Makes this program the owner of the folder of the shards, and writes its settings (a dict) to
+    encode.json. Raises ValueError if the folder has shards of other settings."""
     if rank == 0:
         folders.own(out)
     processes.barrier()
@@ -120,20 +122,20 @@ def claim(out, rank, setting):
     if note.exists():
         check_setting(note, setting)
     elif any(out.glob("*.safetensors")):
-        raise ValueError(f"{out} holds shards of another origin; use another --out")
+        raise ValueError(f"{out} has shards that encode.py did not write; use another --out")
     processes.barrier()                    # all have read it before it is written
     if rank == 0:
         note.write_text(json.dumps(setting))
 
 
 def check_setting(note, setting):
-    """Raises ValueError if a folder was begun with another setting, or if its note is damaged."""
+    """Raises ValueError if a folder was begun with other settings, or if encode.json is damaged."""
     try:
         old = json.loads(note.read_bytes())
         old.items()                        # it is a dict
-    except Exception as e:                 # a foreign file may hold anything
-        raise ValueError(f"{note} cannot be read ({type(e).__name__}), so that nothing says what "
-                         f"the shards in {note.parent} are; use another --out") from None
+    except Exception as e:                 # the file may contain anything
+        raise ValueError(f"{note} cannot be read ({type(e).__name__}), so the settings of the "
+                         f"shards in {note.parent} are not known; use another --out") from None
     for name, value in setting.items():
         if old.get(name) != value:
             raise ValueError(f"{note.parent} was begun with {name} {old.get(name)}, not {value}; "
@@ -141,11 +143,11 @@ def check_setting(note, setting):
 
 
 def check_shard(path):
-    """Raises ValueError if a shard that is there already cannot be read."""
+    """Raises ValueError if a finished shard cannot be read."""
     try:
         data.map_shard(path)
     except ValueError as e:
-        raise ValueError(f"{e}; remove it, and the same command encodes it anew") from None
+        raise ValueError(f"{e}; remove it, and the same command encodes it again") from None
 
 
 def write_shard(path, vae, images, rows, numbers, args, device, quiet):
@@ -163,19 +165,19 @@ def write_shard(path, vae, images, rows, numbers, args, device, quiet):
     shard = safetensors.torch.save(dict(
         latents=torch.cat(straight).contiguous(), latents_flip=torch.cat(mirrored).contiguous(),
         labels=images.labels[rows]))
-    part = pathlib.Path(f"{path}.part")    # it becomes a shard when it is whole
+    part = pathlib.Path(f"{path}.part")    # renamed when it is complete
     part.write_bytes(shard)
     os.replace(part, path)
 
 
-@processes.program("use fewer images at once by --batch; whole shards are kept")
+@processes.program("use fewer images at once by --batch; finished shards are kept")
 def main():
     args = parse_args()
     data.escape_names()
     try:
         encode(args)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues with its shard", file=sys.stderr)
+        print("interrupted; the same command resumes at the unfinished shard", file=sys.stderr)
         sys.exit(130)
 
 

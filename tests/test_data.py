@@ -398,7 +398,7 @@ def test_every_kind_of_image_through_every_output(tmp_path, monkeypatch, capsys,
     assert grid.shape == (64, 640, 3)
     found = np.stack([grid[::16, 64 * i:64 * i + 64:16].transpose(2, 0, 1) for i in range(7)])
     assert np.abs(found.astype(int) - shown).max() <= 1
-    assert "holds no images, but latents" in refused_by(monkeypatch, capsys, encode, "--images", "z", "--vae", "vae.pt", "--out", "y")
+    assert "contains latents and not images" in refused_by(monkeypatch, capsys, encode, "--images", "z", "--vae", "vae.pt", "--out", "y")
 
 
 def refused_by(monkeypatch, capsys, script, *argv):
@@ -567,7 +567,7 @@ def test_a_broken_file_is_told_before_the_first_step(tmp_path):
     """It says what to do; --skip-broken then works."""
     path = write_images(tmp_path / "set", NAMES)
     (path / "dog/0.png").write_bytes((path / "dog/0.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="dog/0.png: no readable image .*; --skip-broken leaves such files out"):
+    with pytest.raises(ValueError, match="dog/0.png is not a readable image .*; --skip-broken leaves such files out"):
         identity("--data", path, "--preset", "mnist")
     assert identity("--data", path, "--preset", "mnist", "--skip-broken").startswith("6 (")
 
@@ -591,20 +591,20 @@ def test_the_statistics_of_latents_travel_with_a_run(tmp_path):
 # Flags that have no effect.
 
 @pytest.mark.parametrize("flags, words", [
-    ("--data {Z} --preset imagenet_latents --data-dir elsewhere", "--data-dir elsewhere: {Z} does not lie there"),
-    ("--data {SET} --preset mnist --data-dir elsewhere", "--data-dir elsewhere: {SET} does not lie there"),
+    ("--data {Z} --preset imagenet_latents --data-dir elsewhere", "--data-dir elsewhere: {Z} is not read from there"),
+    ("--data {SET} --preset mnist --data-dir elsewhere", "--data-dir elsewhere: {SET} is not read from there"),
     ("--data {NPZ} --preset cifar10 --data-dir elsewhere", "--data-dir elsewhere"), ("--data glyphs --data-dir data", "--data-dir data: glyphs"),
     ("--data {Z} --preset imagenet_latents --resolution 16", "--resolution 16: latents cannot be scaled"),
     ("--data {Z} --preset cifar10 --resolution 16", "--resolution 16: latents cannot be scaled"),
     ("--data {Z} --preset imagenet_latents --skip-broken", "--skip-broken: {Z} has no image files"),
     ("--data {NPZ} --preset mnist --skip-broken", "--skip-broken: {NPZ} has no image files"), ("--data glyphs --skip-broken", "--skip-broken: glyphs"),
-    ("--data {NPZ} --preset mnist --channels 1", "3 channels, whatever --channels says"), ("--data glyphs --channels 1", "--channels"),
-    ("--data {Z} --preset imagenet_latents --channels 3", "4 channels, whatever --channels says"),
+    ("--data {NPZ} --preset mnist --channels 1", "3 channels; leave out --channels"), ("--data glyphs --channels 1", "--channels"),
+    ("--data {Z} --preset imagenet_latents --channels 3", "4 channels; leave out --channels"),
     ("--data glyphs --xflip", "--xflip: glyphs are never mirrored"),
     ("--data glyphs --uncond --num-classes 10", "--num-classes 10: the labels are left out"),
     ("--data {NPZ} --preset cifar10 --num-classes 3", "--num-classes 3: the labels are left out by --uncond, or by the preset cifar10"),
     ("--data {FLAT} --preset mnist --no-uncond", "has no labels; leave out --no-uncond"),
-    ("--data {FLAT} --preset mnist --num-classes 3", "has no labels: take --uncond in place of --num-classes")])
+    ("--data {FLAT} --preset mnist --num-classes 3", "has no labels; use --uncond instead of --num-classes")])
 def test_a_flag_of_the_data_without_effect_is_refused(tmp_path, flags, words):
     write_shards(tmp_path / "z")
     write_kind(tmp_path, "RGB npz")
@@ -642,8 +642,8 @@ def test_no_preset_is_refused_on_any_data(tmp_path, kind, preset):
     (data, "inspect {NPZ} --skip-broken", "--skip-broken"), (data, "inspect {NPZ} --save-stats", "--save-stats: {NPZ} has no latents"),
     (data, "inspect glyphs --save-stats", "--save-stats"), (data, "inspect {SET} --data-dir D", "--data-dir D"),
     (data, "inspect imagenet_latents --save-stats", "no latents"), (data, "inspect {NPZ} --resolution 0", "--resolution 0"),
-    (encode, "--images {NPZ} --skip-broken", "--skip-broken: {NPZ} has no image files"), (encode, "--images {Z}", "{Z} holds no images, but latents"),
-    (encode, "--images {SET} --resolution 18", "no multiple of 4")])
+    (encode, "--images {NPZ} --skip-broken", "--skip-broken: {NPZ} has no image files"), (encode, "--images {Z}", "{Z} contains latents and not images"),
+    (encode, "--images {SET} --resolution 18", "not a multiple of 4")])
 def test_programs_refuse_flags_without_effect(tmp_path, monkeypatch, capsys, script, argv, words):
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "z", stats=False)
@@ -705,7 +705,7 @@ def test_a_damaged_shard_of_encode_is_one_line_that_helps(tmp_path, monkeypatch,
     path, = (tmp_path / "z").glob("*.safetensors")
     held = path.read_bytes()
     path.write_bytes(held[:1000])
-    assert "remove it, and the same command encodes it anew" in refused_by(monkeypatch, capsys, encode, *flags)
+    assert "remove it, and the same command encodes it again" in refused_by(monkeypatch, capsys, encode, *flags)
     path.unlink()
     command(monkeypatch, encode, *flags)
     assert path.read_bytes() == held
@@ -728,7 +728,7 @@ def test_damaged_statistics_are_one_line_that_helps(tmp_path, monkeypatch, capsy
     else:
         torch.save(content, path)
     said = refused_by(monkeypatch, capsys, data, "inspect", tmp_path / "z", "--grid", tmp_path / "g.png")
-    assert f"{path}: no statistics of these latents" in said and f"python data.py inspect {tmp_path / 'z'} --save-stats" in said
+    assert f"{path} has no statistics of these latents" in said and f"python data.py inspect {tmp_path / 'z'} --save-stats" in said
     command(monkeypatch, data, "inspect", tmp_path / "z", "--grid", tmp_path / "g.png", "--save-stats")
     assert np.array_equal(read_statistics(path), good)
 
@@ -739,7 +739,7 @@ def test_damaged_statistics_are_one_line_that_helps(tmp_path, monkeypatch, capsy
 def test_a_foreign_header_of_a_shard_is_one_line(tmp_path, monkeypatch, capsys, header):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
-    assert f"{path} is no readable shard" in refused_by(monkeypatch, capsys, data, "inspect", tmp_path, "--grid", tmp_path / "g.png")
+    assert f"{path} is not a readable shard" in refused_by(monkeypatch, capsys, data, "inspect", tmp_path, "--grid", tmp_path / "g.png")
 
 
 def test_shards_without_latents_are_one_line(tmp_path, monkeypatch, capsys):
@@ -769,7 +769,7 @@ def test_inspect_shows_labels_that_training_refuses(tmp_path, monkeypatch, capsy
     assert "6 classes with 0 to 3 samples each" in said and "samples of each class: 0 2 0 2 0 3" in said
     np.savez(tmp_path / "y.npz", images=SQUARES, labels=SEVEN - 1)
     command(monkeypatch, data, "inspect", tmp_path / "y.npz", "--grid", tmp_path / "g.png")
-    assert "labels from -1 on, which training refuses" in capsys.readouterr().out
+    assert "labels begin at -1; training needs labels from 0 on" in capsys.readouterr().out
     np.savez(tmp_path / "z.npz", images=SQUARES)
     command(monkeypatch, data, "inspect", tmp_path / "z.npz", "--grid", tmp_path / "g.png")
     assert "7 samples of shape [3, 16, 16], no classes\n" in capsys.readouterr().out
@@ -816,7 +816,7 @@ def test_previews(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, word", [
     (dict(), None), (dict(num_classes=3), None), (dict(num_classes=0), None), (dict(num_classes=9, width=3), None),
-    (dict(num_classes=2), "num_classes 2, the data 3"), (dict(in_channels=1), "in_channels 1, the data 3"), (dict(input_size=8), "input_size 8, the data 12")])
+    (dict(num_classes=2), "num_classes 2, and the data have 3"), (dict(in_channels=1), "in_channels 1, and the data have 3"), (dict(input_size=8), "input_size 8, and the data have 12")])
 def test_a_network_fits_its_data(options, word):
     dataset = data.Images(PIXELS, np.array([0, 0, 1, 1, 2, 2, 2]), 3)
     if word:

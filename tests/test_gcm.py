@@ -702,7 +702,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     (["--row", "Z"], "--row"),
     (["--variant", "VU", "--w", "2", "--uncond"], "--w 2"), (["--pt", "cosh", "--pt-ab", "1", "1"], "--pt-ab"),
     (["--epsilon", "0"], "--epsilon"), (["--t-mid", "0.6", "1.2"], "--t-mid"), (["--init", "nowhere.pt"], "nowhere.pt"),
-    (["--init", "SMALL"], "num_classes 3, the data 10"), (["--init", "SMALL", "--resolution", "24"], "input_size 12"),
+    (["--init", "SMALL"], "num_classes 3, and the data have 10"), (["--init", "SMALL", "--resolution", "24"], "input_size 12"),
     (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
     (["--epsilon", "0.1", "--curriculum", "9"], "--epsilon has no effect"), (["--steps", "0"], "--steps 0"), (["--teacher", "x.pt"], "--teacher"),
 ])

@@ -580,7 +580,7 @@ def test_grey_images(tmp_path, kind, monkeypatch, capsys):
     x = dataset.items(torch.arange(2), torch.zeros(2, dtype=torch.bool))
     assert x.shape == (2, 1, 8, 8) and data.to_uint8(x)[:, 0, 0, 0].tolist() == [0, 8]
     assert data.load(str(path), 4, channels=1).items(torch.arange(2), torch.zeros(2, dtype=torch.bool)).shape == (2, 1, 4, 4)
-    with pytest.raises(ValueError, match="3 channels, whatever --channels says"):
+    with pytest.raises(ValueError, match="3 channels; leave out --channels"):
         data.load("glyphs", channels=1)
 
 
@@ -603,7 +603,7 @@ def test_arrays_in_any_order_and_beside_others(tmp_path):
 
 def test_labels_from_1_to_10(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((10, 8, 8, 3), np.uint8), labels=np.arange(1, 11))
-    with pytest.raises(ValueError, match="labels up to 10, but only 10 classes have images; number them from 0 on, or say "
+    with pytest.raises(ValueError, match="labels up to 10, but only 10 classes have images; number them from 0 on, or use "
                                          "--num-classes 11"):
         data.load(str(tmp_path / "x.npz"))
     assert data.load(str(tmp_path / "x.npz"), num_classes=11).num_classes == 11
@@ -619,7 +619,7 @@ def test_shards_of_every_type(tmp_path, latents, labels):
     assert dataset.labels.tolist() == [0, 1, 2]
     data.save_stats(tmp_path)
     assert torch.allclose(data.read_stats(tmp_path, 4)[0], z.float().mean((0, 2, 3), keepdim=True), atol=1e-6)
-    with pytest.raises(ValueError, match="no latents_flip; it has .*; --no-xflip does without"):
+    with pytest.raises(ValueError, match="no latents_flip; it has .*; --no-xflip does not need it"):
         data.load(str(tmp_path))
 
 

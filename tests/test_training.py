@@ -564,7 +564,7 @@ def test_an_image_that_disappears_ends_the_run_and_keeps_the_checkpoint(tmp_path
         call(monkeypatch, facm, *DATA, "--data", path, "--preset", "cifar10", "--resolution", 8, *UNET,
              "--steps", 20, "--save-every", 1, "--out", tmp_path / "run")
     line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and line.startswith("error: step 3: ") and "no readable image" in line
+    assert end.value.code == 2 and line.startswith("error: step 3: ") and "not a readable image" in line
     assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 3
 
 
