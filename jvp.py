@@ -1,21 +1,21 @@
-"""The value of a network and its derivative in a direction, in three ways with one signature.
+"""The value of a network and its derivative in a direction: three functions with one signature.
 
     F, dF = jvp(net, at=(x, t, s, y), along=(dx, dt, ds))
     F, dF, F_other = jvp(net, at=(x, t, s, y), along=(dx, dt, ds), also=(x', t', s', y'))
 
-    net      any callable net(x, t, s, y); `fused` also gives it tangent=, see with_tangent
+    net      any callable net(x, t, s, y); `fused` also calls it with tangent=, see with_tangent
     at       the point: x [B, ...] of any shape, t [B], s [B] or None, y [B] int64 or None
     along    the direction: dx like x; dt and ds are numbers or tensors [B]; without s, ds is unused
-    also     one further input of net, whose output F_other follows
-    F        the output of net at the point, with gradient, as is F_other
+    also     a second input of net, whose output is F_other
+    F        the output of net at the point, with gradient; F_other has a gradient as well
     dF       the derivative of F in the direction, like F, without gradient
 
-    fused    F and dF come from one pass of net, which carries a tangent beside each value.
-    exact    dF comes from torch.func.jvp, in a pass of its own.
-    fd       dF is a central difference, in one pass of its own over both ends.
+    fused    computes F and dF in one pass of net, in which each value has a tangent.
+    exact    computes dF by torch.func.jvp, in a separate pass.
+    fd       computes dF as a central difference, in one separate pass over both points.
 
-F goes through net's own forward pass, so DDP and FSDP see it. dF never has a graph, so DDP has
-nothing to average for it. torch.func.jvp does not work with FSDP; `fused` and `fd` do.
+F is computed by a forward pass of net, so DDP and FSDP can handle its gradient. dF has no gradient.
+torch.func.jvp does not work with FSDP, and `fused` and `fd` do.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def in_one_pass(net, *inputs):
 
 
 def _outputs(net, at, also):
-    """The output of net at the point alone, or at the point and at the further input."""
+    """The output of net at the point or, if `also` is given, at both inputs."""
     if also is None:
         return in_one_pass(net, at)
     return in_one_pass(net, at, also)
@@ -66,10 +66,10 @@ def _direction(at, along):
 
 def fused(net, at, along, also=None):
     """F, dF and perhaps F_other (see the top of this file) from one pass of net with tangents.
-    FACM's later version calls such a derivative Chain-JVP.
+    A later version of the FACM paper calls such a derivative Chain-JVP.
 
-    net is called as net(x, t, s, y, tangent=(dx, dt, ds)) and has to return (F, dF); the networks
-    of models.py do, and with_tangent makes such a network of any other."""
+    net is called as net(x, t, s, y, tangent=(dx, dt, ds)) and has to return (F, dF). The networks
+    of models.py can do this, and with_tangent adds it to any other network."""
     value, derivative = net(*at, tangent=_direction(at, along))
     if also is None:
         return value, derivative
@@ -78,8 +78,8 @@ def fused(net, at, along, also=None):
 
 @torch.no_grad()
 def forward_mode(net, at, along):
-    """dF alone, by torch.func.jvp; at and along as at the top of this file. Attention runs in
-    PyTorch's plain form, because its fused kernels have no forward mode."""
+    """dF by torch.func.jvp; see the top of this file for at and along. Attention uses PyTorch's
+    plain implementation, because the fused kernels have no forward mode."""
     x, t, s, y = at
     dx, dt, ds = _direction(at, along)
     if s is None:
@@ -110,7 +110,7 @@ def exact(net, at, along, also=None, derivative=forward_mode):
 
 def fd(net, at, along, also=None, h=5e-3):
     """F, dF and perhaps F_other (see the top of this file), with dF by the central difference of
-    step h > 0, whose error is of order h^2. Its pass leaves autocast, because bfloat16 is too
+    step h > 0, whose error is of order h^2. Its pass switches autocast off, because bfloat16 is too
     coarse for a difference."""
     x, t, s, y = at
     dx, dt, ds = along
@@ -129,8 +129,8 @@ JVP = {"fused": fused, "exact": exact, "fd": fd}
 
 
 def select(name, compile=False):
-    """JVP[name]. With compile=True the derivative of `exact` is compiled; the network that it is
-    called with is compiled already. Raises KeyError for another name."""
+    """JVP[name]. With compile=True the derivative of `exact` is compiled; the network with which it
+    is called is compiled already. Raises KeyError for another name."""
     if name == "exact" and compile:
         return functools.partial(exact, derivative=torch.compile(forward_mode))
     return JVP[name]
@@ -138,7 +138,7 @@ def select(name, compile=False):
 
 def with_tangent(net):
     """A callable like net(x, t, s, y) that can also be called with tangent=(dx, dt, ds), and then
-    returns (F, dF). A None in tangent is no motion.
+    returns (F, dF). A None in tangent is zero.
 
     Raises NotImplementedError when it is called, if net contains an operation that draws random
     numbers, writes into an argument, or has neither a rule nor a forward mode."""
@@ -151,18 +151,18 @@ def with_tangent(net):
 
 
 # --------------------------------------------------------------------------------------------------
-# Dual: a value with its tangent, on which PyTorch's functions work as on a tensor.
+# Dual: a value with its tangent, which PyTorch's functions accept like a tensor.
 #
 # An operation on Duals, for example F.silu(dual), is applied in _apply. The value of its result is
-# the same operation on the values. The tangent of its result comes from
+# the same operation on the values. The tangent of its result is computed by
 #
 #   1. the operation itself, applied to the tangent, if it is linear (LINEAR, at the end);
-#   2. or else a rule, a function that computes the tangent (RULES, at the end);
-#   3. or else the fallback: torch.func.jvp of this one operation.
+#   2. otherwise a rule, a function that computes the tangent (RULES, at the end);
+#   3. otherwise the fallback, torch.func.jvp of this one operation.
 
 def duals(values, tangents):
-    """A list with the Dual of each value and its tangent; a tangent of None is zero. What cannot
-    have a tangent, None or a tensor of integers, stays as it is."""
+    """A list with the Dual of each value and its tangent. A tangent of None is zero. Values that
+    cannot have a tangent, such as None or a tensor of integers, are not changed."""
     result = []
     for value, tangent in zip(values, tangents):
         if not _is_continuous(value):
@@ -175,9 +175,9 @@ def duals(values, tangents):
 
 
 def _compiled_only_inside(function):
-    """Tells torch.compile to compile the function as a part of the code that calls it, but never on
-    its own: then torch.compile (2.14) would not notice that func, a method of a tensor, is another
-    one than before, and repeat the former operation."""
+    """Makes torch.compile compile the function only as a part of the code that calls it. If it were
+    compiled separately, torch.compile (2.14) would not notice that func, a method of a tensor, has
+    changed, and would repeat the previous operation."""
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
@@ -191,7 +191,7 @@ def _operator(function):
 
 
 def _reversed(function):
-    """The method of Dual for an operator whose left side is no Dual, for example 1 / x."""
+    """The method of Dual for an operator whose left side is not a Dual, for example 1 / x."""
     def method(self, other):
         return _apply(function, other, self)
     return method
@@ -201,10 +201,10 @@ def _reversed(function):
 class Dual:
     """A tensor and its derivative in some direction, which has the same shape and dtype.
 
-    The functions, methods and operators of PyTorch work on a Dual as on a tensor. A parameter or
-    another tensor beside it is a constant. `x += y` is computed as `x = x + y`, so another view of
-    x does not change. Code for torch.compile needs x.sub(y) and x.div(y) for a tensor y, because
-    x - y and x / y interrupt its graph."""
+    The functions, methods and operators of PyTorch accept a Dual like a tensor. Parameters and
+    other tensors are constants. `x += y` is computed as `x = x + y`, so another view of x does not
+    change. Code for torch.compile needs x.sub(y) and x.div(y) for a tensor y, because x - y and
+    x / y interrupt its graph."""
 
     value: torch.Tensor
     tangent: torch.Tensor
@@ -212,7 +212,7 @@ class Dual:
     @classmethod
     @_compiled_only_inside
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """PyTorch calls this in place of its function func if a Dual is among the arguments."""
+        """PyTorch calls this instead of its function func if a Dual is among the arguments."""
         return _apply(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name):
@@ -228,7 +228,7 @@ class Dual:
         return getattr(self.value, name)
 
     def detach(self):
-        """The value alone, a constant."""
+        """The value, as a constant."""
         return self.value.detach()
 
     def __len__(self):
@@ -246,7 +246,7 @@ class Dual:
     def __iter__(self):
         return iter(self.unbind(0))
 
-    __hash__ = object.__hash__             # a class with an __eq__ of its own has none otherwise
+    __hash__ = object.__hash__             # Python removes it from a class that defines __eq__
 
     __getitem__ = _operator(operator.getitem)
     __setitem__ = _operator(operator.setitem)
@@ -268,13 +268,13 @@ class Dual:
     __gt__, __ge__ = _operator(operator.gt), _operator(operator.ge)
 
 
-torch.export.register_dataclass(Dual)      # FSDP's hooks look for the tensors in their arguments
+torch.export.register_dataclass(Dual)      # FSDP's hooks search their arguments for tensors
 
 
 @_compiled_only_inside
 def _apply(func, *args, **kwargs):
-    """func(*args, **kwargs) with Duals among the arguments. Tensors of floating-point numbers in
-    the result are Duals; the rest of it, for example indices or a shape, is as it is."""
+    """func(*args, **kwargs) with Duals among the arguments. Floating-point tensors in the result
+    become Duals; the rest of it, for example indices or a shape, is not changed."""
     name = func.__name__
     if _writes(name, args, kwargs):
         raise NotImplementedError(f"fused: {name}{WRITES}")
@@ -292,7 +292,7 @@ def _apply(func, *args, **kwargs):
 
 
 def _value(argument):
-    """The argument with the value in place of a Dual, or of each Dual in a list."""
+    """The argument, with each Dual replaced by its value, also in a list."""
     if isinstance(argument, Dual):
         return argument.value
     if _moves(argument):
@@ -351,7 +351,8 @@ def _tangent_by_rule(func, value, args, kwargs):
 
 
 def _tangent(argument):
-    """The tangent of a Dual, or of each tensor in a list; it is zero for one that is no Dual."""
+    """The tangent of a Dual, or of each tensor in a list. It is zero for a tensor that is not a
+    Dual."""
     if isinstance(argument, Dual):
         return argument.tangent
     if isinstance(argument, torch.Tensor):
@@ -362,7 +363,7 @@ def _tangent(argument):
 # --------------------------------------------------------------------------------------------------
 # The fallback for an operation without a rule.
 
-WRITES = (" writes into an argument, which would spoil its tangent; compute a new tensor instead "
+WRITES = (" writes into an argument, whose tangent would be wrong; compute a new tensor instead "
           "(x = x + y, inplace=False, eval mode of BatchNorm), or use exact or fd")
 DRAWS = (" draws random numbers, and the value and its tangent need the same ones; use eval mode, "
          "or draw them from a seed as models.Dropout does")
@@ -371,15 +372,15 @@ NO_FORWARD_MODE = (" has neither a rule in jvp.RULES nor a forward mode in PyTor
 
 
 def _fall_back(func, value, args, kwargs):
-    """The result with its tangents, where value = func(*args, **kwargs): torch.func.jvp computes
-    func of the values once more, now with their tangents."""
+    """The result with its tangents, where value = func(*args, **kwargs). torch.func.jvp computes
+    func of the values a second time, with their tangents."""
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(msg="the fallback of jvp.py is not compiled")
     arguments, structure = tree_flatten((args, kwargs), is_leaf=lambda a: isinstance(a, Dual))
     moving = [argument for argument in arguments if isinstance(argument, Dual)]
 
     def continuous_outputs(*values):
-        """The outputs of func that have a tangent, with the values in place of the Duals."""
+        """The outputs of func that have a tangent, with each Dual replaced by its value."""
         remaining = iter(values)
         given = [next(remaining) if isinstance(a, Dual) else a for a in arguments]
         args, kwargs = tree_unflatten(given, structure)
@@ -402,9 +403,9 @@ def _fall_back(func, value, args, kwargs):
 
 
 class _Watch(TorchDispatchMode):
-    """While it is active, PyTorch passes every basic operation to __torch_dispatch__. It raises
-    NotImplementedError for one that draws random numbers, or that writes into an argument of the
-    function that is called `name`."""
+    """While this mode is active, PyTorch passes every basic operation to __torch_dispatch__, which
+    raises NotImplementedError for an operation that draws random numbers, or that writes into an
+    argument of the function `name`."""
 
     def __init__(self, name, arguments):
         super().__init__()
@@ -421,7 +422,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _storage(argument):
-    """The memory of a tensor; views of one tensor have the same. Something new for all else."""
+    """An identifier of a tensor's memory, which is the same for all views of it. A new object for
+    anything else."""
     if isinstance(argument, torch.Tensor):
         return argument.untyped_storage()._cdata
     return object()
@@ -430,8 +432,8 @@ def _storage(argument):
 # --------------------------------------------------------------------------------------------------
 # The rules. A rule for y = f(a, b, ...) is called as rule(y, a, b, ...) with the arguments of f,
 # some of which are Duals. It returns the tangent of y, or NotImplemented for arguments that it does
-# not cover; then the fallback is used. A rule is there because it saves time: the fallback computes
-# f once more.
+# not cover, and then the fallback is used. Rules exist because they save time: the fallback
+# computes f a second time.
 
 def _of_one(rule):
     """A rule for functions of one Dual, their first argument: rule(y, x, dx, ...) computes the
@@ -451,7 +453,7 @@ def _without_bias(func):
     return _of_one(rule)
 
 
-# Sums and products: any of the arguments may be a Dual. The parameters of these rules have
+# Sums and products, in which any argument may be a Dual. The parameters of these rules have
 # PyTorch's names, so that they can be given by keyword.
 
 def _add(y, input, other, alpha=1):
@@ -575,23 +577,24 @@ def _clamp(y, x, dx, min=None, max=None):
 
 
 def _relu(y, x, dx, inplace=False):
-    """dy is dx where y > 0, else 0. The Jacobian of a function of each element is diagonal, so what
-    PyTorch has for the backward pass gives dy, too."""
+    """dy is dx where y > 0, else 0. The Jacobian of an elementwise function is diagonal, so
+    PyTorch's function for the backward pass also computes dy."""
     return torch.ops.aten.threshold_backward(dx, y, 0)
 
 
 def _silu(y, x, dx, inplace=False):
-    """By the function for the backward pass, as for ReLU."""
+    """Uses the function for the backward pass, as for ReLU."""
     return torch.ops.aten.silu_backward(dx, x)
 
 
 def _gelu(y, x, dx, approximate="none"):
-    """By the function for the backward pass, as for ReLU."""
+    """Uses the function for the backward pass, as for ReLU."""
     return torch.ops.aten.gelu_backward(dx, x, approximate=approximate)
 
 
 def _dropout(y, x, dx, p=0.5, training=True, inplace=False):
-    """In eval mode, and at the rate 0, dropout changes nothing. The fallback refuses it else."""
+    """In eval mode, and at the rate 0, dropout is the identity. Otherwise the fallback raises an
+    error."""
     if training and p > 0:
         return NotImplemented
     return dx
@@ -600,7 +603,7 @@ def _dropout(y, x, dx, p=0.5, training=True, inplace=False):
 # Functions of several elements.
 
 def _pad(y, x, dx, pad, mode="constant", value=None):
-    """A constant border does not move, so the border of dx is zero."""
+    """A constant border has the tangent zero."""
     return F.pad(dx, pad, mode)
 
 
@@ -621,8 +624,8 @@ def _softmax(y, x, dx, dim=None, dtype=None, _stacklevel=3):
 
 def _normalise(y, x, dx, mean, eps):
     """The tangent of y = (x - mean(x)) / sigma with sigma^2 = mean((x - mean(x))^2) + eps, which is
-    dy = (dx - mean(dx) - y mean(y dx)) / sigma. The function mean(a) gives the mean of a over each
-    part that is normalised."""
+    dy = (dx - mean(dx) - y mean(y dx)) / sigma. The function mean(a) returns the mean of a over
+    each part that is normalised."""
     x, dx = x.to(y.dtype), dx.to(y.dtype)
     sigma = (mean((x - mean(x)).square_()) + eps).sqrt()
     centred = dx - mean(dx)
@@ -630,7 +633,7 @@ def _normalise(y, x, dx, mean, eps):
 
 
 def _layer_norm(y, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
-    """See _normalise; each part is what lies along the last dimensions, normalized_shape."""
+    """See _normalise; the parts extend over the last dimensions, normalized_shape."""
     last = tuple(range(-len(normalized_shape), 0))
 
     def mean(a):
@@ -674,8 +677,8 @@ def _group_norm(y, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_en
 def _attention(y, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
                enable_gqa=False):
     """y = P v with the weights P = softmax(S), S = q k^T / sqrt(d). Therefore
-    dy = (P dS) v - rowsum(P dS) y + P dv. Only here are the weights P formed; the value comes from
-    fused attention, which does without them. A q, k or v that is no Dual is a constant."""
+    dy = (P dS) v - rowsum(P dS) y + P dv. The weights P are computed only here, because fused
+    attention computes the value without them. A q, k or v that is not a Dual is a constant."""
     if attn_mask is not None or dropout_p > 0 or is_causal or scale is not None or enable_gqa:
         return NotImplemented
     keys = key.transpose(-1, -2) / math.sqrt(query.shape[-1])

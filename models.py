@@ -1,4 +1,4 @@
-"""The networks that all methods share. They have one contract:
+"""The networks that all methods share. All of them are called in the same way:
 
     net(x, t, s=None, y=None) -> same shape and dtype as x
 
@@ -6,18 +6,19 @@
     t  [B] float              their times
     s  [B] float or None      the second times (FACM's auxiliary r), for a network that was built
                               with second_time=True; None means s = t, the velocity F(x, t, t)
-    y  [B] int64 or None      labels 0..num_classes-1; num_classes is the null label, as is None
+    y  [B] int64 or None      labels 0..num_classes-1; num_classes is the null label, and None is
+                              the null label for all samples
 
 A second time that is given to a network without one raises ValueError.
 
 With tangent=(dx, dt, ds) the network returns (F, dF) from one pass: F is the same output, with
 gradient, and dF is its derivative in that direction of (x, t, s), without gradient (jvp.py). A None
-in tangent is no motion. Where s is None, s = t, so it also moves as t does, and ds is not used.
+in tangent is zero. Where s is None, s = t, so it moves with t, and ds is not used.
 
 `net.num_classes` is 0 for an unconditional network. `net.expandable` says whether the network tells
 the times t and 2 - t apart, as FACM's expanded interval needs. A forward pass draws no random
-numbers, except for Dropout in train mode. The time embedding is computed in float32 also under
-autocast, because a derivative in time would be lost in bfloat16. Parameter names are those of
+numbers, except for Dropout in train mode. The time embedding is computed in float32 even under
+autocast, because a derivative in time would be lost in bfloat16. Parameters have the names of
 public checkpoints.
 """
 
@@ -58,7 +59,7 @@ def second_time_or_t(net, t, s):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checks of the options, for the constructors. What they let pass also runs.
+# Checks of the options, for the constructors. A network whose options pass them also runs.
 
 def check_at_least(low, **options):
     """Raises ValueError for an option that is less than `low`, or has a number in it that is."""
@@ -185,7 +186,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        # F.group_norm's own weight and bias make torch.compile fail on the forward-mode derivative.
+        # torch.compile fails on the forward-mode derivative of F.group_norm with weight and bias.
         x = F.group_norm(x, self.groups, eps=self.eps)
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
@@ -194,8 +195,8 @@ class GroupNorm(nn.Module):
 def keep_mask(seed: torch.Tensor, shape: Sequence[int], p: float,
               device: torch.device) -> torch.Tensor:
     """A bool tensor of the given shape, True with probability 1 - p. It is drawn from the seed, an
-    int64 [] on the CPU. As an operation of its own it stays as it is under torch.compile, so that
-    the masks are those of eager code."""
+    int64 [] on the CPU. It is a custom operation, which torch.compile does not change, so that
+    compiled code draws the same masks."""
     generator = torch.Generator(device).manual_seed(seed.item())
     return torch.rand(shape, generator=generator, device=device) >= p
 
@@ -206,9 +207,9 @@ def _(seed, shape, p, device):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout with a mask that follows from a seed, which the layer holds; see seed_dropout. So
-    all passes of a step have one mask, whatever their precision and memory layout. Without a seed
-    each pass has a mask of its own."""
+    """nn.Dropout with a mask that is drawn from a seed in the layer; see seed_dropout. All passes
+    of a step then have the same mask, whatever their precision and memory layout. Without a seed
+    each pass draws a new mask."""
 
     seed = None
     rows = None
@@ -227,10 +228,10 @@ class Dropout(nn.Dropout):
 
 
 def seed_dropout(net, seed, rows):
-    """Gives the Dropout layers of net their masks for the passes that follow.
+    """Sets the masks of the Dropout layers of net for the passes that follow.
 
-    A mask is a function of the seed (0 to 2^63 - 1), of the layer and of the place among `rows`
-    samples. In a larger batch each `rows` samples have the same mask.
+    A mask depends on the seed (0 to 2^63 - 1), on the layer and on the position among `rows`
+    samples. In a larger batch each group of `rows` samples has the same mask.
     """
     layers = [m for m in net.modules() if isinstance(m, Dropout)]
     for i, layer in enumerate(layers):
@@ -294,7 +295,7 @@ class UNetBlock(nn.Module):
         return x
 
     def attend(self, qkv):
-        """Self-attention: [B, 3C, H, W], in which q, k and v take turns -> [B, C, H, W]."""
+        """Self-attention: [B, 3C, H, W], in which q, k and v alternate -> [B, C, H, W]."""
         B, channels, H, W = qkv.shape
         C = channels // 3
         # Fused attention needs float32 or more, and the channels as the last dimension.
@@ -341,7 +342,7 @@ def edm_noise(t):
 
 def edm_scalings(t, sigma_data):
     """c_in, c_skip, c_out [B, 1, 1, 1] for times t [B]: c_skip x + c_out U(c_in x, t) is a velocity
-    if U is a network that was trained inside of EDM's preconditioning.
+    if U is a network that was trained with EDM's preconditioning.
 
     This is EDM's preconditioning of the denoiser (Karras et al. 2022, Table 1), written for the
     velocity of the linear flow x_t = (1-t) x_0 + t x_1 with x_0 ~ N(0, I). A time t > 1 means the
@@ -356,8 +357,8 @@ def edm_scalings(t, sigma_data):
 
 
 def unit_labels(y, emb, num_classes):
-    """Labels y [B] as EDM has them: [B, num_classes] with the dtype and device of emb [B, C],
-    one-hot times sqrt(num_classes), and zeros for the null label, which None means."""
+    """Labels y [B] as in EDM: [B, num_classes] with the dtype and device of emb [B, C], one-hot
+    times sqrt(num_classes), and zeros for the null label and for None."""
     if y is None:
         y = torch.full(emb.shape[:1], num_classes, device=emb.device)
     classes = torch.arange(num_classes, device=y.device)
@@ -375,20 +376,20 @@ class DDPMpp(nn.Module):
     blocks          residual blocks at each resolution
     attention       the resolutions with self-attention; those that the network does not have are
                     ignored, and the lowest one always has it
-    dropout         share of the activations that Dropout drops, in [0, 1)
+    dropout         fraction of the activations that Dropout drops, in [0, 1)
     adaptive_scale  the embedding scales and shifts (as in ADM) instead of being added
-    second_time     builds map_second, zero at its output: it changes nothing before it is trained
+    second_time     builds map_second, whose output is zero before it is trained
     augment_dim     length of the augmentation labels that `forward` accepts; 0 means none
     ncsn            NCSN++: Fourier features of the time, filter (1, 3, 3, 1), residual input
     sigma_data      standard deviation of the data, for the preconditioning; None means none
     time_scale      the features are those of time_scale t
-    edm_time        the features are those of edm_noise, so that a denoiser that was trained by
-                    NVlabs/edm is a velocity here
+    edm_time        the features are those of edm_noise, so that a denoiser of NVlabs/edm becomes a
+                    velocity
     pixelnorm       normalises the scale and shift over the channels (sCM; FACM A.3(c)); it needs
                     adaptive_scale
 
-    With sigma_data the output is preconditioned, see edm_scalings. With edm_time nothing but x
-    tells t and 2 - t apart, and FACM needs --condition auxiliary.
+    With sigma_data the output is preconditioned, see edm_scalings. With edm_time the network cannot
+    tell t and 2 - t apart, and FACM needs --condition auxiliary.
 
     Raises ValueError for options out of their range, and for sizes that do not divide.
     """
@@ -512,8 +513,8 @@ class DDPMpp(nn.Module):
             return F.silu(self.map_layer1(emb))
 
     def forward(self, x, t, s=None, y=None, augment=None, tangent=None):
-        """See the top of this file; augment [B, augment_dim] float, the labels of augmentation, is
-        zeros if it is None."""
+        """See the top of this file. augment: the labels of augmentation, float [B, augment_dim];
+        None means zeros."""
         if tangent is not None:
             h = self.forward(*duals((x, t, s), tangent), y, augment)
             return h.value, h.tangent
@@ -556,7 +557,7 @@ class DDPMpp(nn.Module):
 # EDM2's U-Net (Karras et al. 2024, whose equations these are) in the layout of NVlabs/edm2's UNet.
 
 def mp_normalise(x, dim=None, eps=1e-4):
-    """x over its root mean square along dim (None: all dimensions but the first), plus eps."""
+    """x over (its root mean square + eps), along dim; None: all dimensions but the first."""
     if dim is None:
         dim = tuple(range(1, x.dim()))
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
@@ -597,7 +598,7 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution or, without a kernel, fully connected layer, without a bias. Each forward pass
+    """A convolution without bias, or a linear layer if there is no kernel. Each forward pass
     normalises the weight [outputs, inputs, ...] for each output, and multiplies it by `gain`."""
 
     def __init__(self, inputs, outputs, *kernel):
@@ -613,7 +614,7 @@ class MPConv(nn.Module):
 
 
 class EDM2Block(nn.Module):
-    """Block of EDM2's encoder or decoder (Figure 21); heads=0 means without self-attention.
+    """Block of EDM2's encoder or decoder (Figure 21). heads=0 means no self-attention.
 
     x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W'], at twice the size
     with up and at half of it with down
@@ -662,7 +663,7 @@ class EDM2Block(nn.Module):
         return x.clamp(-256, 256)
 
     def attend(self, qkv):
-        """Self-attention of normalised q, k and v, which take turns in qkv:
+        """Self-attention of normalised q, k and v, which alternate in qkv:
         [B, 3C, H, W] -> [B, C, H, W]."""
         B, channels, H, W = qkv.shape
         qkv = mp_normalise(qkv.reshape(B, self.heads, -1, 3, H * W), (2,))
@@ -682,7 +683,7 @@ class EDM2(nn.Module):
                    it has no attention, as in NVlabs/edm2
     dropout_res    the highest resolution with dropout; None means all
     sigma_data     standard deviation of the data, a positive number
-    others         as in DDPMpp
+    others         see DDPMpp
 
     Its time is that of DDPMpp with edm_time=True. The head logvar, an uncertainty, is left out.
 
@@ -771,10 +772,10 @@ class EDM2(nn.Module):
     @torch.no_grad()
     def force_weight_norm(self):
         """Forced weight normalisation (Eq. 66), in place. A training script calls it at the start
-        of each step; the constructor leaves freshly drawn weights as they are.
+        of each step. The constructor does not normalise the weights that it draws.
 
         paper: in each training pass; here: at the start of each step, because all passes of a step
-        then see one weight. Under FSDP each process normalises its own rows.
+        then use the same weights. Under FSDP each process normalises its own rows.
         """
         for layer in self.modules():
             if isinstance(layer, MPConv):
@@ -841,7 +842,7 @@ def pixel_norm(x):
 
 class LayerNorm(nn.Module):
     """Layer normalisation over the last dimension, of `width` channels. With affine=True a weight
-    and a bias are applied outside of F.layer_norm, because torch.compile needs it so."""
+    and a bias are applied outside of F.layer_norm, because torch.compile needs this."""
 
     def __init__(self, width, eps=1e-6, affine=False):
         super().__init__()
@@ -861,7 +862,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square along the last dimension, in float32 or more, times a weight."""
+    """x divided by its root mean square along the last dimension, in float32 or more, and then
+    multiplied by a weight."""
 
     def __init__(self, width, eps=1e-6):
         super().__init__()
@@ -875,8 +877,8 @@ class RMSNorm(nn.Module):
 
 
 class RoPE(nn.Module):
-    """Rotary positions on a square grid: half of a head's channels turn with the row, and half with
-    the column. q or k [B, heads, grid * grid, head_dim] -> the same shape."""
+    """Rotary position embedding on a square grid: half of the channels of a head rotate with the
+    row, and half with the column. q or k [B, heads, grid * grid, head_dim] -> the same shape."""
 
     def __init__(self, head_dim, grid):
         super().__init__()
@@ -896,7 +898,7 @@ class RoPE(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens [B, N, D], with qknorm of normalised queries and keys."""
+    """Multi-head self-attention of tokens [B, N, D]; qknorm normalises queries and keys."""
 
     def __init__(self, width, heads, qknorm=False, rmsnorm=False):
         super().__init__()
@@ -1019,7 +1021,8 @@ class FinalLayer(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """A time [B] -> [B, width], by 128 cosines and sines with frequencies from 1 to nearly 1e-4."""
+    """A time [B] -> [B, width], from 128 cosines and sines with frequencies from 1 to almost
+    1e-4."""
 
     def __init__(self, width):
         super().__init__()
@@ -1046,8 +1049,8 @@ def sincos_2d(width, grid):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer, in the layout of facebookresearch/DiT (SiT's too), or of
-    hustvl/LightningDiT (FACM's too) with some of its options.
+    """Diffusion transformer, in the layout of facebookresearch/DiT and SiT or, with some of its
+    options, of hustvl/LightningDiT and FACM's release.
 
     input_size, patch         height and width of x, and of a patch
     in_channels               C of x
@@ -1057,16 +1060,16 @@ class DiT(nn.Module):
     qknorm, swiglu, rope,     LightningDiT's normalised queries and keys, gated MLP, rotary
     rmsnorm, wo_shift         positions, RMS normalisation, modulation by scale alone
     learn_sigma               the final layer has a second half, the variance, which is dropped
-    second_time               builds r_embedder, zero at its output before it is trained
+    second_time               builds r_embedder, whose output is zero before it is trained
     pixelnorm                 normalises the modulation's scale and shift (sCM; FACM A.3(c))
-    prediction                "velocity", or "noise": the weights are a DDPM noise predictor's at
-                              1000 discrete times (facebookresearch/DiT's own); the output is the
+    prediction                "velocity", or "noise" for the weights of a DDPM noise predictor with
+                              1000 discrete times (facebookresearch/DiT); the output is then its
                               velocity, which is exact for sigma = (1-t) / t in [0.01, 157]
 
-    With "noise" FACM needs --condition auxiliary, and the network runs in its parameters' precision
-    also under autocast. The velocity is (x - noise) / t, which amplifies the rounding of the noise
-    up to 158 times: with a network in bfloat16 it would have a root mean square error of 0.30 at
-    t = 0, of 0.17 at t = 0.01 and of 0.04 at t = 0.05.
+    With "noise" FACM needs --condition auxiliary, and the network runs in the precision of its
+    parameters even under autocast. The velocity is (x - noise) / t, which amplifies the rounding of
+    the noise up to 158 times: with a network in bfloat16 it would have a root mean square error of
+    0.30 at t = 0, of 0.17 at t = 0.01 and of 0.04 at t = 0.05.
 
     Raises ValueError for options out of their range, and for sizes that do not divide.
     """
@@ -1136,8 +1139,8 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """The published start (adaLN-Zero): each block is the identity, and the output is zero. So
-        is the output of r_embedder."""
+        """The published initialisation (adaLN-Zero): each block is the identity, and the output is
+        zero. The output of r_embedder is zero as well."""
         for name, p in self.named_parameters():
             if name == "pos_embed":
                 continue
@@ -1187,8 +1190,8 @@ class DiT(nn.Module):
         return self.output(x, self.embed(t, s, y))
 
     def velocity_from_noise(self, x, t, s, y):
-        """The velocity [B, C, H, W] of a noise predictor. It sees the point of the
-        variance-preserving path with the same noise / data as x, without autocast."""
+        """The velocity [B, C, H, W] of a noise predictor. The network receives, without autocast,
+        the point of the variance-preserving path that has the same ratio of noise to data as x."""
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(self.pos_embed.dtype)
             flow_t = (1 - (1 - t).abs()).clamp(1 / 158, 0.99)
@@ -1272,7 +1275,7 @@ class Resample(nn.Module):
 
 class Coder(nn.Module):
     """The encoder, [B, channels_in, H, W] -> [B, channels_out, H/f, W/f] with f = 2^(levels-1), or
-    the decoder, the other way.
+    the decoder in the opposite direction.
 
     attention: the levels, 0 being full resolution, whose blocks are followed by attention."""
 
@@ -1354,10 +1357,10 @@ class AutoencoderKL(nn.Module):
     width, mult  channels at full resolution, and their multiples as the resolution halves
     blocks       residual blocks at each resolution of the encoder; the decoder has one more
     attention    the levels whose blocks are followed by attention, 0 being full resolution
-    scale        what the methods multiply the latents by (SD-VAE); VA-VAE's latents have their own
-                 normalisation instead (latents_stats)
+    scale        the factor of the latents in the methods (SD-VAE); those of VA-VAE have a mean and
+                 a std instead (latents_stats)
 
-    encode and decode work on latents as the autoencoder has them, without scale.
+    encode and decode work on latents without this scale.
 
     Raises ValueError for options out of their range, and for sizes that do not divide.
     """
@@ -1439,7 +1442,7 @@ NETWORKS = {
     "LightningDiT-1p6B/2": partial(LightningDiT, patch=2, width=1792, depth=28, heads=28),
 }
 
-# What each class is called in NETWORKS, without a size. NCSN++ is a name of its own.
+# The name of each class in NETWORKS, without a size. NCSN++ has a separate name.
 BASES = {DDPMpp: "DDPM++", EDM2: "EDM2", DiT: "DiT", AutoencoderKL: "AutoencoderKL"}
 
 # The types of the options that may be None
@@ -1447,15 +1450,15 @@ OPTIONAL = {"sigma_data": float, "dropout_res": int}
 
 
 def find(name):
-    """The constructor of the network `name`; ValueError if there is none of this name."""
+    """The constructor of the network `name`. Raises ValueError for an unknown name."""
     if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}; there is: {', '.join(NETWORKS)}")
+        raise ValueError(f"unknown network {name!r}; the networks are {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 
 def check_type(key, value, kind):
     """Raises ValueError if the value of option `key` is not of type kind: bool, int, float or str.
-    Where a float is expected an int is fine, too, and neither may be infinite or NaN."""
+    For a float an int is also accepted, and neither may be infinite or NaN."""
     expected = kind.__name__
     if kind is float:
         expected = "a finite number"
@@ -1469,8 +1472,8 @@ def check_type(key, value, kind):
 
 
 def check_option(constructor, key, value):
-    """Returns the value of a network's option; a list, or one number, where several numbers are
-    expected becomes a tuple. An option that the network does not have passes.
+    """Returns the value of a network's option. If several numbers are expected, a list or a single
+    number becomes a tuple. Options that the network does not have are not checked.
 
     Raises ValueError for a value whose type is not that of the option's default.
     """
@@ -1495,14 +1498,13 @@ def check_option(constructor, key, value):
 
 
 def expand(options):
-    """The options of a network with nothing left to its name: `name` is that of its class, and what
-    the name implies is spelled out, except for what the options give themselves.
+    """The options of a network, with the name replaced by that of its class and by the options that
+    the name implies. Options that are given override those.
 
     options: {"name": ..., option: value}, as for `create`. Returns a new dict. The name in it is
     "DDPM++", "NCSN++", "EDM2", "DiT" or "AutoencoderKL", and create(**expand(options)) builds the
     same network as create(**options). For example {"name": "EDM2-S", "blocks": 2} becomes
-    {"name": "EDM2", "width": 192, "blocks": 2}. Options that are left to the defaults of the class
-    are not added.
+    {"name": "EDM2", "width": 192, "blocks": 2}. Defaults of the class are not added.
 
     Raises ValueError for an unknown name, and for a value of the wrong type.
     """
@@ -1523,15 +1525,15 @@ def create(name, seed=None, device=None, **options):
 
     name      a name of NETWORKS
     seed      the weights are drawn from it; None means from PyTorch's random state
-    device    where the network is moved to; None means that it stays where PyTorch creates tensors.
-              The weights are drawn before that, so they do not depend on the device
+    device    the network is moved to it after the weights were drawn, so the weights do not depend
+              on the device; None means PyTorch's default device
     options   the arguments of the network's class
 
-    Returns an nn.Module in train mode, float32. Works under torch's FakeTensorMode, too.
+    Returns an nn.Module in train mode, float32. Also works under PyTorch's FakeTensorMode.
 
     Raises ValueError for an unknown name, for an unknown or missing option, for a value of the
-    wrong type or out of its range, and for sizes that do not fit together. Whatever is built also
-    runs.
+    wrong type or out of its range, and for sizes that do not fit together, so that every network
+    that is built also runs.
     """
     constructor = find(name)
     options = {key: check_option(constructor, key, value) for key, value in options.items()}
@@ -1556,8 +1558,8 @@ def create(name, seed=None, device=None, **options):
 
 
 def draw(constructor, seed, options):
-    """constructor(**options) with weights that are drawn from a seed, which leaves PyTorch's random
-    state as it is; or, if the seed is None, from that state."""
+    """constructor(**options) with weights that are drawn from a seed, without changing PyTorch's
+    random state, or from that state if the seed is None."""
     if seed is None:
         return constructor(**options)
     with torch.random.fork_rng(devices=[]):
@@ -1566,9 +1568,9 @@ def draw(constructor, seed, options):
 
 
 def use_channels_last(net):
-    """Puts the channels of convolutions last in memory, in place, which makes them a tenth faster
-    on a CPU. Before torch 2.14 it does nothing, because there the forward mode of group_norm fails
-    on such tensors."""
+    """Changes the memory format of convolutions to channels last, in place, which makes them a
+    tenth faster on a CPU. Does nothing before torch 2.14, where the forward mode of group_norm
+    fails on such tensors."""
     if torch.__version__ < (2, 14):
         return
     for tensor in [*net.parameters(), *net.buffers()]:
@@ -1578,9 +1580,9 @@ def use_channels_last(net):
 
 def shard(net):
     """Shards the parameters of net over the processes (FSDP), in place. A block is gathered when it
-    is computed. Gradients are sharded too, and so is the state of an optimiser that is made after
-    this. Between two passes all parameters are sharded, so that the average can be updated after a
-    preview was drawn from it."""
+    is computed. Gradients are also sharded, and so is the state of an optimiser that is created
+    afterwards. Between two passes all parameters are sharded, so that the average of the weights
+    can be updated after a preview was drawn with it."""
     from torch.distributed.device_mesh import init_device_mesh  # here: this takes a second
     from torch.distributed.fsdp import fully_shard
     net.to(memory_format=torch.contiguous_format)          # FSDP supports no other layout

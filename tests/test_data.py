@@ -260,7 +260,7 @@ def test_links_are_followed_and_hidden_files_left_out(tmp_path):
 
 def test_classes_are_not_made_up(tmp_path):
     np.savez(tmp_path / "x.npz", images=PIXELS)
-    with pytest.raises(ValueError, match="x.npz has no labels: take --uncond"):
+    with pytest.raises(ValueError, match="x.npz has no labels; use --uncond"):
         data.load(str(tmp_path / "x.npz"), num_classes=10)
     assert data.load(str(tmp_path / "x.npz"), num_classes=10, uncond=True).num_classes == 0
 

@@ -409,7 +409,7 @@ def set_item_of_a_tensor(x):
     torch.zeros(2, 4, 6)[0] = x[0]
 
 
-WRITES = "fused: {} writes into an argument, which would spoil its tangent; compute a new tensor instead (x = x + y, inplace=False, eval mode of BatchNorm), or use exact or fd"
+WRITES = "fused: {} writes into an argument, whose tangent would be wrong; compute a new tensor instead (x = x + y, inplace=False, eval mode of BatchNorm), or use exact or fd"
 DRAWS = "fused: {} draws random numbers, and the value and its tangent need the same ones; use eval mode, or draw them from a seed as models.Dropout does"
 NO_FORWARD_MODE = "fused: {} has neither a rule in jvp.RULES nor a forward mode in PyTorch; add a rule, or use fd"
 REFUSED = {

@@ -562,7 +562,7 @@ def test_every_public_name_is_there():
 
 def test_names_and_types_that_expand_refuses():
     for options in (dict(name="UNet"), dict(width=8)):
-        with pytest.raises(ValueError, match="unknown network .*; there is: DDPM"):
+        with pytest.raises(ValueError, match="unknown network .*; the networks are DDPM"):
             models.expand(options)
     with pytest.raises(ValueError, match="width='8': expected int"):
         models.expand(dict(name="DDPM++", width="8"))
