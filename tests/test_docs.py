@@ -39,7 +39,8 @@ def without_code(text):
 
 def fenced(text, language=""):
     """The contents of the fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [content for name, content in blocks if name == language]
 
 
 def inline_code(text):
