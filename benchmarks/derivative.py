@@ -1,12 +1,12 @@
-"""What does the exact derivative cost? Time and memory of a GCM step, beside the finite difference.
+"""Measures the cost of the exact derivative in a GCM step, compared with the finite difference.
 
     python benchmarks/derivative.py             # CPU: CIFAR-10's DDPM++ and DiT-B/4, batch 4
     python benchmarks/derivative.py --device cuda --batch 512     # needs a GPU
 
-The comparison of GCM's Table 7j: a step is loss, backward pass and optimiser (VU, w = 1), and each
-of its cases runs in a process of its own. Time: the median of the steps after the first, for 1000
-images. Memory: the peak of what tensors hold on a GPU; on the CPU the peak of the whole process,
-of which the interpreter and PyTorch need the part that is printed as "before".
+This is the comparison of GCM's Table 7j. A step has the loss, the backward pass and the optimiser
+(VU, w = 1), and each case runs in a separate process. The time is the median of the steps after the
+first, for 1000 images. The memory is the peak of the tensors on a GPU. On the CPU it is the peak of
+the whole process, and the part that the interpreter and PyTorch need is printed as "before".
 """
 
 import json

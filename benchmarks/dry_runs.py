@@ -1,12 +1,12 @@
-"""What every preset needs: the table of docs/runs.md, by --dry-run of the training scripts.
+"""Prints what every preset needs, which is the table of docs/runs.md, by --dry-run of the scripts.
 
     python benchmarks/dry_runs.py
-    python benchmarks/dry_runs.py --measure          # the estimated memory beside a measured one
+    python benchmarks/dry_runs.py --measure          # compares the estimated memory with a measured one
 
 A row is a preset with 1 and with 8 processes: the parameters, the memory of a process, and the
-hours at the share of an H100's rate that --dry-run names. No data and no GPU are needed. All rows
+hours, for the rate of an H100 that --dry-run prints. Neither data nor a GPU are needed. All rows
 take a quarter of an hour on 2 busy cores. The hours of a student do not include those of its
-teacher, which is a row of flow.py.
+teacher, which are in a row of flow.py.
 """
 
 import importlib
@@ -58,7 +58,7 @@ MEASURED = [
 
 
 def run(words, env=None):
-    """What a Python program prints; ends this program if it fails."""
+    """The output of a Python program. Ends this program if it fails."""
     done = subprocess.run([sys.executable, "-W", "ignore", *words], capture_output=True, text=True,
                           cwd=ROOT, env=os.environ | (env or {}))
     if done.returncode:
@@ -75,7 +75,7 @@ def dry_run(command, processes):
 
 
 def print_table():
-    """Prints a row for each of ROWS. With --fsdp a single process makes no sense."""
+    """Prints a row for each of ROWS. --fsdp needs several processes."""
     print("| command | parameters (M) | GiB, 1 process | hours, 1 process | GiB, 8 processes "
           "| hours, 8 processes |")
     print("|---|---|---|---|---|---|")
@@ -93,26 +93,26 @@ def print_table():
 # --measure: the memory of a real process.
 
 class OneStep(Run):
-    """A run in this process that reads and writes no files."""
+    """A run in this process without files."""
 
     def open_folder(self):
-        """There is none."""
+        """Opens no folder."""
 
     def close(self):
-        """Nothing is open."""
+        """Closes nothing."""
 
     def resume(self, net, ema, optimizer, extra=()):
-        """There is nothing to resume."""
+        """Resumes nothing."""
         self.net, self.begun = net, True
 
     def log(self, step, **figures):
-        """Nothing is logged."""
+        """Logs nothing."""
 
     def save(self):
-        """Nothing is saved."""
+        """Saves nothing."""
 
     def preview_is_due(self):
-        """Nothing is drawn."""
+        """Returns False: there are no previews."""
         return False
 
     def evaluation_is_due(self):
@@ -121,8 +121,8 @@ class OneStep(Run):
 
 
 def measure_here(words):
-    """Runs one step of a training script on zeros in this process, and prints the bytes that it
-    holds at most beyond what it held before.
+    """Runs one step of a training script on zeros in this process, and prints by how many bytes the
+    peak of its memory exceeds its memory before the step.
 
     words: the script, such as facm.py, and its flags.
     """
@@ -138,8 +138,8 @@ def measure_here(words):
 
 
 def print_measured():
-    """Prints a row for each of MEASURED. glibc is set to give back at once what is freed, because
-    what it keeps for later is not needed."""
+    """Prints a row for each of MEASURED. glibc returns freed memory at once, because memory that it
+    keeps would be counted."""
     settings = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536",
                     MALLOC_ARENA_MAX="1")
     print("| command | GiB, estimated | GiB, measured |")

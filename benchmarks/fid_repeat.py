@@ -1,13 +1,13 @@
-"""How much does the figure of a checkpoint vary with the seed of its samples? Mean and deviation.
+"""Measures how much the FID of a checkpoint varies with the seed of the samples.
 
     python benchmarks/fid_repeat.py runs/facm-glyphs/ckpt.pt --ref glyphs:2 --features net.pt
     python benchmarks/fid_repeat.py CKPT --ref cifar10-32x32.npz --n 50000 --nfe 1 2 --seeds 3
 
-For each NFE and each seed, fid.py measures --n samples, with labels in turn, as sample.py draws them
-by default. The figure is the FID, or with --features the Frechet distance of the features of a
-TorchScript network. The reference is read once. The deviation is over seeds, with n - 1. A
-difference between two checkpoints that does not exceed it means nothing. All figures have the same
-bias, because the samples are few.
+For each NFE and each seed, fid.py measures --n samples, with the same number of samples of each
+class, as sample.py draws them by default. The figure is the FID, or with --features the Frechet
+distance of the features of a TorchScript network. The script prints the mean and the standard
+deviation (with n - 1) over the seeds. A difference between two checkpoints that is not larger than
+this deviation has no meaning. All figures have the same bias, which is larger for fewer samples.
 """
 
 import json

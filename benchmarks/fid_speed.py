@@ -1,14 +1,17 @@
-"""How fast is fid.py? Images a second, and seconds for the distance, beside code in common use.
+"""Measures the speed of fid.py, compared with code in common use.
 
     python benchmarks/fid_speed.py
     python benchmarks/fid_speed.py --size 256 --json fid_speed.json
 
-Features: fid.py's Inception is compared with pytorch-fid's class if that is installed, and else with
-torchvision's inception_v3, which does nearly the same work. The weights are random, which changes no
-time. Distance: fid.frechet_distance is compared with scipy.linalg.sqrtm, on two covariances of 2,048
-features with a falling spectrum. Neighbours: fid.distances is compared with distances by
-differences, for precision and recall. The two sides alternate, on the same device, after a warm-up.
-The figures are medians, with the range, and the ratios are medians of the ratios of neighbours.
+- Features: the Inception of fid.py is compared with the class of pytorch-fid if that is installed,
+  and otherwise with inception_v3 of torchvision, which does nearly the same work. The weights are
+  random, which does not change the time.
+- Distance: fid.frechet_distance is compared with scipy.linalg.sqrtm, on two covariances of 2,048
+  features whose eigenvalues fall.
+- Neighbours: fid.distances, for precision and recall, is compared with distances from differences.
+
+Both sides alternate on the same device, after a warm-up. The figures are medians with their range,
+and the ratios are medians of the ratios of neighbouring calls.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from common.messages import fail
 
 
 def other_network(device):
-    """The network to compare with, as a function of uint8 images, and its name."""
+    """The other network, as a function of uint8 images, and its name."""
     try:
         import pytorch_fid.inception
     except ImportError:
@@ -53,7 +56,7 @@ def other_network(device):
 
 
 def alternate(functions, repeats, device):
-    """Seconds of every call: functions in turn, `repeats` times, after a warm-up of each."""
+    """The seconds of every call of the functions, which alternate `repeats` times after a warm-up."""
     seconds = [[] for _ in functions]
     for k in range(repeats + 1):
         for taken, function in zip(seconds, functions):
@@ -78,7 +81,7 @@ def with_sqrtm(mu1, sigma1, mu2, sigma2):
 
 
 def by_differences(a, b):
-    """Euclidean distances from differences, which leaves none between exact copies."""
+    """Euclidean distances from differences, which are exactly 0 between equal samples."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -1,11 +1,11 @@
-"""The picture of the README: real images, a teacher and its students, the same noise in each row.
+"""Draws the picture of the README: real images, a teacher and its students, from the same noise.
 
     python benchmarks/gallery.py --left runs/facm-glyphs runs/decm-glyphs runs/gcm-glyphs \\
         --right runs/facm-mnist --out assets/gallery.png
 
---left and --right are run folders of students on two data sets. The teacher is that of the first of
-them. A row is ten samples, one of each class. The left side determines which rows there are; a row
-that the right side lacks is white there.
+--left and --right are run folders of students on two data sets. The teacher is that of the first
+student of each side. A row has ten samples, one of each class. The left side determines the rows,
+and a row that the right side does not have is white there.
 """
 
 import pathlib

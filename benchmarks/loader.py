@@ -1,11 +1,11 @@
-"""How fast data.py delivers batches: images in memory, a folder of PNGs, latents in shards.
+"""Measures how fast data.py reads batches: images in memory, a folder of PNGs, latents in shards.
 
     python benchmarks/loader.py [--json FILE]
 
-The images in memory have CIFAR-10's size. All data are written to a temporary folder first. Latents
-(10,000 of 32 x 16 x 16, in four shards) are read in shuffled order in two ways, which alternate in
-one run: as data.py reads them, and straightforwardly, by opening the shard for each sample. Peak
-memory is that of a child process that reads one epoch of latents, for 2,500 and for 10,000 of them.
+The images in memory have the size of CIFAR-10. All data are first written to a temporary folder.
+Latents (10,000 of 32 x 16 x 16, in four shards) are read in shuffled order in two ways, which
+alternate: by data.py, and in the straightforward way, which opens the shard for each sample. The
+peak memory is that of a child process that reads one epoch of 2,500 and of 10,000 latents.
 """
 
 import json
@@ -32,7 +32,7 @@ SHARD = 2500                               # latents in a shard
 
 
 def write_latents(folder, n):
-    """n random latents in shards, in LightningDiT's layout. Returns the folder."""
+    """Writes n random latents in shards of LightningDiT's format. Returns the folder."""
     folder.mkdir()
     random = torch.Generator().manual_seed(0)
     for k in range(n // SHARD):
@@ -47,7 +47,7 @@ def write_latents(folder, n):
 
 
 def write_images(folder, pixels):
-    """A PNG of 256x256 for each image of pixels [N, 32, 32, 3]. Returns the folder."""
+    """Writes a PNG of 256x256 pixels for each image of pixels [N, 32, 32, 3]. Returns the folder."""
     folder.mkdir()
     for i, image in enumerate(pixels):
         large = image.repeat(8, axis=0).repeat(8, axis=1)
@@ -56,7 +56,7 @@ def write_images(folder, pixels):
 
 
 def images_per_second(dataset, batch, seconds=2.0):
-    """Images a second in batches one after the other, while nothing else is done."""
+    """The images per second if batches are read one after the other."""
     dataset.batch(0, 0, batch)
     start, batches = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -66,7 +66,7 @@ def images_per_second(dataset, batch, seconds=2.0):
 
 
 def one_by_one(folder, n):
-    """Latents a second in the straightforward way: for each sample, open its shard and read it."""
+    """The latents per second if the shard is opened for each sample."""
     paths = sorted(folder.glob("*.safetensors"))
     order = np.random.default_rng(0).permutation(SHARD * len(paths))[:n]
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def one_by_one(folder, n):
 
 
 def peak_memory(folder):
-    """MB of memory that are a child process's own, after it has read an epoch of the latents."""
+    """The MB of memory of a child process after it has read an epoch of the latents."""
     done = subprocess.run([sys.executable, __file__, "--child", str(folder)], capture_output=True,
                           text=True, check=True)
     return int(done.stdout)
@@ -98,7 +98,7 @@ def child(folder):
 
 
 def measure(folder):
-    """{what: images a second}, and {number of latents: MB of a process}. folder: for the data."""
+    """{source: images per second}, and {number of latents: MB of a process}. folder: for the data."""
     pixels = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
     images = data.Images(pixels, np.zeros(50_000), 10, xflip=True)
     figures = {"CIFAR-10 in memory, mirrored, batch 128": images_per_second(images, 128)}
@@ -124,7 +124,7 @@ def main():
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
     args = p.parse_args()
     folders.check_output(args.json)
-    processes.start("cpu")                 # as the scripts begin
+    processes.start("cpu")                 # as in the scripts
     with tempfile.TemporaryDirectory() as temporary:
         figures, memory = measure(pathlib.Path(temporary))
     for name, value in figures.items():

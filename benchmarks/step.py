@@ -1,22 +1,22 @@
-"""What does a training step cost? Every method and derivative beside plain flow matching.
+"""Measures the cost of a training step of each method and derivative, compared with flow matching.
 
     python benchmarks/step.py                                     # CPU, the small networks
     python benchmarks/step.py --device cuda --bf16 --compile --nets LightningDiT-XL DiT-XL  # a GPU
 
-A step is the targets, losses, backward pass, clip, AdamW and EMA, on random data, with the
-teacher's two passes of guidance. The steps of a network take turns in one process, so that whatever
-else the machine does slows all of them. Time is the median of their rounds, and a ratio the median
-of the rounds' ratios. Memory is measured in processes of their own: the peak while two steps run,
-minus what network, EMA and teacher needed before. It is that of activations, gradients and AdamW's
-moments.
+A step has the targets, the losses, the backward pass, clipping, AdamW and the EMA, on random data,
+with the two passes of the teacher for guidance. Each round runs a step of every case in one
+process, so that other programs slow all cases. The time is the median of the rounds, and a ratio is
+the median of the ratios in the rounds. The memory of each case is measured in a separate process:
+the peak during two steps, minus the memory of network, EMA and teacher. It consists of activations,
+gradients and AdamW's moments.
 
-"reference" is FACM's step as its released code arranges it, in our words: torch.func.jvp gives F
-and dF/dt with gradient, attention is written out, and the passes of the teacher, of the shortcut
-and of the anchor are separate; with --compile the teacher's and the anchor's are compiled.
+"reference" is FACM's step in the way of its released code, written anew: torch.func.jvp computes F
+and dF/dt with gradient, attention is the plain one, and the teacher, the shortcut and the anchor
+have separate passes. With --compile those of the teacher and the anchor are compiled.
 
-"bound" is the time of the step's matrix products at the measured speed of one large product, as a
-share of the step's time. It counts forward passes of the network (a backward pass is two), whose
-operations torch's FlopCounterMode counts.
+"bound" is the time that the matrix products of the step would need at the measured speed of one
+large product, relative to the time of the step. The number of operations is the number of forward
+passes (a backward pass counts as two) times the count of torch's FlopCounterMode for one pass.
 """
 
 import copy
@@ -56,7 +56,7 @@ NETWORKS = {                               # {name: (options, batch)}
     "DDPM++-CIFAR10": (UNET, 64),
     "DiT-XL": (dict(name="DiT-XL/2", in_channels=4, num_classes=1000, input_size=32), 32),
 }
-# {case: its step in forward passes}; a pass with backward counts three, F with its tangent two more
+# {case: forward passes in a step}; a pass with backward counts as 3, and the tangent of F adds 2
 PASSES = {
     "fm": 3,
     "reference": 9,
@@ -74,7 +74,7 @@ W = 1.75                                   # the scale of the guidance
 
 
 class Steps:
-    """A network with all that its training steps need."""
+    """A network with everything that its training steps need."""
 
     def __init__(self, name, args):
         options, batch = NETWORKS[name]
@@ -83,13 +83,13 @@ class Steps:
         self.shape = (self.batch, options["in_channels"], options["input_size"],
                       options["input_size"])
         processes.set_globals(self.device, args.compile)   # as the scripts do
-        if args.compile:                   # without this, cases beyond the eighth are not compiled
+        if args.compile:                   # otherwise only the first eight cases are compiled
             torch._dynamo.config.recompile_limit = 64
         torch.manual_seed(0)
-        self.nets = {}                     # {whether it has a second time: what is trained}
+        self.nets = {}                     # {second_time: (net, its compiled form, ema, optimizer)}
         for second_time in (False, True):
             net = models.create(**options, second_time=second_time, device=self.device)
-            with torch.no_grad():          # nothing is zero, or products with it might be faster
+            with torch.no_grad():          # no zeros, because products with them may be faster
                 for p in net.parameters():
                     p.add_(0.02 * torch.randn_like(p))
             ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -100,7 +100,7 @@ class Steps:
         self.ways = {way: select(way, args.compile) for way in ("fused", "exact", "fd")}
 
     def compiled(self, net):
-        """The network as the losses call it."""
+        """The network that the losses call."""
         return torch.compile(net) if self.args.compile else net
 
     def loss(self, case, net, model, x1, x0, t, y):
@@ -169,7 +169,7 @@ class Steps:
             torch.cuda.synchronize()
 
     def memory(self, case):
-        """By how many bytes memory rises while two steps run: of tensors on a GPU, or else of the
+        """The bytes by which memory grows during two steps: of tensors on a GPU, or else of the
         process."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -184,7 +184,7 @@ class Steps:
         return resident("VmHWM") - before
 
     def flops(self):
-        """Floating-point operations of one forward pass."""
+        """The number of floating-point operations of a forward pass."""
         x = torch.randn(self.shape, device=self.device)
         t = torch.full((self.batch,), 0.5, device=self.device)
         y = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
@@ -194,14 +194,15 @@ class Steps:
 
 
 def resident(name):
-    """The memory of this process in bytes: "VmRSS", now, or "VmHWM", at most."""
+    """The memory of this process in bytes: "VmRSS" is the current one, "VmHWM" the maximum."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return 1024 * int(line.split()[1])
 
 
 def forward_ratio(steps, rounds):
-    """Time of F with its tangent, without gradient, in units of F's: fused, torch.func.jvp."""
+    """The times of F with its tangent, without gradient, divided by that of F: for fused and for
+    torch.func.jvp."""
     net = steps.teacher
     x = torch.randn(steps.shape, device=steps.device)
     dx = torch.randn_like(x)
@@ -226,7 +227,7 @@ def forward_ratio(steps, rounds):
 
 
 def matrix_rate(device, bf16):
-    """Floating-point operations a second of one large matrix product."""
+    """The floating-point operations per second of one large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if bf16 else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
@@ -241,7 +242,7 @@ def matrix_rate(device, bf16):
 
 
 def memory_of(name, case):
-    """Steps.memory of a case, in a process of its own."""
+    """Steps.memory of a case, in a separate process."""
     command = [sys.executable, *sys.argv, "--memory-of", name, case]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -250,14 +251,13 @@ def memory_of(name, case):
 
 
 def measure(name, args):
-    """The figures of a network: those of its cases, the ratios of a forward pass, its parameters.
-    """
+    """The figures of a network: its cases, the ratios of a forward pass, and its parameters."""
     steps = Steps(name, args)
     pass_seconds = steps.flops() / matrix_rate(steps.device, args.bf16)
     rounds = []
     for _ in range(args.rounds + 1):
         rounds.append({case: steps.step(case) for case in args.cases})
-    rounds = rounds[1:]                    # the first round has what PyTorch does once
+    rounds = rounds[1:]                    # the first round includes what PyTorch does only once
     rows = {}
     for case in args.cases:
         seconds = statistics.median(times[case] for times in rounds)
@@ -295,7 +295,7 @@ def print_table(name, batch, figures):
 
 
 def parse_args():
-    p = flags.Parser(description="Time and memory of training steps, beside flow matching's.")
+    p = flags.Parser(description="Time and memory of training steps, relative to flow matching.")
     p.add_argument("--nets", nargs="+", choices=list(NETWORKS), help="networks",
                    default=["LightningDiT-small", "DDPM++-small"])
     p.add_argument("--cases", nargs="+", choices=list(PASSES), default=list(PASSES), help="steps")

@@ -1,13 +1,13 @@
-"""FACM on waveforms [B, 1, 64], with a small 1-D convolutional network: under a minute on a CPU.
+"""FACM on waveforms [B, 1, 64], with a small 1-D convolutional network, in under a minute on a CPU.
 
     python examples/one_dimension.py --out waves.png
 
-A waveform is a sum of two sines with random phases, which this file draws itself: a slow sine of
-two periods, and a fast one of six or seven. A teacher learns the velocity of the flow, and FACM
-distils it. The picture shows real waveforms, one Euler step of the teacher, twenty of them, and one
-step of the student, the last three from the same noise. The table compares their spectra.
+A waveform is a sum of two sines with random phases: a slow sine of two periods, and a fast one of
+six or seven. This file draws them. A teacher learns the velocity of the flow, and FACM distils it.
+The picture shows real waveforms, one Euler step of the teacher, twenty Euler steps, and one step of
+the student, the last three from the same noise. The table compares their spectra.
 
-Nothing in facm.py or flow.py is changed: the losses and the samplers work on tensors [B, ...] of
+facm.py and flow.py need no change, because the losses and the samplers work on tensors [B, ...] of
 any shape.
 """
 
@@ -72,7 +72,7 @@ class ConvNet(torch.nn.Module):
     def forward(self, x, t, s=None, y=None):
         angles = t[:, None] * self.frequencies
         emb = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
-        # Four neighbouring values become the channels of one place
+        # Four neighbouring values become four channels
         h = self.first(x.reshape(len(x), LENGTH // 4, 4).transpose(1, 2))
         for block in self.blocks:
             h = block(h, emb)
@@ -80,7 +80,7 @@ class ConvNet(torch.nn.Module):
 
 
 def optimise(net, loss_of, steps, batch, lr):
-    """Trains net to a small loss_of(net, x1) of waveforms x1."""
+    """Trains net with the loss loss_of(net, x1) of waveforms x1."""
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -94,7 +94,7 @@ def optimise(net, loss_of, steps, batch, lr):
 
 
 def train_teacher(steps=700, batch=64):
-    """A network with the velocity of the flow, at the times t and 2 - t."""
+    """A network that learns the velocity of the flow at the times t and 2 - t."""
     def loss_of(net, x1):
         t = flow.sample_t(torch.randn(len(x1)))
         mixed = torch.rand(len(x1)) < 0.5
@@ -121,9 +121,9 @@ def spectrum(waves):
 
 
 def measure(waves, reference):
-    """Two figures of waveforms: the distance of their mean spectrum to that of the reference, as a
-    share of the latter's length; and the mean share of a waveform's power in its two strongest
-    frequencies, which is 1 for a sum of two sines."""
+    """Two figures of waveforms. The first is the distance of their mean spectrum to that of the
+    reference, relative to the norm of the latter. The second is the mean fraction of a waveform's
+    power in its two strongest frequencies, which is 1 for a sum of two sines."""
     mean, expected = spectrum(waves).mean(dim=0), spectrum(reference).mean(dim=0)
     distance = (mean - expected).norm() / expected.norm()
     power = spectrum(waves).square()

@@ -1,17 +1,18 @@
-"""FACM, DE-CM and GCM on a network that is not ours: points of two rings, half a minute on a CPU.
+"""FACM, DE-CM and GCM with another network than those of models.py: points of two rings, in half a
+minute on a CPU.
 
     python examples/own_network.py
 
-A network is any callable net(x, t, s, y). Here it is an MLP, x are points [B, 2], and y says which
-of two rings, of radius 0.5 and 1.5, a point belongs to. A teacher is trained by flow matching, and
-each method distils it: the student begins with the teacher's weights, and draws a point in one
-step. The loss functions are those of the scripts, imported as they are.
+A network is any callable net(x, t, s, y). Here it is an MLP, x are points [B, 2], and y is the
+number of the ring, of radius 0.5 or 1.5, to which a point belongs. A teacher is trained by flow
+matching. The student of each method begins with the teacher's weights and draws a point in one
+step. The loss functions are imported from the scripts without a change.
 
-The derivative `fused` needs a network that carries tangents, which with_tangent makes of the MLP;
-`exact` and `fd` call the MLP as it is.
+The derivative `fused` needs a network that carries tangents, and with_tangent makes one of the MLP.
+`exact` and `fd` call the MLP directly.
 
-DIRECTION OF TIME: as in facm.py and decm.py, t=0 noise, t=1 data. gcm.py's time runs from the data
-to the noise, and gcm.precondition with velocity=True turns it round for the network.
+DIRECTION OF TIME: as in facm.py and decm.py, t=0 noise, t=1 data. The time of gcm.py runs from the
+data to the noise, and gcm.precondition with velocity=True reverses it for the network.
 """
 
 import copy
@@ -43,7 +44,7 @@ class Mlp(torch.nn.Module):
             torch.nn.SiLU(), torch.nn.Linear(width, width),
             torch.nn.SiLU(), torch.nn.Linear(width, width),
             torch.nn.SiLU(), torch.nn.Linear(width, 2))
-        # Zero, so that a student with a second time begins as its teacher, which has none
+        # Zero, so that a student with a second time begins as its teacher without one
         torch.nn.init.zeros_(self.second_time.weight)
         torch.nn.init.zeros_(self.second_time.bias)
 
@@ -65,7 +66,7 @@ def draw_points(n):
 
 
 def optimise(net, loss_of, steps, batch, lr):
-    """Trains net to a small loss_of(net, x1, y) of points x1 and labels y."""
+    """Trains net with the loss loss_of(net, x1, y) of points x1 and labels y."""
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -78,7 +79,7 @@ def optimise(net, loss_of, steps, batch, lr):
 
 
 def train_teacher(steps=1500, batch=512):
-    """A network with the velocity of the flow, at the times t and, for FACM, 2 - t."""
+    """A network that learns the velocity of the flow at the times t and, for FACM, 2 - t."""
     def loss_of(net, x1, y):
         t = flow.sample_t(torch.randn(len(x1)))
         mixed = torch.rand(len(x1)) < 0.5
@@ -88,7 +89,7 @@ def train_teacher(steps=1500, batch=512):
 
 
 def train_facm(teacher, steps=1000, batch=512):
-    """A student of FACM, which tells its two tasks apart by the time, t or 2 - t."""
+    """A student of FACM, for which the time, t or 2 - t, selects one of the two tasks."""
     def loss_of(net, x1, y):
         x0 = torch.randn_like(x1)
         t = facm.sample_t(torch.randn(len(x1)))
@@ -100,7 +101,7 @@ def train_facm(teacher, steps=1000, batch=512):
 
 
 def train_decm(teacher, steps=1000, batch=512):
-    """A student of DE-CM, with a second time. Both of its losses are in every step here."""
+    """A student of DE-CM, with a second time. Here every step has both losses."""
     def loss_of(net, x1, y):
         net = with_tangent(net)
         x0 = torch.randn_like(x1)
@@ -115,7 +116,7 @@ def train_decm(teacher, steps=1000, batch=512):
 
 
 def train_gcm(teacher, steps=1000, batch=512):
-    """A network of GCM, which begins with the teacher's weights and then learns from data alone."""
+    """A network of GCM, which begins with the teacher's weights and then learns only from data."""
     def loss_of(net, x, y):
         f = gcm.precondition(net, sigma_d=SIGMA_DATA, velocity=True)
         z = SIGMA_DATA * torch.randn_like(x)
@@ -127,7 +128,7 @@ def train_gcm(teacher, steps=1000, batch=512):
 
 
 def one_step(method, net, noise, y):
-    """Points [B, 2] in one step from noise [1, B, 2]."""
+    """Points [B, 2], drawn in one step from noise [1, B, 2]."""
     if method == "FACM":
         return facm.sample(net, noise, y, nfe=1)
     if method == "DE-CM":
@@ -150,7 +151,7 @@ def radii_of(method, net, n=2000):
 
 def main():
     torch.manual_seed(0)
-    print("radius of 2,000 one-step samples of either label; 0.50 and 1.50 are expected, +- 0.00")
+    print("radius of 2,000 one-step samples of each label; expected are 0.50 and 1.50, +- 0.00")
     teacher = train_teacher()
     students = {
         "teacher": teacher,

@@ -1,28 +1,31 @@
-"""DE-CM on Stable Diffusion 3.5 with LoRA (DE-CM, section 5.3): the losses of decm.py, imported as
-they are, on the transformer of diffusers.
+"""DE-CM on Stable Diffusion 3.5 with LoRA (DE-CM, section 5.3): the losses of decm.py on the
+transformer of diffusers.
 
     pip install -r examples/requirements.txt
     python examples/sd3_decm.py encode --images DIR --out data/text2image       # once
     python examples/sd3_decm.py train --data data/text2image --out runs/sd3
     python examples/sd3_decm.py train --dry-run                                 # prints the memory
 
-DIR has images, and beside each image its caption in a .txt file of the same name. The time of
-diffusers' model is sigma, with the data at sigma = 0, and its output is the velocity from data to
-noise. So with decm.py's time t = 1 - sigma
+DIR contains images, each with its caption in a .txt file of the same name. The time of diffusers'
+model is sigma, with the data at sigma = 0, and its output is the velocity from data to noise.
+Therefore, with the time t = 1 - sigma of decm.py,
 
-    F(x, t, s) = -model(x, 1000 (1 - t))  +  what the second time s adds, which is 0 at first.
+    F(x, t, s) = -model(x, 1000 (1 - t)),
 
-The paper names the rank 64, the learning rate 5e-4 and AdamW. The rest is ours:
+to which the second time s adds a term in the model's embedding that is 0 before training.
 
-    LoRA is in the eight projections of the attention, as in diffusers' own LoRA training.
-    lam = gam = 1, where decm.py's default is 0.5.
-    Both updates of Algorithm 1 are made in one step of the optimiser: the losses are added. L_FM,
-    which is in both, then counts twice in such a step.
+The rank 64, the learning rate 5e-4 and AdamW are those of the paper. The rest is our choice:
 
-The derivative has no choice `fd`. The model's features of 1000 t turn so fast that the error of a
-central difference is about as large as the derivative.
+    LoRA is in the eight projections of the attention, as in diffusers' LoRA training.
+    lam = gam = 1, while the default of decm.py is 0.5.
+    Both updates of Algorithm 1 are made in one step of the optimiser, and the losses are added.
+    L_FM is part of both losses and counts twice in such a step.
 
-The weights of SD3.5 are under Stability's Community Licence, and so is a LoRA made from them.
+--jvp has no choice fd. The sinusoidal features of 1000 t change so fast that the error of a central
+difference is about as large as the derivative.
+
+The weights of SD3.5 are under Stability's Community Licence, and so is a LoRA that is made from
+them.
 """
 
 import argparse
@@ -60,8 +63,8 @@ MEDIUM = dict(
 # diffusers' transformer as a network of decm.py.
 
 class SecondTime(nn.Module):
-    """The model's embedding of time and text, plus an embedding of the second time, which is zero
-    at its output before it is trained."""
+    """The model's embedding of time and text, plus an embedding of the second time, whose output is
+    zero before it is trained."""
 
     def __init__(self, embed):
         super().__init__()
@@ -82,7 +85,7 @@ class SecondTime(nn.Module):
 
 
 class Velocity(nn.Module):
-    """A transformer of diffusers as a network net(x, t, s, y) of decm.py. Its times run from noise
+    """A transformer of diffusers as a network net(x, t, s, y) for decm.py. Its times run from noise
     to data, y is a Text, and its output is float32."""
 
     def __init__(self, transformer):
@@ -103,7 +106,7 @@ class Velocity(nn.Module):
 
 
 def add_lora(transformer, rank):
-    """The student: the transformer, frozen, with LoRA and a second time, which are trained."""
+    """The student: the frozen transformer with LoRA and a second time, which are trained."""
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=PROJECTIONS))
@@ -113,11 +116,11 @@ def add_lora(transformer, rank):
 
 class Teacher(nn.Module):
     """The student's transformer without LoRA and without the second time, so that the weights are
-    held once."""
+    in memory only once."""
 
     def __init__(self, student):
         super().__init__()
-        self.student = [student]           # in a list: its parameters are not the teacher's
+        self.student = [student]           # a list, so that its parameters are not registered
 
     def forward(self, x, t, s=None, y=None):
         student = self.student[0]
@@ -134,7 +137,8 @@ def trained(student):
 
 
 def save(student, folder):
-    """Writes LoRA as pipe.load_lora_weights reads it, and the second time's embedding beside it."""
+    """Writes LoRA in the format of pipe.load_lora_weights, and the embedding of the second time in
+    a second file."""
     folder.mkdir(parents=True, exist_ok=True)
     lora = get_peft_model_state_dict(student.transformer)
     lora = {f"transformer.{name}": weight.contiguous() for name, weight in lora.items()}
@@ -145,7 +149,7 @@ def save(student, folder):
 
 
 def load(student, folder):
-    """Reads what save wrote into a student of add_lora."""
+    """Loads the files of save into a student of add_lora."""
     lora = safetensors.torch.load_file(folder / "pytorch_lora_weights.safetensors")
     lora = {name.removeprefix("transformer."): weight for name, weight in lora.items()}
     set_peft_model_state_dict(student.transformer, lora)
@@ -157,8 +161,8 @@ def load(student, folder):
 # A step.
 
 def losses(student, teacher, x1, y, null, step, seed, *, w=4.5, eta=None, freq=3, way="fused"):
-    """The loss of a step: L_FM + L_CM of decm.py's Algorithm 1 and, in every freq-th step,
-    L_FM + L_N2N in addition. Its noise and times follow from the seed and the step.
+    """The loss of a step: L_FM + L_CM of Algorithm 1 and, in every freq-th step, L_FM + L_N2N in
+    addition. Noise and times are determined by the seed and the step.
 
     null: the Text of the empty caption; w, eta: guidance of the teacher; way: a key of jvp.JVP.
     """
@@ -166,7 +170,7 @@ def losses(student, teacher, x1, y, null, step, seed, *, w=4.5, eta=None, freq=3
     x0 = torch.randn(x1.shape, generator=random).to(x1)
     uniform, uniform_r = torch.rand((2, len(x1)), generator=random).to(x1.device)
     t = sample_t("nseg", None, uniform, 0.0, 1.0, segments=64)
-    r = torch.minimum(0.02 * uniform_r, t)                 # no jump goes back in time
+    r = torch.minimum(0.02 * uniform_r, t)                 # a jump must not go back in time
     guidance = dict(teacher=teacher, y_null=null, w=w, eta=eta)
     L_fm, L_cm, (xt, v) = decm_loss(student, jvp.JVP[way], x1, x0, t, y, **guidance)
     loss = L_fm + L_cm
@@ -181,7 +185,7 @@ def losses(student, teacher, x1, y, null, step, seed, *, w=4.5, eta=None, freq=3
 # Programs.
 
 def encode(args):
-    """Writes latents and embeddings of a folder of images with captions, a file for each image."""
+    """Writes the latents and embeddings of images with captions, with a file for each image."""
     from diffusers import StableDiffusion3Pipeline
     tree, captions = text_to_image.read(args.images)
     pipe = StableDiffusion3Pipeline.from_pretrained(
@@ -214,7 +218,7 @@ def train(args):
     teacher = Teacher(student)
     parameters = list(trained(student).values())
     for p in parameters:
-        p.data = p.data.float()            # what is trained is float32
+        p.data = p.data.float()            # trained parameters are float32
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 
     for step in range(args.steps):
@@ -237,8 +241,8 @@ def train(args):
 
 
 def print_memory(args):
-    """Prints the memory of a step of SD3.5-Medium, from fake tensors: bfloat16 weights, and LoRA
-    and AdamW in float32."""
+    """Prints the memory of a step of SD3.5-Medium, estimated with fake tensors: bfloat16 weights,
+    and LoRA and AdamW in float32."""
     from diffusers import SD3Transformer2DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -265,7 +269,7 @@ def print_memory(args):
         passes = living.peak - before
     total = sum(p.numel() for p in student.parameters())
     lora = sum(p.numel() for p in trained(student).values())
-    kept = 2 * total + 16 * lora           # of LoRA: weights, gradients and two moments
+    kept = 2 * total + 16 * lora           # for LoRA: weights, gradients and two moments
     gib = 2 ** 30
     print(f"parameters {total / 1e9:.2f} B, of which {lora / 1e6:.1f} M are trained")
     print(f"memory {(kept + passes) / gib:.1f} GiB: {kept / gib:.1f} kept, {passes / gib:.1f} in "
@@ -289,9 +293,9 @@ def main():
     a("--freq", type=int, default=3, help="steps between N2N updates")
     a("--jvp", choices=["fused", "exact"], default="fused", help="dF/dt: in one pass with F, or by "
       "torch.func.jvp")
-    a("--seed", type=int, default=0, help="everything random follows from it")
+    a("--seed", type=int, default=0, help="seed of all random numbers")
     a("--device", default="cuda", help="cuda or cpu")
-    a("--dry-run", action="store_true", help="train: print the memory that a step needs, and end")
+    a("--dry-run", action="store_true", help="train: print the memory that a step needs, and exit")
     args = p.parse_args()
     if args.what == "train" and args.dry_run:
         print_memory(args)

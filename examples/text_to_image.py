@@ -1,4 +1,4 @@
-"""What the text-to-image examples share: captions as labels, and folders of encoded images.
+"""The common part of the text-to-image examples: captions as labels, and folders of encoded images.
 
 Such a folder has a .safetensors file for each image, with its latents x1 [C, H, W] and the
 embeddings of its caption, and null.safetensors with those of the empty caption.
@@ -17,16 +17,16 @@ from common import imagefiles
 # Captions as the labels y of a loss.
 
 class Text:
-    """The embeddings of B captions: tokens [B, L, D] and, where a network needs them, pooled ones
-    [B, P]. A loss indexes, concatenates and moves labels y, and asks for the null label with
-    torch.full_like(y, null). A Text can do the same; null is then a Text of one caption.
+    """The embeddings of B captions: tokens [B, L, D] and, if the network needs them, pooled ones
+    [B, P]. A loss indexes, concatenates and moves labels y, and computes the null labels by
+    torch.full_like(y, null). All this works with a Text, where null is a Text of one caption.
     """
 
     def __init__(self, tokens, pooled=None):
         self.tokens, self.pooled = tokens, pooled
 
     def of_both(self, function):
-        """A Text of function(tokens) and, if there are pooled embeddings, function(pooled)."""
+        """A Text with function(tokens) and, if there are pooled embeddings, function(pooled)."""
         if self.pooled is None:
             return Text(function(self.tokens))
         return Text(function(self.tokens), function(self.pooled))
@@ -38,12 +38,12 @@ class Text:
         return len(self.tokens)
 
     def to(self, *args, **options):
-        """As torch.Tensor.to."""
+        """Like torch.Tensor.to."""
         return self.of_both(lambda embeddings: embeddings.to(*args, **options))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """PyTorch calls this for a function of its own that is given a Text."""
+        """PyTorch calls this if a Text is an argument of one of its functions."""
         if func is torch.cat:
             texts = args[0]
             tokens = torch.cat([text.tokens for text in texts])
@@ -57,11 +57,11 @@ class Text:
 
 
 # --------------------------------------------------------------------------------------------------
-# Folders of images with captions, and of what is encoded.
+# Folders of images with captions, and of encoded images.
 
 def read(images):
-    """The imagefiles.Tree of a folder of images, and {name: caption} from the .txt file beside each
-    image. Ends the program if an image has none."""
+    """The imagefiles.Tree of a folder of images, and {name: caption} from the .txt files beside the
+    images. Ends the program if an image has no caption."""
     tree = imagefiles.Tree(images, labelled=False)
     captions = {}
     for name in tree.names:
@@ -76,8 +76,8 @@ def read(images):
 def encode(tree, captions, out, resolution, encode_text, encode_image):
     """Writes the folder of encoded images.
 
-    encode_text(caption) returns {name: tensor}, the embeddings of a caption; encode_image(uint8
-    [1, 3, H, W]) the latents [C, h, w] of an image.
+    encode_text(caption) returns {name: tensor}, the embeddings of a caption. encode_image(image),
+    with uint8 [1, 3, H, W], returns the latents [C, h, w] of an image.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def encoded(folder, script):
 
 
 def draw(files, n, seed):
-    """{name: tensor [n, ...]} of n of the files, which are drawn by the seed."""
+    """{name: tensor [n, ...]} of n files, which are chosen at random by the seed."""
     chosen = torch.randint(len(files), (n,), generator=torch.Generator().manual_seed(seed))
     samples = [safetensors.torch.load_file(files[i]) for i in chosen]
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,5 +1,5 @@
-"""FACM on the transformer of Wan, for single frames (text to image): the loss of facm.py, imported
-as it is.
+"""FACM on the transformer of Wan, for single frames (text to image): the loss of facm.py on the
+transformer of diffusers.
 
     pip install -r examples/requirements.txt
     python examples/wan_facm.py encode --images DIR --out data/wan                     # once
@@ -8,25 +8,25 @@ as it is.
         --model Wan-AI/Wan2.2-T2V-A14B-Diffusers
     python examples/wan_facm.py train --dry-run --size A14B --processes 8      # prints the memory
 
-DIR has images, and beside each image its caption in a .txt file of the same name. diffusers' model
-has the data at time 0, and its output is the velocity from data to noise. So with facm.py's time
+DIR contains images, each with its caption in a .txt file of the same name. diffusers' model has the
+data at time 0, and its output is the velocity from data to noise. Therefore, with the time t of
+facm.py,
 
     F(x, t) = -model(x, 1000 (1 - t)),
 
 and the time 2 - t of FACM's anchor is the negative time -1000 (1 - t).
 
-FACM's later version trains Wan 2.2 with its Chain-JVP: value and tangent go through the network
-together, block by block, so that FSDP gathers one block at once. Here that is jvp.fused. No setting
-of that run is published. All numbers here are ours; where facm.py has a number, it is that of
-ImageNet.
+A later version of the FACM paper trains Wan 2.2 with its Chain-JVP: value and tangent are computed
+together, block by block, so that FSDP gathers one block at a time. Here jvp.fused does this. We
+know no settings of that run. The hyper-parameters are our choice, or those of facm.py on ImageNet.
 
-Wan 2.2 A14B has two transformers, its experts: `transformer` for the timesteps from a boundary on
-(875 of 1000), and `transformer_2` for the less noisy ones below it, where 93% of FACM's times are.
-The teacher is both of them, each at its times. The student is one network for all times, which
-begins with the weights of `transformer`, where sampling starts.
+Wan 2.2 A14B has two transformers, called experts: `transformer` for the timesteps from a boundary
+on (875 of 1000), and `transformer_2` for the less noisy ones below it, where 93% of FACM's times
+are. The teacher uses both, each at its own times. The student is one network for all times, which
+begins with the weights of `transformer`, because sampling starts at its times.
 
-The derivative has no choice `fd`. The model's features of 1000 t turn so fast that the error of a
-central difference is about as large as the derivative. The weights of Wan are under Apache-2.0.
+--jvp has no choice fd. The sinusoidal features of 1000 t change so fast that the error of a central
+difference is about as large as the derivative. The weights of Wan are under Apache-2.0.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from common.seeds import generator, seed_of
 from facm import facm_loss, sample_t, wide
 
 MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-# transformer/config.json of MODEL, of Wan2.1-T2V-14B, and of an expert of Wan2.2-T2V-A14B
+# From transformer/config.json of MODEL, of Wan2.1-T2V-14B, and of an expert of Wan2.2-T2V-A14B
 SIZES = {
     "1.3B": dict(num_layers=30, num_attention_heads=12, ffn_dim=8960),
     "14B": dict(num_layers=40, num_attention_heads=40, ffn_dim=13824),
@@ -61,15 +61,15 @@ SIZES = {
 # diffusers' transformer as a network of facm.py.
 
 def rotate(x, cos, sin):
-    """The rotary embedding of x [B, L, heads, D]: pairs of channels turn by their angles."""
+    """The rotary embedding of x [B, L, heads, D], which rotates pairs of channels."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 class Attention:
-    """Wan's attention, for diffusers' set_attn_processor, without writes in place, for which
-    jvp.fused has no tangent."""
+    """Wan's attention for diffusers' set_attn_processor. It does not write in place, because
+    jvp.fused has no tangent for that."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
                  rotary_emb=None):
@@ -87,8 +87,8 @@ class Attention:
 
 
 class Velocity(nn.Module):
-    """A transformer of diffusers as a network net(x, t, s, y) of facm.py: x [B, 16, H, W], times
-    from noise to data, s is None, y is a Text, and the output is float32."""
+    """A transformer of diffusers as a network net(x, t, s, y) for facm.py. x is [B, 16, H, W], the
+    times run from noise to data, s is None, y is a Text, and the output is float32."""
 
     def __init__(self, transformer):
         super().__init__()
@@ -116,20 +116,20 @@ class Experts(nn.Module):
 
     def forward(self, x, t, s=None, y=None):
         is_noisy = wide(1000 * (1 - t) >= self.boundary, x)
-        # Both see all samples: with FSDP every process has to call both
+        # Both receive all samples, because with FSDP every process has to call both
         return torch.where(is_noisy, self.noisy(x, t, None, y), self.clean(x, t, None, y))
 
 
 def boundary_of(model):
-    """The timestep from which on Wan 2.2 uses `transformer`, and below it `transformer_2`; None for
-    a model that has only the first."""
+    """The timestep from which on Wan 2.2 uses `transformer`; below it, it uses `transformer_2`.
+    None for a model that has only `transformer`."""
     from diffusers import WanPipeline
     ratio = WanPipeline.load_config(model).get("boundary_ratio")
     return None if ratio is None else 1000 * ratio
 
 
 def shard(net):
-    """FSDP: the weights of a block are gathered when it is computed, and then given up."""
+    """FSDP: the weights of a block are gathered when it is computed, and then freed."""
     from torch.distributed.fsdp import fully_shard
     for block in net.transformer.blocks:
         fully_shard(block)
@@ -137,18 +137,18 @@ def shard(net):
 
 
 def load(model, subfolder, dtype, device, sharded):
-    """A Velocity of a transformer on the device, in parts if `sharded`."""
+    """The Velocity of a transformer on the device, with FSDP if `sharded`."""
     from diffusers import WanTransformer3DModel
     net = Velocity(WanTransformer3DModel.from_pretrained(
         model, subfolder=subfolder, torch_dtype=dtype))
     if sharded:
-        shard(net)                         # from the CPU: the device never holds all of it
+        shard(net)                         # on the CPU, so the device never has all weights
     return net.to(device)
 
 
 def load_teacher(model, device, sharded):
-    """The teacher, frozen: the transformer, or both experts of Wan 2.2. FSDP needs one dtype in a
-    block, and some of Wan's layers are always float32."""
+    """The frozen teacher: the transformer, or both experts of Wan 2.2. With FSDP it is float32,
+    because FSDP needs one dtype in a block, and some of Wan's layers are always float32."""
     dtype = torch.float32 if sharded else torch.bfloat16
     teacher = load(model, "transformer", dtype, device, sharded)
     boundary = boundary_of(model)
@@ -159,17 +159,17 @@ def load_teacher(model, device, sharded):
 
 
 def save(net, folder):
-    """Writes the transformer so that WanTransformer3DModel.from_pretrained(folder) reads it."""
+    """Writes the transformer in the format of WanTransformer3DModel.from_pretrained(folder)."""
     weights = {}
     for name, weight in net.transformer.state_dict().items():
         if hasattr(weight, "full_tensor"):
-            weight = weight.full_tensor()  # all processes put it together
+            weight = weight.full_tensor()  # all processes gather it
         weights[name] = weight.cpu().contiguous()
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     net.transformer.save_config(folder)
-    part = folder / "diffusion_pytorch_model.part"         # a kill leaves no half file of that name
+    part = folder / "diffusion_pytorch_model.part"         # renamed when it is complete
     safetensors.torch.save_file(weights, part, {"format": "pt"})
     part.replace(folder / "diffusion_pytorch_model.safetensors")
 
@@ -178,8 +178,8 @@ def save(net, folder):
 # A step.
 
 def loss(student, teacher, x1, y, null, seed, *, w=1.75, way="fused"):
-    """L_FM + L_CM of facm.py's Algorithm 1, with its weights and the times of ImageNet. Noise and
-    times follow from the seed.
+    """L_FM + L_CM of Algorithm 1, with the weights of facm.py and the times of ImageNet. Noise and
+    times are determined by the seed.
 
     null: the Text of the empty caption; w: guidance of the teacher; way: a key of jvp.JVP.
     """
@@ -194,7 +194,7 @@ def loss(student, teacher, x1, y, null, seed, *, w=1.75, way="fused"):
 # Programs.
 
 def encode(args):
-    """Writes latents and embeddings of a folder of images with captions, a file for each image."""
+    """Writes the latents and embeddings of images with captions, with a file for each image."""
     from diffusers import WanPipeline
     tree, captions = text_to_image.read(args.images)
     pipe = WanPipeline.from_pretrained(
@@ -216,7 +216,7 @@ def encode(args):
 
 
 def train(args):
-    """Distils the model, all of its weights, and saves them every 500 steps and at the end."""
+    """Trains all weights of the student, and saves them every 500 steps and at the end."""
     files, null = text_to_image.encoded(args.data, "wan_facm.py")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
@@ -251,14 +251,15 @@ def train(args):
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             save(student, pathlib.Path(args.out))
     if world > 1:
-        dist.barrier()                     # a process that leaves alone may crash at its end
+        dist.barrier()                     # a process that leaves the group alone may crash
         dist.destroy_process_group()
 
 
 def print_memory(args):
-    """Prints the memory of a process in a step, from fake tensors. Kept are the float32 weights,
-    gradients and moments of the student, and the teacher's weights, in parts of equal size; with
-    FSDP, one block of the student and one of the teacher are whole as well."""
+    """Prints the memory of a process in a step, estimated with fake tensors. "Kept" are the float32
+    weights, gradients and moments of the student, and the weights of the teacher, divided by the
+    number of processes. With FSDP one gathered block of the student and one of the teacher are
+    added."""
     from diffusers import WanTransformer3DModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -308,11 +309,11 @@ def main():
     a("--w", type=float, default=1.75, help="guidance scale of the teacher (Eq. 9)")
     a("--jvp", choices=["fused", "exact"], default="fused", help="dF/dt: in one pass with F, or by "
       "torch.func.jvp (one process)")
-    a("--seed", type=int, default=0, help="everything random follows from it")
+    a("--seed", type=int, default=0, help="seed of all random numbers")
     a("--device", default="cuda", help="cuda or cpu")
-    a("--dry-run", action="store_true", help="train: print the memory that a step needs, and end")
-    a("--size", choices=list(SIZES), default="1.3B", help="--dry-run: which model")
-    a("--processes", type=int, default=1, help="--dry-run: GPUs that share the weights")
+    a("--dry-run", action="store_true", help="train: print the memory that a step needs, and exit")
+    a("--size", choices=list(SIZES), default="1.3B", help="--dry-run: the model")
+    a("--processes", type=int, default=1, help="--dry-run: GPUs that hold the weights")
     args = p.parse_args()
     if args.what == "train" and args.dry_run:
         print_memory(args)
