@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import flags, folders, imagefiles, processes, seeds
-from common.messages import fail, say_once
+from common.messages import as_argument, fail, say_once
 
 # --------------------------------------------------------------------------------------------------
 # Glyphs: images that a function draws.
@@ -300,7 +300,7 @@ class Latents(Dataset):
             raise ValueError(
                 f"{folder}: no *.safetensors in it, which are shards of latents in the format of "
                 "LightningDiT; put the published ones there, or run "
-                f"python encode.py --out {folder}")
+                f"python encode.py --out {as_argument(folder)}")
         self.shards = [map_shard(path, xflip) for path in self.paths]
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
         if len(shapes) > 1:
@@ -425,7 +425,7 @@ def read_stats(path, channels):
     shape = (1, channels, 1, 1)
     if path.is_dir():
         path = path / "latents_stats.pt"
-    advice = f"`python data.py inspect {path.parent} --save-stats` writes it"
+    advice = f"`python data.py inspect {as_argument(path.parent)} --save-stats` writes it"
     if not path.exists():
         if channels != 4:
             raise ValueError(f"{path} is missing; {advice}")

@@ -1,5 +1,7 @@
 """What a program prints for its user: errors in one line, and notes."""
 
+import pathlib
+import shlex
 import sys
 from functools import cache
 
@@ -22,3 +24,8 @@ def say_once(text):
     this text."""
     if torchrun.local_rank() == 0:
         print(text, file=sys.stderr)
+
+
+def as_argument(path):
+    """A path as a word of a command that is printed: with quotes if it has spaces."""
+    return shlex.quote(pathlib.Path(path).as_posix())

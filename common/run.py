@@ -16,7 +16,7 @@ import torch
 from common import checkpoints, folders, processes, torchrun
 from common.flags import MAY_CHANGE
 from common.log import Log, read_lines
-from common.messages import fail, say_once
+from common.messages import as_argument, fail, say_once
 
 # After these a run saves and ends: Slurm warns by SIGUSR1, and a terminal that closes by SIGHUP
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -50,8 +50,10 @@ def launch(train, method, args):
     processes.end()
     if rank == 0:
         path = run.folder / "ckpt.pt"
-        vae = "" if args.net["in_channels"] in (1, 3) else " --vae VAE"
-        print(f"{path}, step {run.step}; now: python sample.py --ckpt {path}{vae} --nfe 1")
+        words = f"--ckpt {as_argument(path)}"
+        if args.net["in_channels"] not in (1, 3):
+            words += f" --vae {as_argument(args.vae or 'VAE')}"
+        print(f"{path}, step {run.step}; now: python sample.py {words} --nfe 1")
 
 
 class Run:
@@ -170,6 +172,8 @@ class Run:
             signal.signal(number, lambda number, frame: self.signals.append(number))
         missed = self.evaluation_is_due() and not self.was_evaluated()
         processes.barrier()                # all have read the log before it is written
+        if self.rank == 0:
+            self.remove_parts()
         self.log_file = Log(self.folder / "log.jsonl", self.step, self.args.steps,
                             self.args.log_every, quiet=self.rank > 0,
                             tensorboard=self.args.tensorboard)
@@ -302,11 +306,17 @@ class Run:
             self.writing = self.writer.submit(self.write, checkpoint, snapshot)
 
     def write(self, checkpoint, snapshot):
-        """Writes a checkpoint, in the thread."""
-        checkpoints.save(self.folder / "ckpt.pt", checkpoint)
+        """Writes a checkpoint, in the thread. The snapshot comes first: a run that is killed
+        between the two resumes from an earlier step, and writes both."""
         if snapshot:
             kept = {key: value for key, value in checkpoint.items() if key != "optimizer"}
             checkpoints.save(self.folder / f"step-{checkpoint['step']:07d}.pt", kept)
+        checkpoints.save(self.folder / "ckpt.pt", checkpoint)
+
+    def remove_parts(self):
+        """Removes checkpoints that were half written when the run was killed."""
+        for path in [self.folder / "ckpt.part", *self.folder.glob("step-*.part")]:
+            path.unlink(missing_ok=True)
 
     def finish_writing(self):
         """Waits for the thread. What stopped it, such as a full disk, is raised here."""

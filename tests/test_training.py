@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_data import NAMES, PIXELS, write_images, write_shards
+from test_data import NAMES, PIXELS, small_vae, write_images, write_shards
 
 import baselines
 import data
@@ -926,6 +927,42 @@ def test_snapshots_are_kept_and_sampled(tmp_path, monkeypatch):
     assert all(same(held[part], short[part]) for part in ("model", "ema"))
     call(monkeypatch, sample, "--ckpt", out / "step-0000002.pt", "--n", 4, "--device", "cpu", "--out", tmp_path / "x.png")
     call(monkeypatch, facm, *TINY, "--teacher", out / "step-0000004.pt", "--steps", 1, "--out", tmp_path / "student")
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_kill_in_a_save_loses_no_snapshot_and_leaves_no_half_file(tmp_path, monkeypatch, killed):
+    """While the snapshot of step 2 is written, and while the checkpoint is."""
+    honest, names, out = checkpoints.save, [], tmp_path / "run"
+
+    def save(path, checkpoint):
+        names.append(path.name)
+        if len(names) == killed:
+            path.with_suffix(".part").write_bytes(b"half")
+            sys.exit(9)
+        honest(path, checkpoint)
+    command = [*FLOW, "--steps", 4, "--save-every", 2, "--keep-every", 2, "--out", out]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoints, "save", save)
+        call(patch, flow, *command)
+    assert len(list(out.glob("*.part"))) == 1
+    call(monkeypatch, flow, *command)
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "step-0000002.pt", "step-0000004.pt", "log.jsonl", "previews"}
+    assert all(checkpoints.read(path)["step"] in (2, 4) for path in out.glob("*.pt"))
+
+
+@pytest.mark.parametrize("latents", [False, True], ids=["pixels", "latents"])
+def test_the_command_that_a_run_prints_at_its_end_can_be_run(tmp_path, monkeypatch, capsys, latents):
+    """Also in a folder whose name has a space, and with the autoencoder that the run was given."""
+    out, words = tmp_path / "a run", []
+    if latents:
+        write_shards(tmp_path / "z")
+        small_vae(tmp_path)
+        words = ["--data", tmp_path / "z", "--preset", "imagenet_latents", "--vae", tmp_path / "vae.pt", "--precision", "float32",
+                 "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=4"]
+    call(monkeypatch, flow, *FLOW[:2], *(words or FLOW[2:9]), "--batch", 4, "--steps", 1, "--preview-every", 1000, "--out", out)
+    hint = capsys.readouterr().out.partition("now: python sample.py ")[2]
+    call(monkeypatch, sample, *shlex.split(hint), "--device", "cpu")
+    assert (out / "nfe1.png").exists()
 
 
 def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
