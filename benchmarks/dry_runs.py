@@ -116,7 +116,7 @@ class OneStep(Run):
         return False
 
     def evaluation_is_due(self):
-        """Nothing is evaluated."""
+        """Returns False: there are no evaluations."""
         return False
 
 

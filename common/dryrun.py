@@ -140,7 +140,7 @@ class DryRun(Run):
         return False
 
     def evaluation_is_due(self):
-        """Nothing is evaluated."""
+        """Returns False: a dry run has no evaluations."""
         return False
 
     def save(self):

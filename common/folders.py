@@ -32,7 +32,7 @@ def own(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in (errno.EAGAIN, errno.EACCES):    # as on file systems of some clusters
-            say_once(f"{folder} lies on a file system without locks ({e.strerror}): nothing keeps "
+            say_once(f"{folder} is on a file system without locks ({e.strerror}): nothing prevents "
                      "a second program from writing into it")
             file.close()
             path.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def remove_empty(made):
 
 
 def disown(folder):
-    """Gives up a folder that this program owns."""
+    """Releases a folder that this program owns."""
     for file, path in [lock for lock in LOCKS if lock[1].parent == folder.resolve()]:
         LOCKS.remove((file, path))
         path.unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def disown(folder):
 
 
 def disown_all():
-    """Gives up all folders that this program owns."""
+    """Releases all folders that this program owns."""
     for _, path in list(LOCKS):
         disown(path.parent)
 

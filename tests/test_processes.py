@@ -50,7 +50,7 @@ def test_a_file_system_without_locks_is_said_once_and_the_run_continues(tmp_path
     say_once.cache_clear()
     call(monkeypatch, flow, *FLOW, "--steps", 1, "--out", tmp_path / "run")
     said = capsys.readouterr().err
-    assert said.count(f"{tmp_path}/run lies on a file system without locks (no locks here)") == 1
+    assert said.count(f"{tmp_path}/run is on a file system without locks (no locks here)") == 1
     assert checkpoints.read(tmp_path / "run/ckpt.pt")["step"] == 1 and not (tmp_path / "run/.owner").exists()
 
 
