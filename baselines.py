@@ -23,9 +23,6 @@ is imported from there: flow, guidance, density of the times, presets.
     L = alpha e / (e+c)^p, e = |F - alpha v - (1-alpha) F(x_s, s, r)|^2 / alpha^2   `alphaflow_loss`
     with s = t + alpha (r-t), x_s = x_t + (s-t) v      alpha falls from 1 to 0.005: no derivative
 
-    x1, x0, xt, t   x_1, x_0, x_t, t        teacher   F_delta, frozen; None: from scratch
-    F_cm, F_r, F_s  F at (t), (t, r), (s, r)   phi    the coefficients of a(t)
-
 Launch:
     python baselines.py                                                          # laptop: MeanFlow
     python baselines.py --objective scm                                          # laptop: sCM

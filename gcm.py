@@ -168,6 +168,11 @@ PRESETS = {
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
+# For --init with the teacher of these data (ours): fewer steps, a curriculum that falls as far in
+# them, and lambda 0, because G.2 lowers lambda for fine-tuning
+for name in ("glyphs", "mnist"):
+    PRESETS[f"{name}_finetune"] = PRESETS[name] | dict(steps=1600, curriculum=200, lam=0.0)
+
 # What --row sets: the configurations of Tables 2, 3 and 10. A to F are CU, G to L are VU, and each
 # line adds a choice to the line before. M is D with s-sampling (Table 10), which is J.
 BASIC = dict(scheme="gcm", equal=0.0, w=1.0, curriculum=0)

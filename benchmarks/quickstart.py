@@ -32,13 +32,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import data
 import facm
 import fid
 import sample
 from common import checkpoints, flags, folders
 from common.messages import fail
+
+RESULTS = ROOT / "benchmarks" / "results"
+# A run is compared with the default run of its script if these flags are the same
+COMPARED = ["data", "preset", "steps", "batch", "lr", "seed"]
 
 # --------------------------------------------------------------------------------------------------
 # The classifier, and what it measures.
@@ -213,14 +218,14 @@ def rows_of_teacher(teacher, guidance, guided_steps=(20,)):
     return rows
 
 
-def rows_of_run(folder, student_alone):
-    """The rows of a run folder, and the checkpoint of the run. Raises ValueError for a run that
-    cannot be judged."""
-    network = sample.load(folder / "ckpt.pt")
+def rows_of_checkpoint(path, student_alone=False):
+    """The rows of a checkpoint of a run, and what it holds. Raises ValueError for a run that cannot
+    be judged."""
+    network = sample.load(path)
     _, checkpoint = network
     method, train = checkpoint["method"], checkpoint["args"]
     if train["data"] not in ("glyphs", "mnist", "fashion"):
-        raise ValueError(f"{folder} is a run on {train['data']}; this judges glyphs and MNIST")
+        raise ValueError(f"{path} is of a run on {train['data']}; this judges glyphs and MNIST")
     if method == "flow":
         return rows_of_teacher(network, guidance_of(train)), checkpoint
     rows = rows_of_student(network, method)
@@ -231,6 +236,80 @@ def rows_of_run(folder, student_alone):
     return rows, checkpoint
 
 
+def expected_figures(method, train, n):
+    """{label: figures} of the default run of a script, for a run that was made as it was; else {}.
+
+    They are those of benchmarks/results, which were measured on `n` samples.
+    """
+    path = RESULTS / f"default-{method}.json"
+    if not path.exists():
+        return {}
+    expected = json.loads(path.read_text())
+    alike = [expected["n"] == n]
+    alike += [train.get(name) == value for name, value in expected["flags"].items()]
+    return expected["figures"] if all(alike) else {}
+
+
+# --------------------------------------------------------------------------------------------------
+# The program.
+
+class Judge:
+    """The classifier of a data set, and what it needs to judge samples."""
+
+    def __init__(self, name, size):
+        self.name, self.size = name, size
+        self.classifier = load_classifier(name, size)
+        self.reference = reference_of(self.classifier, name, size)
+
+    def judge_rows(self, rows, n, seed, expected):
+        """{label: figures} of the rows, which are printed as they come, and of n real digits."""
+        labels = torch.arange(n) % 10
+        figures = {}
+        for row in rows:
+            images = sample.draw(*row.network, row.nfe, labels, seed, **row.options)
+            figures[row.label] = self.show(row.label, images, labels, expected)
+        real, real_labels = real_images(self.name, self.size, "test", n)
+        label = f"{len(real[:n]):,} real digits"
+        figures[label] = self.show(label, real[:n], real_labels[:n], expected)
+        return figures
+
+    def show(self, label, images, labels, expected):
+        """The figures of images, which are printed beside those that are expected."""
+        share, distance = measure(self.classifier, images, labels, self.reference)
+        line = f"{label:32}{share:10.1%}{distance:10.2f}"
+        if label in expected:
+            line += "     {recognised:10.1%}{distance:10.2f}".format(**expected[label])
+        print(line, flush=True)
+        return dict(recognised=share, distance=distance)
+
+
+def print_head(expected):
+    """Prints the head of the table."""
+    head = f"{'':32}recognised  distance"
+    if expected:
+        head += "       expected: recognised, distance"
+    print(head)
+
+
+def log_distances(folder, judge, n, seed):
+    """Adds a line to FOLDER/distance.jsonl for each snapshot of a run, and for ckpt.pt, that has
+    none: the step, and the figures without the teacher's."""
+    path = folder / "distance.jsonl"
+    done = set()
+    if path.exists():
+        done = {json.loads(line)["step"] for line in path.read_text().splitlines()}
+    for snapshot in [*sorted(folder.glob("step-*.pt")), folder / "ckpt.pt"]:
+        rows, checkpoint = rows_of_checkpoint(snapshot, student_alone=True)
+        step = checkpoint["step"]
+        if step in done:
+            continue
+        done.add(step)
+        print(f"{snapshot}, step {step}")
+        figures = judge.judge_rows(rows, n, seed, {})
+        with open(path, "a") as file:
+            file.write(json.dumps(dict(step=step, figures=figures)) + "\n")
+
+
 def main():
     p = flags.Parser(description="Recognised share and Frechet distance of a run on glyphs or "
                      "MNIST.")
@@ -238,45 +317,35 @@ def main():
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
-    p.add_argument("--log", action="store_true", help="add a line to RUN/distance.jsonl: the step, "
-                   "and the figures of this run without its teacher's")
+    p.add_argument("--log", action="store_true", help="measure the run's snapshots (--keep-every of "
+                   "its training) and its last checkpoint, without the teacher, and add a line for "
+                   "each to RUN/distance.jsonl, which curves.py draws")
     args = p.parse_args()
     folders.check_output(args.json)
     if args.n < 100:
         fail(f"--n {args.n}: 64 features need 100 samples or more")
     try:
-        rows, checkpoint = rows_of_run(args.run, student_alone=args.log)
+        rows, checkpoint = rows_of_checkpoint(args.run / "ckpt.pt", student_alone=args.log)
+        train = checkpoint["args"]
+        judge = Judge(train["data"], train["net"]["input_size"])
+        if args.log:
+            log_distances(args.run, judge, args.n, args.seed)
+            return
     except ValueError as e:
         fail(e)
-    train = checkpoint["args"]
-    name, size = train["data"], train["net"]["input_size"]
-    classifier = load_classifier(name, size)
-    reference = reference_of(classifier, name, size)
 
     print(f"{args.run}: {args.n} samples a row, seed {args.seed}")
-    print(f"{'':32}recognised  distance")
-    figures = {}
-
-    def show(label, images, labels):
-        share, distance = measure(classifier, images, labels, reference)
-        figures[label] = dict(recognised=share, distance=distance)
-        print(f"{label:32}{share:10.1%}{distance:10.2f}", flush=True)
-
-    labels = torch.arange(args.n) % 10
-    for row in rows:
-        images = sample.draw(*row.network, row.nfe, labels, args.seed, **row.options)
-        show(row.label, images, labels)
-    real, real_labels = real_images(name, size, "test", args.n)
-    real, real_labels = real[:args.n], real_labels[:args.n]            # as many as the samples
-    show(f"{len(real):,} real digits", real, real_labels)
-
-    if args.log:
-        with open(args.run / "distance.jsonl", "a") as f:
-            f.write(json.dumps(dict(step=checkpoint["step"], figures=figures)) + "\n")
+    expected = expected_figures(checkpoint["method"], train, args.n)
+    print_head(expected)
+    figures = judge.judge_rows(rows, args.n, args.seed, expected)
+    if expected:
+        print("Runs with other numbers of threads or other processors round differently, and their "
+              "figures differ from the expected ones by chance: docs/evaluation.md says how much.")
     if args.json:
         text = json.dumps(dict(
             figures=figures, n=args.n, seed=args.seed, steps=train["steps"], batch=train["batch"],
-            teacher=train.get("teacher"), **provenance()), indent=2)
+            teacher=train.get("teacher"), flags={name: train.get(name) for name in COMPARED},
+            **provenance()), indent=2)
         args.json.write_text(text + "\n")
 
 
