@@ -35,6 +35,7 @@ import quickstart
 
 import data
 import facm
+import gcm
 import sample
 from common import folders
 from common.flags import Parser
@@ -146,6 +147,10 @@ class Runs:
         if teacher_of(name):
             checkpoint = self.folder(teacher_of(name), seed) / "ckpt.pt"
             flags += teacher_flags(name, self.data, checkpoint)
+        if script == "gcm.py":             # a curriculum of the same share of the run as the preset's
+            preset = gcm.PRESETS[f"{self.data}_finetune" if teacher_of(name) else self.data]
+            steps = round(preset["curriculum"] / preset["steps"] * self.steps[name])
+            flags += ["--curriculum", str(max(1, steps))]
         finished = ablation.train(script, flags, self.folder(name, seed))
         print(f"{name}, seed {seed}: {self.steps[name]} steps in {time.time() - begun:.0f} s, "
               f"{'finished' if finished else 'diverged'}", file=sys.stderr, flush=True)
