@@ -4,11 +4,12 @@
     python benchmarks/curves.py runs/flow-glyphs runs/facm-glyphs --out curves.png
 
 Losses, gradient norms and, with --eval-every, the FID are in log.jsonl. A dotted line marks a step
-at which the run was resumed with other flags. Distances are in distance.jsonl, a line for each call
-of `benchmarks/quickstart.py RUN --log`. A run can be stopped on its way for it, and resumed:
+at which the run was resumed with other flags. Distances are in distance.jsonl, which quickstart.py
+writes for a run that keeps snapshots:
 
-    timeout -s TERM 120 python facm.py
+    python facm.py --keep-every 80
     python benchmarks/quickstart.py runs/facm-glyphs --log
+    python benchmarks/curves.py runs/facm-glyphs --table 5         # five of its steps, in Markdown
 """
 
 import pathlib
@@ -87,13 +88,42 @@ def curves_of_distance(folder):
     return curves
 
 
+def print_table(folder, rows, window):
+    """Prints a run as a table in Markdown: losses and gradient norm, means as in the picture, and
+    distances, at so many equally spaced steps."""
+    columns = {}                           # {head: {step: value}}
+    for name, (_, steps, values) in curves_of_log(folder, window).items():
+        columns[name] = dict(zip(steps, values))
+    last = max(max(column) for column in columns.values())
+    for label, steps, values in curves_of_distance(folder):
+        columns[f"distance, {label.split(', ', 1)[1]}"] = dict(zip(steps, values))
+    print("| step | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for i in range(1, rows + 1):
+        step = last * i // rows
+        cells = []
+        for column in columns.values():
+            before = [held for held in column if held <= step]         # the last line up to there
+            cells.append(f"{column[max(before)]:.3g}" if before else "")
+        print(f"| {step:,} | " + " | ".join(cells) + " |")
+
+
 def main():
     p = Parser(description="Losses, gradient norm, FID and distance over the steps, as a PNG.")
     p.add_argument("runs", type=pathlib.Path, nargs="+", help="run folders")
-    p.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
+    output = p.add_mutually_exclusive_group(required=True)
+    output.add_argument("--out", type=pathlib.Path, help="the PNG to write")
+    output.add_argument("--table", type=int, metavar="ROWS", help="print a table of so many steps")
     p.add_argument("--smooth", type=int, default=5, help="lines of the log in a mean")
     args = p.parse_args()
     folders.check_output(args.out)
+    for folder in args.runs:
+        if not curves_of_log(folder, args.smooth):
+            fail(f"{folder}: no log.jsonl with lines in it")
+    if args.table:
+        for folder in args.runs:
+            print_table(folder, args.table, args.smooth)
+        return
     try:
         import matplotlib
     except ImportError:
@@ -104,10 +134,7 @@ def main():
     panels = {}                            # {title: [(label, steps, values), ...]}
     changes = []                           # [(step, text), ...]
     for folder in args.runs:
-        curves = curves_of_log(folder, args.smooth)
-        if not curves:
-            fail(f"{folder}: no log.jsonl with lines in it")
-        for name, curve in curves.items():
+        for name, curve in curves_of_log(folder, args.smooth).items():
             panels.setdefault(name, []).append(curve)
         for title, evaluated in curves_of_fid(folder).items():
             panels.setdefault(title, []).extend(evaluated)
@@ -124,7 +151,8 @@ def main():
         axis.set(title=title, xlabel="step", yscale="log")
         for step, text in changes:
             axis.axvline(step, color="gray", linestyle=":")
-            axis.text(step, 0.02, f" {text}", fontsize=6, rotation=90, color="gray", transform=axis.get_xaxis_transform())
+            axis.text(step, 0.02, f" {text}", fontsize=6, rotation=90, color="gray",
+                      transform=axis.get_xaxis_transform())
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out, dpi=80)
