@@ -364,7 +364,7 @@ def map_shard(path, flipped=True):
     try:
         types, arrays = map_tensors(path)
     except Exception as e:                 # the header of another file may have any form
-        raise ValueError(f"{path} is not a readable shard, it is truncated or of another kind "
+        raise ValueError(f"{path} is not a readable shard: it is truncated or of another kind "
                          f"({e})") from None
     needed = ["latents", "labels"]
     if flipped:

@@ -51,7 +51,7 @@ def read(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as e:
-        raise ValueError(f"{path} is not a readable checkpoint, it is truncated or of another kind "
+        raise ValueError(f"{path} is not a readable checkpoint: it is truncated or of another kind "
                          f"({type(e).__name__})") from None
     needed = {"method", "args", "step", "model", "ema"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():

@@ -184,7 +184,7 @@ def read(path, velocity=False, key=None):
     except Exception as e:
         asks = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(e))
         reason = f"it needs {asks[1]}" if asks else " ".join(str(e).split())[:120]
-        raise ValueError(f"{path} is not a readable checkpoint, it is truncated or of another kind "
+        raise ValueError(f"{path} is not a readable checkpoint: it is truncated or of another kind "
                          f"({type(e).__name__}: {reason})") from None
     args = held.get("args") if isinstance(held, dict) else None
     options = args.get("net") if isinstance(args, dict) else None
