@@ -188,6 +188,54 @@ def test_from_scratch_the_exact_network_is_stationary(objective):
         assert (gradients.mean().abs() < 4 * error) == (theta == 0)
 
 
+def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
+    """With the share q of dF/dt the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
+    x1, x0, t = ORACLE.draw(64)
+    xt = facm.interpolate(x1, x0, t)
+    dF_dt = forward_mode(OracleNet(), at=(xt, t, None, None), along=(ORACLE.velocity(xt, t), 1, 0))
+    weight = torch.cos(math.pi / 2 * t) * 0.75 * (1 - t)
+    length = (ORACLE.expand(weight) * dF_dt).square().mean(dim=(1, 2, 3)).sqrt()
+    assert torch.allclose(compared(baselines, "scm", warm=0.25), (length / (length + 0.1)).square().mean())
+
+    F = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)              # g = -v = (-3, 4)
+    v, zero = torch.tensor([3.0, -4.0]).double().reshape(1, 1, 1, 2), torch.zeros(1).double()
+    baselines.scm_loss(None, lambda *_, **__: (F, torch.zeros_like(F)), v, v, zero, None, warm=1.0, phi=zero,
+                       teacher=lambda *_: v).backward()
+    assert torch.allclose(F.grad.flatten(), torch.tensor([-3.0, 4.0]).double() / (math.sqrt(12.5) + 0.1))
+
+
+def test_scm_learns_the_logarithm_of_the_error_over_time():
+    """The gradient of e exp(-a) + a in phi_k is (1 - e exp(-a)) cos(pi k t), which vanishes at a = ln e."""
+    t, phi = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.2, -0.1, 0.4]).double().requires_grad_()
+    basis = torch.stack([torch.ones(2).double(), torch.cos(math.pi * t), torch.cos(2 * math.pi * t)], dim=1)
+    a = basis @ phi.detach()
+    assert torch.allclose(baselines.log_weight(t, phi), a)
+    F = torch.ones(2, 1, 1, 1, dtype=torch.float64)                                   # so e = (c / (c + 0.1))^2
+    c = torch.cos(math.pi / 2 * t)
+    zero = torch.zeros_like(F)
+    baselines.scm_loss(None, lambda *_, **__: (F, zero), zero, zero, t, None, warm=1.0, phi=phi,
+                       teacher=lambda *_: zero).backward()
+    assert torch.allclose(phi.grad, (basis * (1 - torch.exp(-a) * (c / (c + 0.1)) ** 2)[:, None]).mean(0))
+
+
+def test_meanflow_weight_and_times():
+    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the samples asked for."""
+    F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
+    t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
+    loss = baselines.meanflow_loss(None, lambda *_, **__: (F, zero), zero, zero, t, t, None, c=1e-3,
+                                   teacher=lambda *_: zero)
+    assert math.isclose(loss.item(), 0.065 / 0.066)
+    loss.backward()
+    assert torch.allclose(F.grad.flatten(), torch.tensor([0.3, -0.2]).double() / 0.066)
+    same = torch.arange(1000) % 4 < 3
+    normal = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    t, r = baselines.sample_t_r(normal, same, -0.8, 1.6)
+    assert torch.equal(r == t, same) and (r[~same] > t[~same]).all()
+    both = torch.cat([t, r[~same]]).sort().values
+    drawn = facm.sample_t(normal, -0.8, 1.6)
+    assert torch.isin(both, drawn).all() and torch.equal(t, drawn.min(0).values)
+
+
 @pytest.mark.parametrize("nfe", [1, 2, 5])
 def test_jumps_follow_the_flow_exactly(nfe):
     noise = torch.randn(1, 16, 2, 3, 3, dtype=torch.float64)
