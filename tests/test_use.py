@@ -190,8 +190,8 @@ def test_a_folder_has_one_owner_and_a_killed_one_is_taken_over(tmp_path, monkeyp
         first, then = [*words, "--steps", 100_000], [*words, "--steps", 1, *kind.split()[1:]]
     elif kind == "latents":
         (tmp_path / "images").mkdir()
-        for i in range(40):
-            Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(tmp_path / f"images/{i}.png")
+        for i in range(400):      # so many that the second command comes before the end
+            Image.fromarray(np.full((16, 16, 3), i % 256, np.uint8)).save(tmp_path / f"images/{i}.png")
         small_vae(tmp_path)
         module, begun = encode, lambda: any(out.glob("*.safetensors"))
         first = then = ["--images", tmp_path / "images", "--vae", tmp_path / "vae.pt", "--out", out, "--resolution", 16, "--shard", 1,
