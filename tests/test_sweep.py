@@ -175,11 +175,12 @@ def test_the_processes_draw_the_samples_of_one(watched, monkeypatch, n, world):
     counts = []
     for rank in range(world):
         calls = []
-        monkeypatch.setattr(sample, "draw_batch", lambda *args, honest=sample.draw_batch: (calls.append(1), honest(*args))[1])
+        monkeypatch.setattr(sample, "draw_batch", lambda *args, honest=sample.draw_batch: (calls.append(args[4]), honest(*args))[1])
         first, images = evaluation.draw_part(network, checkpoint, chosen, labels, 0, lambda x: x, rank, world)
         begin, end = n * rank // world, n * (rank + 1) // world
         assert np.array_equal(images[begin - first:end - first], whole[begin:end]) and end - first <= len(images)
         counts.append(len(calls))
+        assert all(first % sample.ROWS == 0 for first in calls)        # the batches of one process
         monkeypatch.undo()
         monkeypatch.setattr(fid, "raise_together", lambda problem, world: None)
     assert len(set(counts)) == 1
