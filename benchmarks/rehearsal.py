@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import models
 from common import checkpoints, flags
+from common.messages import fail
 
 IMAGES, SIZE = 200, 32                     # glyphs, 20 of each class, and their height and width
 STEPS = 40                                 # of a student
@@ -70,6 +71,7 @@ facm.main()
 """
 
 FAULTS = []                                # the checks that did not hold
+PROGRAMS = []                              # all that were started
 
 
 def check(what, holds):
@@ -98,6 +100,7 @@ class Program:
         with open(self.output, "w") as file:
             self.process = subprocess.Popen([*launcher, *self.words], cwd=ROOT, env=os.environ | more,
                                             stdout=file, stderr=subprocess.STDOUT)
+        PROGRAMS.append(self)
 
     def said(self):
         """What the command has printed."""
@@ -449,6 +452,8 @@ def main():
     begun = time.perf_counter()
     if args.keep:
         folder = args.keep.resolve()
+        if folder.exists():
+            fail(f"--keep {args.keep} is there already; give a new folder")
         folder.mkdir(parents=True)
     else:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="a rehearsal "))
@@ -457,6 +462,9 @@ def main():
                     follow_the_hint):
             act(folder)
     finally:
+        for program in PROGRAMS:           # those that are left if an act has failed
+            if program.process.poll() is None:
+                program.kill_all(program.children())
         if not args.keep:
             shutil.rmtree(folder)
     print(f"{len(FAULTS)} faults, in {time.perf_counter() - begun:.0f} s")
