@@ -945,6 +945,7 @@ def test_a_kill_in_a_save_loses_no_snapshot_and_leaves_no_half_file(tmp_path, mo
         patch.setattr(checkpoints, "save", save)
         call(patch, flow, *command)
     assert len(list(out.glob("*.part"))) == 1
+    (out / "step-0000003.part").write_bytes(b"half")                   # of a start with another --keep-every
     call(monkeypatch, flow, *command)
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "step-0000002.pt", "step-0000004.pt", "log.jsonl", "previews"}
     assert all(checkpoints.read(path)["step"] in (2, 4) for path in out.glob("*.pt"))
