@@ -567,12 +567,12 @@ def train(args, run):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
-        # Log, save, and now and then a preview and the FID of samples
+        # Log, and now and then draw a preview, save, and measure the FID of samples
         run.log(step, **figures)                                                         # line 30
-        run.save()
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))
             data.save_preview(run.preview_path(), images)
+        run.save()
         if run.evaluation_is_due():
             run.evaluate(ema)
 

@@ -325,12 +325,12 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, save, and now and then a preview and the FID of samples
+        # Log, and now and then draw a preview, save, and measure the FID of samples
         run.log(step, L_fm=total, grad_norm=grad_norm)
-        run.save()
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))
             data.save_preview(run.preview_path(), images)
+        run.save()
         if run.evaluation_is_due():
             run.evaluate(ema)
 
