@@ -594,7 +594,9 @@ def raise_together(problem, world):
         dist.all_gather_object(problems, problem)
     for text in problems:
         if text:
-            raise ValueError(text)
+            error = ValueError(text)
+            error.on_all_processes = True
+            raise error
 
 
 def gather_rows(rows, rank, world):
@@ -920,6 +922,7 @@ def main():
         sides, name = measure(args, device, rank, world)
         figures = compare_once(args, sides, name, device, rank, world)
     except ValueError as e:
+        processes.leave_with(e)
         fail(" ".join(str(e).split()))     # a library's message may have several lines
     processes.end()
     if rank:

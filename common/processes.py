@@ -114,6 +114,12 @@ def end():
         dist.destroy_process_group()
 
 
+def leave_with(error):
+    """Leaves the process group, together with the other processes, if they all have this error."""
+    if getattr(error, "on_all_processes", False):
+        end()
+
+
 def program(advice):
     """Decorates the main function of a program. If memory runs out or numbers are not finite, the
     program ends with one line and exit code 2. At the end it releases the folders that it owns.

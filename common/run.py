@@ -86,6 +86,7 @@ class Run:
             e.in_a_step = self.begun or getattr(e, "in_a_step", False)
             if e.in_a_step:
                 raise
+            processes.leave_with(e)
             fail(e)
         finally:
             for number, handler in handlers.items():
