@@ -1,7 +1,7 @@
-"""Five methods that FACM and DE-CM are compared with, on FACM's flow, teacher, times and networks.
+"""Five methods to compare FACM and DE-CM with, on FACM's flow, teacher, times and networks.
 
-DIRECTION OF TIME: t=0 noise, t=1 data, as in facm.py. What is common to these methods and to FACM
-is imported from there: flow, guidance, density of the times, presets.
+DIRECTION OF TIME: t=0 noise, t=1 data, as in facm.py. The parts that these methods share
+with FACM are imported from there: flow, guidance, density of the times, presets.
 
 --objective scm       Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models
                       (Lu & Song 2024, arXiv:2410.11081), on the linear flow as in FACM's A.3(c)
@@ -11,10 +11,10 @@ is imported from there: flow, guidance, density of the times, presets.
 --objective meanflow  Mean Flows for One-step Generative Modeling (Geng et al. 2025,
                       arXiv:2505.13447), as in FACM's A.3(c)
     F(x_t, t, r) = v + (r-t) dF/dt                     `meanflow_loss`: average velocity from t to r
-    L = e / (e+c)^p, e = |F - v - (r-t) dF/dt|^2       r = t for a share of the samples
+    L = e / (e+c)^p, e = |F - v - (r-t) dF/dt|^2       r = t for a fraction of the samples
 
 --objective imf       Improved Mean Flows (Geng et al. 2025, arXiv:2512.02012), from scratch
-    as MeanFlow, but dF/dt is taken along the network's own velocity F(x_t, t, t)     `imf_loss`
+    like MeanFlow, but with dF/dt along the network's own velocity F(x_t, t, t)       `imf_loss`
 
 --objective ayf       Align Your Flow, its AYF-EMD (Sabour et al. 2025, arXiv:2506.14603)
     L = |g / (rms(g) + 0.1)|^2, g = F - v - q (r-t) dF/dt  `ayf_loss`: sCM's tangent for any end r
@@ -28,8 +28,8 @@ Launch:
     python baselines.py --objective scm                                          # laptop: sCM
     torchrun --nproc_per_node=8 baselines.py --data imagenet_latents             # 8 GPUs
 
-Without --teacher, the teacher is that of flow.py in runs/flow-DATA, which is trained first if it is
-not there. Results and details: docs/baselines.md. A departure from the paper stands at its line:
+Without --teacher, the script uses the teacher of flow.py in runs/flow-DATA, and trains it first if
+it is missing. Results and details: docs/baselines.md. Comments mark every departure from a paper:
 "paper: ...; here: ...". The papers of iMF, AYF and AlphaFlow were not at hand: docs/baselines.md
 says what their losses were checked against.
 """
@@ -56,7 +56,7 @@ from jvp import JVP, select
 METHOD = "baselines"
 OBJECTIVES = ["scm", "meanflow", "imf", "ayf", "alphaflow"]
 
-# FACM's presets, with the steps of the tangent warm-up of sCM and AYF (A.3(c))
+# FACM's presets, and the steps of the tangent warm-up of sCM and AYF (A.3(c))
 PRESETS = {name: preset | dict(tangent_warmup=10_000) for name, preset in facm.PRESETS.items()}
 PRESETS["glyphs"]["tangent_warmup"] = PRESETS["mnist"]["tangent_warmup"] = 100         # ours
 
@@ -71,17 +71,17 @@ def parse_args():
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (FACM's Eq. 9, Table 5)")
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (FACM's Table 5)")
-    flag("--jvp", choices=list(JVP), help="dF/dt: in one pass with F, by torch.func.jvp, or by a "
-         "central difference (FACM's A.1)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: in one pass with F, by "
+         "torch.func.jvp, or by a central difference (FACM's A.1)")
     flag("--c", float, 0, default=1e-3, help="the constant in the adaptive weight of meanflow, imf "
          "and alphaflow")
-    flag("--equal", float, 0, 1, help="share of samples with r = t, for all but scm (A.3(c): 0.75 "
-         "from scratch, else 0)")
-    flag("--tangent-warmup", int, 0, help="scm, ayf: steps in which the share of dF/dt rises "
-         "(A.3(c))")
-    flag("--alpha-steps", int, 1, help="alphaflow: steps in which alpha falls (default: --steps)")
-    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
-         "is trained from scratch and learns its own guidance")
+    flag("--equal", float, 0, 1, help="fraction of samples with r = t, for all except scm (A.3(c); "
+         "default: 0.75 from scratch, else 0)")
+    flag("--tangent-warmup", int, 0, help="scm, ayf: steps over which the factor of dF/dt "
+         "rises (A.3(c))")
+    flag("--alpha-steps", int, 1, help="alphaflow: steps over which alpha falls (default: --steps)")
+    flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
+         "label, for a network that is trained from scratch and learns its own guidance")
     args = flags.parse(parser, METHOD, PRESETS)
     flags.check_effect(
         args,
@@ -102,18 +102,18 @@ def parse_args():
 
 # --------------------------------------------------------------------------------------------------
 # THE METHODS. Pure functions of any shape: x1, x0, xt, v, F, ... [B, ...]; t, r [B] float; y [B]
-# int64 or None. They need torch, jvp.py and the functions of facm.py that are imported above.
+# int64 or None. They need only torch, jvp.py and the functions of facm.py that are imported above.
 
 def scm_loss(net, jvp, x1, x0, t, y, *, phi, warm=1.0, teacher=None, w=1.0, t_low=0.125,
              y_null=None):
-    """sCM's loss, mean over the batch. warm: the share q of dF/dt, which rises to 1; phi: see
-    log_weight; the others as in facm_loss. The pixel normalisation is the network's."""
+    """sCM's loss, mean over the batch. warm: the factor q of dF/dt, which rises to 1; phi: see
+    log_weight; the others as in facm_loss. Pixel normalisation is an option of the network."""
     xt = interpolate(x1, x0, t)
     c_cm, c_fm = conditions(t, "expanded")
     v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
     F_cm, dF_dt = jvp(net, at=(xt, *c_cm, y), along=(v, 1, 0))
     g = F_cm.detach() - v - warm * wide(1 - t, v) * dF_dt                        # FACM's Eq. 11
-    # paper: A.3(c) gives no weight of t; here: cos(pi t/2), because the authors' code has it so.
+    # paper: A.3(c) gives no weight of t; here: cos(pi t/2), because the authors' code uses it.
     g = normalised(wide(torch.cos(math.pi / 2 * t), v) * g)
     e = mean((F_cm - (F_cm.detach() - g)).square())
     a = log_weight(t, phi)
@@ -121,14 +121,15 @@ def scm_loss(net, jvp, x1, x0, t, y, *, phi, warm=1.0, teacher=None, w=1.0, t_lo
 
 
 def normalised(g):
-    """The tangent g, divided by its root mean square plus 0.1 (tangent normalisation)."""
+    """The tangent g divided by its root mean square plus 0.1 (tangent normalisation)."""
     rms = mean(g.square()).sqrt()
     return g / (wide(rms, g) + 0.1)
 
 
 def log_weight(t, phi):
     """a(t) [B] of sCM's adaptive weight, a sum of cosines with the learned coefficients phi [K].
-    paper: not given, and in the authors' code a layer on an embedding of t; here: 8 cosines."""
+    paper: does not define a(t), and the authors' code has a layer on an embedding of t; here: 8
+    cosines."""
     waves = torch.cos(math.pi * t[:, None] * torch.arange(len(phi), device=t.device))
     return (waves * phi).sum(dim=1)        # by @ it would be bfloat16 under autocast
 
@@ -136,7 +137,7 @@ def log_weight(t, phi):
 def meanflow_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
                   y_null=None):
     """MeanFlow's loss, mean over the batch: F(x_t, t, r) is the average velocity from t to r >= t,
-    therefore v + (r-t) dF/dt, which at r = t is flow matching. Options as in facm_loss."""
+    so it equals v + (r-t) dF/dt. At r = t this is flow matching. Options as in facm_loss."""
     xt = interpolate(x1, x0, t)
     _, c_fm = conditions(t, "auxiliary")
     v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
@@ -147,9 +148,9 @@ def meanflow_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1
 
 def imf_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
              y_null=None):
-    """iMF's loss, mean over the batch: MeanFlow's with the derivative along the network's own
-    velocity F(x_t, t, t), which is the mean over all pairs (x0, x1) through x_t, where v is that of
-    one pair. From a teacher, v is this mean already. Options as in facm_loss."""
+    """iMF's loss, mean over the batch: MeanFlow's loss, with the derivative along the network's own
+    velocity F(x_t, t, t). This velocity is the mean over all pairs (x0, x1) through x_t, while v is
+    that of one pair. A teacher's v is this mean already. Options as in facm_loss."""
     xt = interpolate(x1, x0, t)
     _, c_fm = conditions(t, "auxiliary")
     v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
@@ -162,7 +163,7 @@ def imf_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1.0, t
 
 def ayf_loss(net, jvp, x1, x0, t, r, y, *, warm=1.0, teacher=None, w=1.0, t_low=0.125, y_null=None):
     """AYF-EMD's loss, mean over the batch: sCM's normalised tangent for jumps from t to any r >= t.
-    warm: the share q of dF/dt; the others as in facm_loss."""
+    warm: the factor q of dF/dt; the others as in facm_loss."""
     xt = interpolate(x1, x0, t)
     _, c_fm = conditions(t, "auxiliary")
     v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
@@ -173,16 +174,16 @@ def ayf_loss(net, jvp, x1, x0, t, r, y, *, warm=1.0, teacher=None, w=1.0, t_low=
 
 def alphaflow_loss(net, x1, x0, t, r, y, *, alpha, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
                    y_null=None):
-    """AlphaFlow's loss, mean over the batch. The jump from t to r is put together from a piece
-    along v, the share alpha of the way, and the network's own jump over the rest. alpha, in (0, 1]:
-    1 is flow matching with F(x_t, t, r), and for alpha -> 0 the gradient becomes MeanFlow's.
-    Options as in facm_loss."""
+    """AlphaFlow's loss, mean over the batch. The target of the jump from t to r is a step along
+    v over the fraction alpha of the way, and the network's own jump over the rest. alpha is in
+    (0, 1]: 1 is flow matching with F(x_t, t, r), and for alpha -> 0 the gradient becomes that of
+    MeanFlow. Options as in facm_loss."""
     xt = interpolate(x1, x0, t)
     _, c_fm = conditions(t, "auxiliary")
     v = flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, w=w, t_low=t_low, y_null=y_null)
     s = t + alpha * (r - t)
     xs = xt + wide(s - t, v) * v
-    # Without autocast, because bfloat16 would round off the difference of the two passes
+    # Without autocast, because the difference of the two passes would be lost in bfloat16
     with torch.autocast(xt.device.type, enabled=False):
         with torch.no_grad():
             F_s = net(xs, s, r, y)
@@ -190,13 +191,14 @@ def alphaflow_loss(net, x1, x0, t, r, y, *, alpha, p=1.0, c=1e-3, teacher=None, 
     target = alpha * v + (1 - alpha) * F_s
     e = mean((F_r - target).square())
     # paper's code: the weight is alpha / (e+c); here: alpha / (e + alpha^2 c) at p = 1, because
-    # F - target is of the size of alpha, and the weight then becomes MeanFlow's for alpha -> 0.
+    # F - target is proportional to alpha, and the weight then becomes MeanFlow's for alpha -> 0.
     return (e / alpha / (e / alpha ** 2 + c).pow(p).detach()).mean()
 
 
 def alpha_after(share):
-    """AlphaFlow's alpha after a share of its schedule, 0 to 1: it falls from 1 to 0.005 along a
-    sigmoid. paper's code: MeanFlow below 0.005; here: 0.005 to the end, without derivative."""
+    """AlphaFlow's alpha after a fraction of its schedule: it falls from 1 to 0.005 along a sigmoid.
+    share: the fraction, from 0 to 1. paper's code: MeanFlow's loss below 0.005; here: 0.005 to the
+    end, because the loss then needs no derivative."""
     alpha = 1 / (1 + math.exp(25 * (share - 0.5)))
     if alpha > 0.995:
         return 1.0
@@ -204,8 +206,9 @@ def alpha_after(share):
 
 
 def sample_t_r(normal, same, P_mean=-0.8, P_std=1.6):
-    """Times t <= r of a jump from draws [2, B]; r = t where same [B] bool (A.3(c)). paper: their
-    log-normal density has no parameters given; here: FACM's Eq. 20 for both times."""
+    """Times t <= r of a jump, from standard normal numbers [2, B]; r = t where same [B] is True
+    (A.3(c)). paper: does not give the parameters of their log-normal density; here: FACM's Eq. 20
+    for both times."""
     t, r = sample_t(normal, P_mean, P_std).sort(dim=0)[0]
     return t, torch.where(same, t, r)
 
@@ -228,12 +231,12 @@ DETERMINISTIC = ("euler", "jumps")         # these need noise of K = 1, the othe
 
 
 def default_sampler(nfe, args):
-    """The sampler that suits a method; args: the training's flags, a dict."""
+    """The default sampler for a method. args: the flags of the run, a dict."""
     return "cm" if args["objective"] == "scm" else "jumps"
 
 
 def sampler_options(args):
-    """{sampler: its options} for a run with these flags (a dict)."""
+    """{sampler: its options}. args: the flags of the run, a dict."""
     options = facm.sampler_options(args)
     if args["objective"] != "scm":
         options["jumps"] = {}
@@ -241,7 +244,7 @@ def sampler_options(args):
 
 
 def preview(net, noise, args):
-    """Two rows of NFE 1 over two of NFE 2."""
+    """Two rows of samples at NFE 1, above two rows at NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     name = default_sampler(1, vars(args))
     options = sampler_options(vars(args))[name]
@@ -252,7 +255,7 @@ def preview(net, noise, args):
 # TRAINING.
 
 def check(args, net):
-    """Raises ValueError for flags that do not go together. net: the network's options."""
+    """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
         raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
                          "--w 1")
@@ -266,7 +269,7 @@ def check(args, net):
 
 
 def train(args, run):
-    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    """Trains with the flags args. run (common/run.py) manages the checkpoints and the log."""
     device, rank, world = run.device, run.rank, run.world
 
     # Data and teacher (None with --teacher none)
@@ -275,7 +278,7 @@ def train(args, run):
     teacher, args.net = flow.find_or_train(args, dataset, run)
     check(args, args.net)
 
-    # Network: it has the teacher's shape and begins with its weights. A second time begins at zero
+    # Network: it starts from the teacher's weights. The weights of a second time start at zero
     args.net = args.net | dict(second_time=args.objective != "scm")
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
@@ -285,7 +288,7 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # The micro-batches of this process, the optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         for network in (net, ema, teacher):
@@ -296,7 +299,7 @@ def train(args, run):
     optimizer.add_param_group(dict(params=[phi]))
     run.resume(net, ema, optimizer, extra=[phi])
 
-    # The network as the loss calls it: compiled, and DDP around it
+    # The network as the loss calls it: compiled, and wrapped in DDP
     model = net
     if args.compile:
         model = torch.compile(net)
@@ -309,14 +312,14 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: a linear rise, then a linear fall to lr_final
+        # Learning rate: it rises linearly, then falls linearly to lr_final
         rise = min(1, (step + 1) / max(args.warmup, 1))
         fall = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(rise, fall)
 
-        # Noise and times of the whole batch, so that neither processes nor micro-batches change
-        # them: they follow from the seed and the step
+        # Draw noise and times for the whole batch. They depend only on the seed and the step, not
+        # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)
         normal_t = torch.randn(args.batch, generator=random, device=device)
@@ -329,8 +332,8 @@ def train(args, run):
             t_all, r_all = sample_t_r(
                 torch.stack([normal_t, normal_r]), same, args.P_mean, args.P_std)
 
-        # The gradient, accumulated over the micro-batches; with the last one it is averaged over
-        # the processes. EDM2's networks first normalise their weights
+        # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
+        # processes. EDM2's networks normalise their weights first
         if hasattr(net, "force_weight_norm"):
             net.force_weight_norm()
         total = torch.zeros((), device=device)
@@ -370,8 +373,8 @@ def train(args, run):
         if world > 1 and phi.grad is not None:             # phi is no part of the network
             dist.all_reduce(phi.grad.div_(world))
 
-        # Clip, step, average of the weights (EDM2's power function). A step whose gradient is not
-        # finite is skipped
+        # Clip, step, and update the average of the weights (EDM2's power function). A step whose
+        # gradient is not finite is skipped
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if args.fsdp:
             grad_norm = grad_norm.full_tensor()
@@ -382,7 +385,7 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, and now and then draw a preview, save, and measure the FID of samples
+        # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
         run.log(step, L_cm=total, grad_norm=grad_norm)
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))

@@ -1,9 +1,9 @@
 """Dual-End Consistency Model (Dong et al. 2026, arXiv 2602.10764), in one file.
 
 DIRECTION OF TIME: t=0 noise, t=1 data. x_t = (1-t) x_0 + t x_1, x_0 ~ N(0, I), x_1 data.
-One network F(x, t, s) jumps from time t to time s. Not all pairs (t, s) are trained, only three
-clusters: to the data (s=1, few steps), in place (s=t, stability, and many steps), and from the
-noise to any time (t near 0, the first step of samplers that do not start with a jump to the data).
+One network F(x, t, s) jumps from time t to time s. Only three clusters of pairs (t, s) are trained:
+to the data (s=1, for few steps), in place (s=t, for stability and for many steps), and from the
+noise to any time (t near 0, for the first step of samplers that do not jump to the data first).
 
     f(x_t, t, s) = x_t + (s-t) F(x_t, t, s)              `sample`: jump from t to s       Eq. 9
     v     = v_cond + (w-1) D, D = v_cond - v_uncond      `guided_velocity`                Eq. 18
@@ -22,8 +22,8 @@ Launch:
     python decm.py --data cifar10                                # 1 GPU
     torchrun --nproc_per_node=8 decm.py --data imagenet_latents  # 8 GPUs
 
-Without --teacher, the teacher is that of flow.py in runs/flow-DATA, which is trained first if it is
-not there. Results and details: docs/decm.md. A departure from the paper stands at its line:
+Without --teacher, the script uses the teacher of flow.py in runs/flow-DATA, and trains it first if
+it is missing. Results and details: docs/decm.md. Comments mark every departure from the paper:
 "paper: ...; here: ...".
 """
 
@@ -47,9 +47,9 @@ from jvp import JVP, in_one_pass, select
 METHOD = "decm"
 
 # The presets, one for each data set. A flag on the command line overrides its value. The paper
-# gives w, lr, freq and p = 0.5; batch, EMA and network are FACM's. N, eta, lam, gam, w_1, w_2, r
-# and c are in no paper, and are ours. No paper has a warm-up of the learning rate, nor clipping of
-# the gradient at norm 1.
+# gives w, lr, freq and p = 0.5; batch, EMA and network are FACM's. No paper gives N, eta, lam, gam,
+# w_1, w_2, r and c, so these are ours. No paper has a warm-up of the learning rate, or clips the
+# gradient at norm 1.
 PRESETS = {
     "glyphs": dict(                        # ours: minutes on a laptop need high rates that fall
         resolution=16,
@@ -125,27 +125,28 @@ def parse_args():
     flag("--P-mean", float, help="mean of ln(sigma), for --times arctan and lognorm")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma)")
     flag("--w", float, help="guidance scale of the teacher; 1 is none (Eq. 18)")
-    flag("--jvp", choices=list(JVP), help="dF/dt: in one pass with F, by torch.func.jvp, or by a "
-         "central difference (Eq. 11)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: in one pass with F, by "
+         "torch.func.jvp, or by a central difference (Eq. 11)")
     flag("--objectives", nargs="+", choices=["fm", "cd", "n2n"], default=["fm", "cd", "n2n"],
-         help="the losses that are trained (Table 3 c to g)")
+         help="the losses to train with (Table 3 c to g)")
     flag("--vel-norm", float, 1e-9, metavar="ETA", help="length to which D is "
-         "scaled (Table 3 h; default: D keeps its own)")
+         "scaled (Table 3 h; default: D is not scaled)")
     flag("--times", choices=["nseg", "arctan", "lognorm"], default="nseg", help="how t is drawn "
          "(Table 3 j to l)")
-    flag("--segments", int, 1, default=64, help="N, the segments at whose ends t lies (nseg)")
+    flag("--segments", int, 1, default=64, help="N, the number of segments at whose ends t "
+         "lies (nseg)")
     flag("--freq", int, 1, help="steps between N2N updates (Table 3 m to o)")
     flag("--lam", float, default=0.5, help="lambda, weight of N2N's right end t (Eq. 14)")
     flag("--gam", float, default=0.5, help="gamma, weight of N2N's left end r (Eq. 14)")
     flag("--vpsi", choices=["model", "data"], default="model", help="where v_psi is "
          "evaluated: at f(x_r, r, t) (model) or at x_t (data)")
-    flag("--r-max", float, default=0.02, help="r is uniform from 0 to this (r -> 0 in Eq. 12)")
+    flag("--r-max", float, default=0.02, help="r is uniform from 0 to R_MAX (r -> 0 in Eq. 12)")
     flag("--w1", choices=list(WEIGHTS), default="1", help="w_1(t) (Algorithm 1, line 10)")
     flag("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")
     flag("--power", float, 0, default=0.5, help="p of the adaptive weight (4.4)")
     flag("--c", float, 0, help="the constant in the adaptive weight")
-    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
-         "is trained from scratch")
+    flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
+         "label, for a network that is trained from scratch")
     args = flags.parse(parser, METHOD, PRESETS)
     flags.check_effect(
         args,
@@ -160,21 +161,22 @@ def parse_args():
 
 # --------------------------------------------------------------------------------------------------
 # THE METHOD. Pure functions of any shape: x1, x0, xt, v, F_cm, ... [B, ...], with channels in
-# dimension 1; r, t, s [B] float; y [B] int64 or None. They need torch and jvp.py alone.
+# dimension 1; r, t, s [B] float; y [B] int64 or None. They need only torch and jvp.py.
 
 def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=1.0, eta=None,
               y_null=None):
     """L_FM and L_CM, means over the batch, and the pair x_t, v (Algorithm 1, lines 4 to 14).
 
-    net        F_theta, any callable net(x, t, s, y) with two times in [0, 1]; under DDP its
+    net        F_theta, any callable net(x, t, s, y) with two times in [0, 1]; under DDP, the DDP
                wrapper, so that the backward pass averages the gradient
-    jvp        one of jvp.JVP; "fused" also calls net with tangent=, see jvp.with_tangent
+    jvp        a value of jvp.JVP; "fused" also calls net with tangent=, see jvp.with_tangent
     x1, x0, t, y   data, noise, times in [0, 1], labels or None
-    teacher    F_tea, frozen: a callable teacher(x, t, None, y) that gives the velocity; None: the
-               network is trained from scratch
+    teacher    F_tea, frozen: a callable teacher(x, t, None, y) that predicts the velocity; None if
+               the network is trained from scratch
     w1         w_1(t), a key of WEIGHTS; p, c: see adaptive
-    w, eta, y_null   guidance of scale w, velocity normalisation, the null label (Eq. 18);
-               ValueError if w is not 1, and teacher, y or y_null is None
+    w, eta, y_null   guidance of scale w, velocity normalisation, the null label (Eq. 18)
+
+    Raises ValueError if w is not 1, and teacher, y or y_null is None.
     """
     xt = interpolate(x1, x0, t)                                                # line 4
     v = flow_velocity(teacher, x1, x0, xt, t, y, w=w, eta=eta, y_null=y_null)  # lines 5, 6
@@ -192,12 +194,13 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
              vpsi="model", p=0.5, c=1e-3, w=1.0, eta=None, y_null=None):
     """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27).
 
-    xt, v      as decm_loss returns them; None: without L_FM, which is then 0
+    xt, v      as decm_loss returns them; if they are None, L_FM is 0
     r, t       times with 0 <= r <= t <= 1, r near 0
     lam, gam   weights of the right end t and of the left end r
     w2         w_2(r, t), a key of WEIGHTS, as a function of the time 1 - (t-r)
-    vpsi       v_psi at "model" f(x_r, r, t) or at "data" x_t
-    For the others see decm_loss.
+    vpsi       where v_psi is evaluated: "model" for f(x_r, r, t), "data" for x_t
+
+    For the other arguments, see decm_loss.
     """
     guidance = dict(w=w, eta=eta, y_null=y_null)
     xr = interpolate(x1, x0, r)                                                # line 19
@@ -221,12 +224,12 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
 
 
 def wide(t, x):
-    """t [B] with as many dimensions as x, so that it multiplies the samples of x."""
+    """t [B], reshaped to as many dimensions as x, so that it broadcasts over the samples."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def mean(a):
-    """The mean over all dimensions but the first: [B, ...] -> [B]."""
+    """The mean over all dimensions except the first: [B, ...] -> [B]."""
     return a.mean(dim=tuple(range(1, a.dim())))
 
 
@@ -237,7 +240,7 @@ def interpolate(x1, x0, t):
 
 
 def flow_velocity(teacher, x1, x0, xt, t, y, *, w, eta, y_null):
-    """v at x_t: the teacher's, guided (Eq. 18), or from scratch that of the pair (x0, x1)."""
+    """v at x_t: the teacher's, guided (Eq. 18), or, from scratch, that of the pair (x0, x1)."""
     if teacher is not None:
         return guided_velocity(teacher, xt, t, y, w=w, eta=eta, y_null=y_null)
     if w != 1:
@@ -247,8 +250,8 @@ def flow_velocity(teacher, x1, x0, xt, t, y, *, w, eta, y_null):
 
 @torch.no_grad()
 def guided_velocity(teacher, xt, t, y, *, w, eta, y_null):
-    """The teacher's velocity at x_t, guided with scale w. eta: the length, over all but the batch,
-    that the difference D gets (velocity normalisation, Algorithm 1 line 6); None: D keeps its own.
+    """The teacher's velocity at x_t, guided with scale w. eta: the length to which the difference D
+    of each sample is scaled (velocity normalisation, Algorithm 1 line 6); None: D is not scaled.
     """
     if w == 1:
         return teacher(xt, t, None, y)
@@ -265,8 +268,9 @@ def guided_velocity(teacher, xt, t, y, *, w, eta, y_null):
 
 @torch.no_grad()
 def right_end_velocity(net, teacher, xr, F_n2n, r, t, y, **guidance):
-    """v_psi at f(x_r, r, t). paper: the teacher's, none from scratch; here: from scratch the
-    network's own F(x, t, t), because the point is not on the line of a pair."""
+    """v_psi at f(x_r, r, t). paper: the teacher's velocity, and nothing for training from scratch;
+    here: the network's own F(x, t, t) from scratch, because the point is not on the line of a pair.
+    """
     f = xr + wide(t - r, xr) * F_n2n                                   # Eq. 9
     if teacher is None:
         return net(f, t, t.clone(), y)
@@ -274,46 +278,46 @@ def right_end_velocity(net, teacher, xr, F_n2n, r, t, y, **guidance):
 
 
 def cm_target(F_cm, v, dF_dt, t, w1):
-    """v_tar of the jump to the data, s = 1. w1 [B]."""
+    """The target v_tar for the jump to the data, s = 1. w1 [B]."""
     t, w1 = wide(t, v), wide(w1, v)
     g = F_cm - v - (1 - t) * dF_dt                                     # line 9
     return F_cm - w1 * g                                               # line 10, Eq. 10
 
 
 def n2n_target(F_n2n, v_r, v_psi, dF, r, t, *, lam, gam, w2):
-    """v_tar of the jump from r to t. dF = JVP(F; (gam v_r, gam, -lam)); w2 [B].
+    """The target v_tar for the jump from r to t. dF = JVP(F; (gam v_r, gam, -lam)); w2 [B].
 
     The left end needs F = v_r + (t-r) dF/dr along the path, the right end F + (t-r) dF/ds = v_psi.
-    gam times the first and lam times the second residual, as in Eq. 14, give g.
+    g is gam times the first residual plus lam times the second, as in Eq. 14.
     """
     r, t, w2 = wide(r, v_r), wide(t, v_r), wide(w2, v_r)
-    # paper: Eq. 15 has lam and gam the other way round in the tangents, and Algorithm 1 also in v,
-    # with lam twice before the derivative; here: what follows from Eq. 14, because only that is 0
-    # for a network whose jumps are exact (tests/test_decm.py).
+    # paper: Eq. 15 swaps lam and gam in the tangents, and Algorithm 1 also in v, with lam twice
+    # before the derivative; here: what follows from Eq. 14, because only this residual is 0 for a
+    # network whose jumps are exact (tests/test_decm.py).
     g = (lam + gam) * F_n2n - (gam * v_r + lam * v_psi) - (t - r) * dF # line 23
     return F_n2n - w2 * g                                              # line 24, Eq. 15
 
 
 def adaptive(F_theta, v_tar, p, c):
     """e / (e+c)^p [B]; no gradient flows into the weight. p = 0.5 gives the gradient of the
-    Pseudo-Huber loss (4.4). paper: e is a squared norm; here: the mean over all but the batch,
-    because FACM's authors, whose weight it is, have it so."""
+    Pseudo-Huber loss (4.4). paper: e is a squared norm; here: the mean over all dimensions
+    except the batch, because the code of FACM, whose weight this is, does so."""
     e = mean((F_theta - v_tar).square())
     return e / (e + c).pow(p).detach()
 
 
 def fm_loss(F_fm, v, p, c):
-    """Squared error plus cosine distance [B]. paper: Eq. 17 has no weight, 4.4 one for losses in
-    general; here: the adaptive weight on the error as well, because the jumps' losses drown it
-    otherwise (docs/decm.md)."""
+    """Squared error plus cosine distance [B]. paper: Eq. 17 has no weight, and 4.4 has one for
+    losses in general; here: the error has the adaptive weight as well, because the losses of the
+    jumps outweigh it otherwise (docs/decm.md)."""
     distance = 1 - cosine(F_fm, v)
     return adaptive(F_fm, v, p, c) + distance                          # Eq. 17
 
 
 def cosine(a, b):
-    """The cosine of the angle between a and b [B]. paper: not said over what; here: over the
-    channels of a pixel, and the mean over the pixels, because FACM's authors have it so. One
-    channel has no direction, there it is the cosine of whole samples."""
+    """The cosine of the angle between a and b [B]. paper: does not say over which dimensions;
+    here: over the channels of a pixel, averaged over the pixels, because FACM's code does so. With
+    one channel, which has no direction, it is over whole samples."""
     if a.shape[1] == 1:
         a, b = a.flatten(1), b.flatten(1)
     return cosine_similarity(a, b, dim=1).reshape(len(a), -1).mean(dim=1)
@@ -327,8 +331,9 @@ WEIGHTS = {
 
 
 def sample_t(times, normal, uniform, P_mean, P_std, segments):
-    """Times in [0, 1] from standard normal and uniform draws [B] (line 3). paper: from U(0, 1), but
-    in 4.4 at the ends of N segments; here: the latter, because Table 3 prefers it."""
+    """Times in [0, 1] (line 3). normal, uniform: standard normal and uniform numbers [B]. paper:
+    from U(0, 1), but in 4.4 at the ends of N segments; here: the latter, because it has the better
+    FID in Table 3."""
     if times == "nseg":
         return (uniform * (segments + 1)).floor() / segments
     sigma = torch.exp(P_mean + P_std * normal)
@@ -359,11 +364,12 @@ def sample_euler(net, noise, y, *, nfe):
 
 @torch.no_grad()
 def sample_mix(net, noise, y, *, nfe, n_ode=None):
-    """Begins as an ODE and ends as CM, at nfe equal steps of time (4.5, Figure 5c): a jump from the
-    noise, then Euler steps, n_ode of both together; then jumps to the data with fresh noise in
-    between. K = nfe - n_ode.
+    """Follows the ODE first and then the CM sampler, at nfe equal steps of time (4.5, Figure 5c).
+    The first n_ode steps are a jump from the noise and Euler steps. The others are jumps to the
+    data, with fresh noise in between. K = nfe - n_ode.
 
-    n_ode: 0 to nfe - 1 (default: half of the NFE, or all but 4); ValueError for others.
+    n_ode: from 0 to nfe - 1 (default: half of the NFE, or all but 4, whichever is larger). Raises
+    ValueError for other values.
     """
     if n_ode is None:
         n_ode = max(nfe // 2, nfe - 4)
@@ -389,19 +395,19 @@ DETERMINISTIC = ("euler",)                 # one noise, whatever the NFE
 
 
 def default_sampler(nfe, args):
-    """The sampler that suits an NFE (4.5); args: the training's flags, a dict."""
+    """The default sampler for an NFE (4.5). args: the flags of the run, a dict."""
     if nfe < 4:
         return "cm"
     return "mix" if nfe <= 16 else "euler"
 
 
 def sampler_options(args):
-    """{sampler: its options} for a run with these flags (a dict)."""
+    """{sampler: its options}. args: the flags of the run, a dict."""
     return {name: {} for name in SAMPLERS}
 
 
 def preview(net, noise, args):
-    """Two rows of NFE 1 over two of NFE 2."""
+    """Two rows of samples at NFE 1, above two rows at NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     return torch.cat([sample(net, noise, y, nfe=nfe) for nfe in (1, 2)])
 
@@ -410,7 +416,7 @@ def preview(net, noise, args):
 # TRAINING.
 
 def check(args, net):
-    """Raises ValueError for flags that do not go together. net: the network's options."""
+    """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
         raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
                          "--w 1")
@@ -430,7 +436,7 @@ def check(args, net):
 
 
 def train(args, run):
-    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    """Trains with the flags args. run (common/run.py) manages the checkpoints and the log."""
     device, rank, world = run.device, run.rank, run.world
 
     # Data and teacher (None with --teacher none)
@@ -439,8 +445,8 @@ def train(args, run):
     teacher, args.net = flow.find_or_train(args, dataset, run)
     check(args, args.net)
 
-    # Network: it has the teacher's shape and begins with its weights (line 1). Its second time
-    # begins at zero
+    # Network: it starts from the teacher's weights (line 1). The weights of its second time start
+    # at zero
     args.net = args.net | dict(second_time=True)
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
@@ -449,7 +455,7 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # The micro-batches of this process, the optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         for network in (net, ema, teacher):
@@ -459,7 +465,7 @@ def train(args, run):
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
     run.resume(net, ema, optimizer)
 
-    # The network as the loss calls it: compiled, and DDP around it
+    # The network as the loss calls it: compiled, and wrapped in DDP
     model = net
     if args.compile:
         model = torch.compile(net)
@@ -475,14 +481,14 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: a linear rise, then a linear fall to lr_final
+        # Learning rate: it rises linearly, then falls linearly to lr_final
         rise = min(1, (step + 1) / max(args.warmup, 1))
         fall = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(rise, fall)
 
-        # Noise and times of the whole batch, so that neither processes nor micro-batches change
-        # them: they follow from the seed and the step
+        # Draw noise and times for the whole batch. They depend only on the seed and the step, not
+        # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)                     # line 2
         normal = torch.randn(args.batch, generator=random, device=device)
@@ -491,7 +497,7 @@ def train(args, run):
                          args.segments)
         r_all = torch.minimum(args.r_max * r_all, t_all)   # no jump goes back in time   # line 18
 
-        # The batch, in micro-batches; x_t and v of each are kept for the second update
+        # The batch, in micro-batches. x_t and v of each one are kept for the second update
         if hasattr(net, "force_weight_norm"):
             net.force_weight_norm()        # EDM2's networks
         batches, seen = [], []
@@ -501,8 +507,8 @@ def train(args, run):
                 y = torch.where(drop_all[samples] < args.label_drop, net.num_classes, y)
             batches.append((x1, x0_all[samples], t_all[samples], y))
 
-        # First update: consistency, and the velocity. The gradient is accumulated over the
-        # micro-batches; with the last one it is averaged over the processes
+        # First update: L_CM and L_FM. Accumulate the gradient over the micro-batches. With the last
+        # one, it is averaged over the processes
         figures = {}
         losses = torch.zeros(2, device=device)
         if has_first_update:
@@ -532,7 +538,7 @@ def train(args, run):
             optimizer.zero_grad()
             figures = dict(L_fm=losses[0], L_cm=losses[1], grad_norm=grad_norm)
 
-        # Second update, in every freq-th step: from the noise to a noisy point, and the velocity
+        # Second update, in every freq-th step: L_N2N, and L_FM again
         if "n2n" in args.objectives and step % args.freq == 0:                           # line 17
             losses = torch.zeros(2, device=device)
             for i, (x1, x0, t, y) in enumerate(batches):
@@ -561,13 +567,13 @@ def train(args, run):
             optimizer.zero_grad()
             figures |= dict(L_n2n=losses[1], grad_norm_n2n=grad_norm)
 
-        # Average of the weights (EDM2's power function). paper: after either update; here: after
-        # both, so that its power counts steps
+        # Update the average of the weights (EDM2's power function). paper: after each update; here:
+        # after both, because the power function then counts steps
         beta = (1 - 1 / (step + 1)) ** (gamma + 1)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
-        # Log, and now and then draw a preview, save, and measure the FID of samples
+        # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
         run.log(step, **figures)                                                         # line 30
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))

@@ -1,9 +1,9 @@
 """Flow-Anchored Consistency Models (Peng et al. 2025, arXiv:2507.03738v1), in one file.
 
 DIRECTION OF TIME: t=0 noise, t=1 data. x_t = (1-t) x_0 + t x_1, x_0 ~ N(0, I), x_1 data.
-A consistency model alone forgets the flow that it shortcuts, and training collapses. FACM trains
-one network on two tasks, told apart by the time it is conditioned on: the shortcut to the data
-(CM, the accelerator) and the velocity of the flow (FM, the anchor).
+A network that only learns the consistency task forgets the flow that it shortcuts, and training
+collapses. FACM trains one network on two tasks, which the time condition distinguishes: the
+shortcut to the data (CM, the accelerator) and the velocity of the flow (FM, the anchor).
 
     f(x_t, t) = x_t + (1-t) F(x_t, c_CM)                   `sample`: predicts x_1         Eq. 3
     L         = L_FM + L_CM                                `train`, `facm_loss`           Eq. 8
@@ -22,8 +22,8 @@ Launch:
     python facm.py --data cifar10                                # 1 GPU
     torchrun --nproc_per_node=8 facm.py --data imagenet_latents  # 8 GPUs
 
-Without --teacher, the teacher is that of flow.py in runs/flow-DATA, which is trained first if it is
-not there. Results and details: docs/facm.md. A departure from the paper stands at its line:
+Without --teacher, the script uses the teacher of flow.py in runs/flow-DATA, and trains it first if
+it is missing. Results and details: docs/facm.md. Comments mark every departure from the paper:
 "paper: ...; here: ...".
 """
 
@@ -48,7 +48,7 @@ METHOD = "facm"
 
 # The presets, one for each data set. A flag on the command line overrides its value. The values are
 # those of Table 5, except where a comment says that they are ours. No paper has a warm-up of the
-# learning rate, nor clipping of the gradient at norm 1.
+# learning rate, or clips the gradient at norm 1.
 PRESETS = {
     "glyphs": dict(                        # ours: minutes on a laptop need high rates that fall
         resolution=16,
@@ -121,17 +121,17 @@ def parse_args():
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (Table 5)")
-    flag("--jvp", choices=list(JVP), help="dF/dt: in one pass with F, by torch.func.jvp, or by a "
-         "central difference (A.1)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: in one pass with F, by "
+         "torch.func.jvp, or by a central difference (A.1)")
     flag("--condition", choices=["expanded", "auxiliary"], default="expanded", help="how the "
-         "network tells the two tasks apart (3.2.2)")
+         "network distinguishes the two tasks (3.2.2)")
     flag("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
     flag("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
     flag("--power", float, 0, default=0.5, help="the exponent p in 1-t^p (Table 4)")
     flag("--c", float, 0, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
     flag("--anchor", float, 0, default=1.0, help="weight of L_FM; 0: no anchor (Eq. 8)")
-    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, where the network "
-         "is trained from scratch and learns its own guidance")
+    flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
+         "label, for a network that is trained from scratch and learns its own guidance")
     args = flags.parse(parser, METHOD, PRESETS)
     flags.check_effect(
         args,
@@ -143,23 +143,25 @@ def parse_args():
 
 # --------------------------------------------------------------------------------------------------
 # THE METHOD. Pure functions of any shape: x1, x0, xt, v, F_cm, ... [B, ...], with channels in
-# dimension 1; t, s [B] float; y [B] int64 or None. They need torch and jvp.py alone.
+# dimension 1; t, s [B] float; y [B] int64 or None. They need only torch and jvp.py.
 
 def facm_loss(net, jvp, x1, x0, t, y, *, teacher=None, condition="expanded", alpha="1-t^p",
               beta="cos", p=0.5, c=1e-3, w=1.0, t_low=0.125, y_null=None):
     """L_FM and L_CM, means over the batch, whose sum is Eq. 8 (Algorithm 1).
 
-    net        F_theta, any callable net(x, t, s, y); under DDP its wrapper, so that the backward
-               pass averages the gradient. Times are in [0, 2]; s is None for the condition
-               "expanded", and a second time in [0, 1] for "auxiliary"
-    jvp        one of jvp.JVP; "fused" also calls net with tangent=, see jvp.with_tangent
+    net        F_theta, any callable net(x, t, s, y); under DDP, the DDP wrapper, so that the
+               backward pass averages the gradient. Times are in [0, 2]; s is None for the
+               condition "expanded", and a second time in [0, 1] for "auxiliary"
+    jvp        a value of jvp.JVP; "fused" also calls net with tangent=, see jvp.with_tangent
     x1, x0, t, y   data, noise, times in [0, 1], labels or None
-    teacher    F_delta, frozen: a callable teacher(x, t, None, y) that gives the velocity; None: the
-               network is trained from scratch
+    teacher    F_delta, frozen: a callable teacher(x, t, None, y) that predicts the velocity; None
+               if the network is trained from scratch
     alpha, beta, p   the weights, keys of WEIGHTS, and their exponent (Table 4)
     c          the constant in Eq. 18
     w, t_low, y_null   guidance of scale w from the time t_low on, with the null label y_null
-               (Eq. 9); ValueError if w is not 1 and y or y_null is None
+               (Eq. 9)
+
+    Raises ValueError if w is not 1 and y or y_null is None.
     """
     c_cm, c_fm = conditions(t, condition)                                      # line 2
     xt = interpolate(x1, x0, t)                                                # line 3
@@ -174,17 +176,17 @@ def facm_loss(net, jvp, x1, x0, t, y, *, teacher=None, condition="expanded", alp
 
 
 def wide(t, x):
-    """t [B] with as many dimensions as x, so that it multiplies the samples of x."""
+    """t [B], reshaped to as many dimensions as x, so that it broadcasts over the samples."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def mean(a):
-    """The mean over all dimensions but the first: [B, ...] -> [B]."""
+    """The mean over all dimensions except the first: [B, ...] -> [B]."""
     return a.mean(dim=tuple(range(1, a.dim())))
 
 
 def conditions(t, condition):
-    """c_CM and c_FM, each a pair (time, second time or None): they tell the tasks apart (3.2.2)."""
+    """The conditions c_CM and c_FM of the two tasks, pairs (time, second time or None) (3.2.2)."""
     if condition == "expanded":
         return (t, None), (2 - t, None)
     # A copy: before 2.15 torch.compile fails on the same tensor in two places
@@ -199,19 +201,19 @@ def interpolate(x1, x0, t):
 
 @torch.no_grad()
 def flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, *, w, t_low, y_null):
-    """v at x_t, guided: the teacher's or, from scratch, that of the pair (x0, x1) (Eq. 9)."""
+    """The guided v at x_t: the teacher's or, from scratch, that of the pair (x0, x1) (Eq. 9)."""
     if teacher is not None:
-        # paper: the teacher sees c_FM; here: t, because every flow-matching network knows t, but
-        # 2 - t only one that was trained with the mixed conditions of A.3(a).
+        # paper: the teacher's condition is c_FM; here: t, because all flow-matching networks are
+        # trained at t, but only those with the mixed conditions of A.3(a) at 2 - t.
         return guided_velocity(teacher, xt, t, (t, None), y, w=w, t_low=t_low, y_null=y_null)
     v_cond = x1 - x0
     if w == 1:
         return v_cond
-    # paper: does not say how v_uncond is asked, the authors' code at c_CM; here: at c_FM, because
-    # there the network learns the velocity.
+    # paper: does not give the condition of v_uncond, and the authors' code uses c_CM; here: c_FM,
+    # because the network learns the velocity there.
     v_uncond = net(xt, *c_fm, null_labels(y, y_null))
     # paper: from scratch x_1 - x_0 + w (v_cond - v_uncond), both from the network; here: x_1 - x_0
-    # takes the place of v_cond, because the authors' code does so, and w = 1 is then no guidance.
+    # replaces v_cond, because the authors' code does so, and w = 1 then means no guidance.
     return guide(v_cond, v_uncond, t, y, w=w, t_low=t_low, y_null=y_null)
 
 
@@ -226,17 +228,17 @@ def guided_velocity(net, xt, t, condition, y, *, w=1.0, t_low=0.125, y_null=None
 
 
 def null_labels(y, y_null):
-    """A null label for every label of y. ValueError if there is none, as guidance needs both."""
+    """The null label for every label of y. Raises ValueError if y or y_null is None."""
     if y is None or y_null is None:
         raise ValueError("guidance (w other than 1) needs the labels y and the null label y_null")
     return torch.full_like(y, y_null)
 
 
 def guide(v_cond, v_uncond, t, y, *, w, t_low, y_null):
-    """The guided velocity where t >= t_low and the label is not the null label; else v_cond."""
+    """The guided velocity where t >= t_low and y is not the null label; elsewhere v_cond."""
     v = v_uncond + w * (v_cond - v_uncond)                             # Eq. 9
-    # paper: says t_low alone (Table 5), and from scratch the authors' code guides away from the
-    # network's own v_cond below it and for null labels; here: v is then v_cond, unguided.
+    # paper: only names t_low (Table 5), and from scratch the authors' code guides away from the
+    # network's own v_cond below t_low and for null labels; here: v is v_cond there, unguided.
     guided = (t >= t_low) & (y != y_null)
     return torch.where(wide(guided, v), v, v_cond)
 
@@ -249,24 +251,24 @@ def cm_target(F_cm, v, dF_dt, t, alpha):
 
 
 def norm_l2(F_cm, v_tar, c):
-    """Norm L2 loss [B]. paper: e is a sum; here: the mean over all but the batch, because the
-    authors' code has it so with this c. As there, no gradient flows into the root: it is an
-    adaptive weight."""
+    """Norm L2 loss [B]. paper: e is a sum; here: the mean over all dimensions except the batch,
+    because the authors' code does so with this c. As in that code, no gradient flows into the root:
+    it is an adaptive weight."""
     e = mean((F_cm - v_tar).square())
     return e / (e + c).sqrt().detach()                                 # Eq. 18
 
 
 def fm_loss(F_fm, v):
-    """The anchor's loss [B]. paper: the squared norm is a sum; here: the mean over all but the
-    batch, because the authors' code does so."""
+    """The anchor's loss [B]. paper: the squared norm is a sum; here: the mean over all dimensions
+    except the batch, because the authors' code does so."""
     mse = mean((F_fm - v).square())
     return mse + 1 - cosine(F_fm, v)                                   # Eq. 10
 
 
 def cosine(a, b):
-    """The cosine of the angle between a and b [B]. paper: of whole samples; here: of the channels
-    of a pixel, and the mean over the pixels, because the authors' code does so. One channel has no
-    direction, there it is the cosine of whole samples."""
+    """The cosine of the angle between a and b [B]. paper: over whole samples; here: over the
+    channels of a pixel, averaged over the pixels, because the authors' code does so. With one
+    channel, which has no direction, it is over whole samples."""
     if a.shape[1] == 1:
         a, b = a.flatten(1), b.flatten(1)
     return cosine_similarity(a, b, dim=1).reshape(len(a), -1).mean(dim=1)
@@ -280,7 +282,7 @@ WEIGHTS = {                                                            # Table 4
 
 
 def sample_t(normal, P_mean=-0.8, P_std=1.6):
-    """Times in (0, 1), denser near the data, from standard normal draws [B]."""
+    """Times in (0, 1), denser near the data, from standard normal numbers [B]."""
     sigma = torch.exp(P_mean + P_std * normal)
     return 1 - 2 / math.pi * torch.atan(sigma)                         # Eq. 20
 
@@ -305,7 +307,7 @@ def sample(net, noise, y, *, nfe, condition="expanded"):
 
 @torch.no_grad()
 def sample_euler(net, noise, y, *, nfe, condition="expanded", w=1.0, t_low=0.125, y_null=None):
-    """nfe Euler steps along the velocity F(x_t, c_FM), guided by w (two passes a step). K = 1."""
+    """nfe Euler steps along the velocity F(x_t, c_FM). Guidance (w) needs two passes. K = 1."""
     xt = noise[0]
     for i in range(nfe):
         t = xt.new_full(xt.shape[:1], i / nfe)
@@ -320,18 +322,18 @@ DETERMINISTIC = ("euler",)                 # these need noise of K = 1, the othe
 
 
 def default_sampler(nfe, args):
-    """The sampler that suits an NFE (A.3(b)); args: the training's flags, a dict."""
+    """The default sampler for an NFE (A.3(b)). args: the flags of the run, a dict."""
     return "cm"
 
 
 def sampler_options(args):
-    """{sampler: its options} for a run with these flags (a dict)."""
+    """{sampler: its options}. args: the flags of the run, a dict."""
     condition = "auxiliary" if args["net"].get("second_time") else "expanded"
     return {name: dict(condition=condition) for name in SAMPLERS}
 
 
 def preview(net, noise, args):
-    """Two rows of NFE 1 over two of NFE 2."""
+    """Two rows of samples at NFE 1, above two rows at NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     return torch.cat([sample(net, noise, y, nfe=nfe, condition=args.condition) for nfe in (1, 2)])
 
@@ -340,14 +342,14 @@ def preview(net, noise, args):
 # TRAINING.
 
 def check(args, net):
-    """Raises ValueError for flags that do not go together. net: the network's options."""
+    """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
         raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
                          "--w 1")
 
 
 def train(args, run):
-    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    """Trains with the flags args. run (common/run.py) manages the checkpoints and the log."""
     device, rank, world = run.device, run.rank, run.world
 
     # Data and teacher (None with --teacher none)
@@ -356,7 +358,7 @@ def train(args, run):
     teacher, args.net = flow.find_or_train(args, dataset, run)
     check(args, args.net)
 
-    # Network: it has the teacher's shape and begins with its weights. A second time begins at zero
+    # Network: it starts from the teacher's weights. The weights of a second time start at zero
     args.net = args.net | dict(second_time=args.condition == "auxiliary")
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
@@ -367,7 +369,7 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # The micro-batches of this process, the optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         for network in (net, ema, teacher):
@@ -377,7 +379,7 @@ def train(args, run):
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
     run.resume(net, ema, optimizer)
 
-    # The network as the loss calls it: compiled, and DDP around it
+    # The network as the loss calls it: compiled, and wrapped in DDP
     model = net
     if args.compile:
         model = torch.compile(net)
@@ -390,22 +392,22 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: a linear rise, then a linear fall to lr_final
+        # Learning rate: it rises linearly, then falls linearly to lr_final
         rise = min(1, (step + 1) / max(args.warmup, 1))
         fall = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(rise, fall)
 
-        # Noise and times of the whole batch, so that neither processes nor micro-batches change
-        # them: they follow from the seed and the step
+        # Draw noise and times for the whole batch. They depend only on the seed and the step, not
+        # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)                     # line 1
         normal = torch.randn(args.batch, generator=random, device=device)
         t_all = sample_t(normal, args.P_mean, args.P_std)                                # line 1
         drop_all = torch.rand(args.batch, generator=random, device=device)
 
-        # The gradient, accumulated over the micro-batches; with the last one it is averaged over
-        # the processes. EDM2's networks first normalise their weights
+        # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
+        # processes. EDM2's networks normalise their weights first
         if hasattr(net, "force_weight_norm"):
             net.force_weight_norm()
         losses = torch.zeros(2, device=device)
@@ -430,8 +432,8 @@ def train(args, run):
             loss.backward()
             losses += torch.stack([L_fm, L_cm]).detach() * share
 
-        # Clip, step, average of the weights (EDM2's power function). A step whose gradient is not
-        # finite is skipped
+        # Clip, step, and update the average of the weights (EDM2's power function). A step whose
+        # gradient is not finite is skipped
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if args.fsdp:
             grad_norm = grad_norm.full_tensor()
@@ -442,7 +444,7 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, and now and then draw a preview, save, and measure the FID of samples
+        # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
         run.log(step, L_fm=losses[0], L_cm=losses[1], grad_norm=grad_norm)
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))

@@ -6,20 +6,20 @@
     python fid.py images.zip --save-stats statistics.npz
     torchrun --nproc_per_node=8 fid.py samples.npz --ref statistics.npz
 
-SAMPLES and REF are each a folder (searched to its depth) or a zip of images, an npz of images
+SAMPLES and REF are each a folder (with its subfolders) or a zip of images, an npz of images
 (arr_0 or images, uint8 [N, H, W, 3], or [N, H, W] or [N, H, W, 1] if grey), glyphs, glyphs:SEED,
 the training images of cifar10, mnist or fashion, or a file of statistics: an npz with mu and sigma
 (ours, pytorch-fid's, EDM's, or ADM's, which has mu_s and sigma_s for sFID, and images for --pr and
---kid), torch-fidelity's .pt, or EDM2's .pkl. Grey images are judged as RGB images with three equal
-channels. All figures are the same whatever --batch and the number of processes, up to the rounding
-of float32 features. Sums are float64, and covariances have N - 1.
+--kid), torch-fidelity's .pt, or EDM2's .pkl. Grey images are evaluated as RGB images with three
+equal channels. Up to the rounding of float32 features, all figures are the same for any --batch and
+number of processes. Sums are float64, and covariances are divided by N - 1.
 
-The features are those of the Inception network of 2015-12-05; torchvision's own weights give
-another number. Images are resized to 299 as TensorFlow 1 did (source = i * size / 299, without half
-pixels) and scaled by (x - 128) / 128, as in the original graph, ADM's evaluator and torch-fidelity.
-pytorch-fid resizes with half pixels and scales by x / 127.5 - 1, so its figures differ a little.
---features uses the network of a TorchScript file instead. Such a file is a program, and is
-executed: use one only if you trust its author. Everything else that is read here is data.
+The features are those of the Inception network of 2015-12-05. With torchvision's own weights, the
+FID is a different number. Images are resized to 299 as in TensorFlow 1 (source = i * size / 299,
+without half pixels) and scaled by (x - 128) / 128, as in the original graph, ADM's evaluator and
+torch-fidelity. pytorch-fid resizes with half pixels and scales by x / 127.5 - 1, so its figures
+differ a little. --features uses the network of a TorchScript file instead. Such a file is a program
+that is executed: use one only if you trust its author. All other files are read as data only.
 """
 
 import hashlib
@@ -78,27 +78,27 @@ def parse_args():
     a("--pr", "--precision-recall", action="store_true", help="precision and recall, k = 3, of all "
       "samples against 10,000 images (or all) spread evenly over REF; torchrun needs the long name")
     a("--kid", action="store_true", help="kernel distance, over 100 pairs of 1,000 images")
-    a("--features", type=pathlib.Path, help="TorchScript file, uint8 [N,3,H,W] -> [N,D], in place "
+    a("--features", type=pathlib.Path, help="TorchScript file, uint8 [N,3,H,W] -> [N,D], instead "
       "of Inception; the file is executed")
     a("--inception", type=pathlib.Path, help="pt_inception-2015-12-05-6726825d.pth, or "
       "torch-fidelity's copy (default: torch.hub's cache, or else a download)")
     a("--n", "--images", type=int, help="number of glyphs (default: 20000); torchrun needs the "
       "long name, because it reads --n and --pr as the beginning of its own flags")
     a("--resolution", type=int, help="height and width of the glyphs (default: 16)")
-    a("--data-dir", help="folder of cifar10, mnist or fashion, to which it is downloaded if it is "
-      "not there (default: data)")
+    a("--data-dir", help="folder of cifar10, mnist or fashion, which are downloaded to it if "
+      "they are missing (default: data)")
     a("--batch", type=int, help="images at once in each process (default: 64)")
-    a("--save-stats", type=pathlib.Path, help="NAME.npz for the statistics of SAMPLES")
-    a("--json", type=pathlib.Path, help="file to which the figures are also written")
+    a("--save-stats", type=pathlib.Path, help="save the statistics of SAMPLES as NAME.npz")
+    a("--json", type=pathlib.Path, help="also write the figures to this file")
     a("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     return p.parse_args()
 
 
 # --------------------------------------------------------------------------------------------------
-# Images and statistics in.
+# Reading images and statistics.
 
 class Source(NamedTuple):
-    """What an argument names: images, statistics, or both."""
+    """The contents of SAMPLES or REF: images, statistics, or both."""
 
     name: str
     count: int = 0                         # of images; 0 if there are statistics alone
@@ -111,7 +111,7 @@ def open_source(text, n=20_000, resolution=16, data_dir=None, part="fid"):
 
     n, resolution: of glyphs. data_dir: of cifar10, mnist and fashion. part: which statistics of an
     EDM2 .pkl are read, fid (Inception's) or fd_dinov2. Raises ValueError, in one line with the
-    name, for whatever cannot be read.
+    name, for anything that cannot be read.
     """
     path = pathlib.Path(text)
     if is_glyphs(text):
@@ -172,7 +172,7 @@ def _open_images(name, tree):
 
 
 def _open_npz(name, archive):
-    """Images are read from the file as they are needed; np.load would read all at once."""
+    """The images of an npz. They are read when they are needed; np.load would read all at once."""
     keys = [key.removesuffix(".npy") for key in archive.namelist()]
     images = next((key for key in ("arr_0", "images") if key in keys), None)
     statistics = {}
@@ -216,7 +216,7 @@ def _open_npz(name, archive):
 
 
 def _read_statistics(name, keys):
-    """The statistics in an npz, which holds these keys. No pickled object in it is read."""
+    """The statistics in an npz with these keys. Pickled objects in it are not read."""
     try:
         with np.load(name, allow_pickle=False) as file:
             return {key: file[key] for key in STATISTICS if key in keys}
@@ -239,8 +239,8 @@ def _read_torch(path):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays in plain containers. It refuses every other name, so no file can
-    execute anything."""
+    """Unpickles NumPy arrays in plain containers. It refuses every other name, so that a file
+    cannot execute anything."""
 
     ALLOWED = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
     for module in ("numpy.core", "numpy._core"):           # its name before and since NumPy 2
@@ -255,8 +255,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_pickle(path, part):
-    """EDM2's statistics: a pickled dict with num_images, fid and fd_dinov2, whose parts are dicts
-    with mu and sigma."""
+    """EDM2's statistics: a pickled dict with num_images and the dicts fid and fd_dinov2, which have
+    mu and sigma."""
     try:
         with open(path, "rb") as file:
             content = ArrayUnpickler(file).load()
@@ -275,7 +275,7 @@ def _read_pickle(path, part):
 def _check_statistics(name, given):
     """The statistics: mu [D] and sigma [D, D] as float64 tensors, n as int, features as str.
 
-    Raises ValueError, in one line with the name of the file, for what no images can have.
+    Raises ValueError, in one line with the name of the file, for values that no images can have.
     """
     if "mu" not in given or "sigma" not in given:
         raise ValueError(f"{name}: no mu and sigma in it")
@@ -298,7 +298,7 @@ def _check_statistics(name, given):
 
 
 def _as_float64(name, key, value):
-    """A number, array or tensor as a tensor of its own, float64; ValueError for other values."""
+    """A float64 copy of a number, array or tensor. Raises ValueError for other values."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):          # bfloat16, lists of unequal lengths
@@ -309,7 +309,7 @@ def _as_float64(name, key, value):
 
 
 def _check_moments(name, mu, mean, sigma, covariance):
-    """Raises ValueError if these cannot be a mean and a covariance. mu, sigma: their names."""
+    """Raises ValueError if these cannot be a mean and a covariance with the names mu and sigma."""
     d = mean.numel()
     if d == 0 or mean.shape != (d,) or covariance.shape != (d, d):
         raise ValueError(f"{name}: {mu} is {list(mean.shape)} and {sigma} is "
@@ -336,7 +336,7 @@ class Inception(nn.Module):
 
     The layers are torchvision's, with the pools of 2015. The spatial features are the first 7
     channels of the 1x1 branch of ADM's mixed_6 (Mixed_6d), in ADM's order [17, 17, 7]. The logits
-    are without their bias, which the Inception Score leaves out.
+    have no bias, because the Inception Score leaves it out.
     """
 
     def __init__(self):
@@ -356,7 +356,7 @@ class Inception(nn.Module):
         return self.features((resize(images.float()) - 128) / 128)
 
     def features(self, x):
-        """The three outputs for images that are resized and scaled already, float [N,3,299,299]."""
+        """The three outputs for resized and scaled images, float [N, 3, 299, 299]."""
         x = x.contiguous(memory_format=torch.channels_last)
         for name, layer in self.named_children():
             if name != "fc":
@@ -368,7 +368,7 @@ class Inception(nn.Module):
 
 
 def average_pool(x):
-    """Means over 3 x 3 pixels, without the padding, which torchvision's Inception averages in."""
+    """Means over 3 x 3 pixels. Unlike torchvision's Inception, they leave out the padding."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
@@ -378,8 +378,8 @@ def max_pool(x):
 
 
 def exchange_pool(block, pool):
-    """Lets the last branch of one of torchvision's blocks begin with pool(x) in place of the
-    block's own pool, which is still computed, but is not used."""
+    """Makes the last branch of one of torchvision's blocks begin with pool(x) instead of the pool
+    of the block, which is still computed but not used."""
     pooled = []
 
     def before_block(block, inputs):
@@ -411,9 +411,9 @@ def resize(x, size=299):
 
 
 def load_inception(path=None, device="cpu"):
-    """Inception with the public weights: from `path`, torch.hub's cache, or the network.
+    """Inception with the public weights: from `path`, torch.hub's cache, or a download.
 
-    Raises ValueError if the file is missing and cannot be downloaded, or is another one.
+    Raises ValueError if the file is missing and cannot be downloaded, or is a different file.
     """
     cached = pathlib.Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.split("/")[-1])
     path = pathlib.Path(path or cached)
@@ -438,7 +438,7 @@ def load_inception(path=None, device="cpu"):
 
 
 def fuse(net):
-    """The same network with every normalisation folded into its convolution; changes net."""
+    """Folds every batch normalisation of net into its convolution, in place, and returns net."""
     for module in net.eval().requires_grad_(False).modules():
         if hasattr(module, "bn"):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
@@ -449,7 +449,7 @@ def fuse(net):
 def load_features(path, device="cpu"):
     """The network of a TorchScript file, which is executed, as the `extract` of `collect`.
 
-    Raises ValueError, also when it is called, for a file or a network of another kind.
+    Raises ValueError, here or when it is called, for a file or a network of another kind.
     """
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -470,7 +470,7 @@ def load_features(path, device="cpu"):
 
 
 def load_extractor(args, device):
-    """The network of the flags: extract(uint8 [b, 3, H, W]) for `collect`, and its name.
+    """The network that the flags choose: extract(uint8 [b, 3, H, W]) for `collect`, and its name.
 
     Raises ValueError if it cannot be loaded.
     """
@@ -483,19 +483,19 @@ def load_extractor(args, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# The pass over the images.
+# One pass over the images.
 
 @torch.no_grad()
 def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, batch=64,
             device="cpu", rank=0, world=1, quiet=False):
-    """What the measures need of a Source's images. Each process has a contiguous part of them.
+    """Computes what the measures need from a Source's images. Each process reads a contiguous part.
 
-    extract(uint8 [b, 3, H, W]) -> features [b, D], spatial features, logits. moments: of "mu" and
-    "mu_s". keep: how many images' features to keep, spread evenly over the source. width: the D
-    that the features must have. quiet: there is no bar. Returns a dict with n, mu, sigma, ...,
-    parts (sums for the Inception Score) if `score`, and kept [keep, D] on process 0. Raises
-    ValueError, on every process, for an image that cannot be read, or for features of another width
-    or not finite.
+    extract(uint8 [b, 3, H, W]) -> features [b, D], spatial features, logits. moments: one or both
+    of "mu" and "mu_s". keep: the number of images, spread evenly over the source, whose features
+    are kept. width: the D that the features must have. quiet: show no progress bar. Returns a dict
+    with n, mu, sigma, ..., parts (sums for the Inception Score) if `score`, and kept [keep, D] on
+    process 0. Raises ValueError, on every process, for an image that cannot be read, or for
+    features that have another width or are not finite.
     """
     n = source.count
     if n < max(2, world):
@@ -539,8 +539,8 @@ def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, b
 def to_rgb(images, device):
     """NumPy uint8 [b, H, W, 1 or 3] -> uint8 [b, 3, H, W] on the device.
 
-    Grey images get three equal channels. They lie in memory as RGB images do, so that a network
-    gives the same features for both, to the last bit.
+    Grey images get three equal channels. They have the memory layout of RGB images, so that a
+    network computes the same features for both, to the last bit.
     """
     images = torch.from_numpy(images).to(device)
     images = images.expand(-1, -1, -1, 3).contiguous()
@@ -548,14 +548,14 @@ def to_rgb(images, device):
 
 
 def to_float64(x):
-    """The tensor in float64: on its device, or on the CPU if that has none (Apple's mps)."""
+    """The tensor in float64: on its device, or on the CPU for Apple's mps, which has no float64."""
     if x.device.type == "mps":
         x = x.cpu()
     return x.double()
 
 
 def check_features(name, features, width):
-    """Raises ValueError if features [b, D] are not finite, or have another width than `width`."""
+    """Raises ValueError if features [b, D] are not finite, or if D is not `width`."""
     if width not in (None, features.shape[1]):
         raise ValueError(f"{name}: {features.shape[1]} features an image, but {width} in the "
                          "statistics to compare with")
@@ -564,7 +564,7 @@ def check_features(name, features, width):
 
 
 def add_moments(sums, mu, x):
-    """Adds the sum over rows x [b, D] to sums[mu], and that of their outer products beside it."""
+    """Adds the sum over the rows of x [b, D] to sums[mu], and that of their outer products."""
     x = to_float64(x)
     sigma, d = SIGMA[mu], x.shape[1]
     if mu not in sums:
@@ -575,8 +575,8 @@ def add_moments(sums, mu, x):
 
 
 def add_scores(sums, logits, i, n):
-    """Adds the logits [b, classes] of the images from i on, of n, to the sums for the Inception
-    Score, sums["parts"] [P, classes + 1]: of p and, last, of p log p."""
+    """Adds the logits [b, classes] of images i, i+1, ... of n to the sums for the Inception Score:
+    sums["parts"] [P, classes + 1], which are the sums of p and, in the last column, of p log p."""
     log_p = to_float64(logits).log_softmax(1)
     p = log_p.exp()
     rows = torch.cat([p, (p * log_p).sum(1, keepdim=True)], 1)
@@ -617,8 +617,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu [D] and sigma [D, D], arrays or tensors, computed in float64. The trace of the root is the
     sum of the roots of the eigenvalues of R^T sigma2 R, which is symmetric, where R R^T = sigma1.
     The result is at least 0. Raises ValueError if the shapes differ or a number is not finite.
-    Prints a note on stderr if a covariance lacks rank; rounding makes eigenvalues a little negative
-    there, and they count as 0.
+    Prints a note on stderr if a covariance does not have full rank. Rounding then makes some
+    eigenvalues slightly negative, and they count as 0.
     """
     statistics = [mu1, sigma1, mu2, sigma2]
     statistics = [torch.as_tensor(a, dtype=torch.float64, device="cpu") for a in statistics]
@@ -643,7 +643,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(parts):
     """Mean and standard deviation over the parts of exp(mean KL(p(y|x) || p(y))) (Salimans 2016).
 
-    parts float64 [P, classes + 1]: of each part of the images the sums of p and, last, of p log p.
+    parts float64 [P, classes + 1]: for each part of the images, the sums of p and, in the last
+    column, of p log p.
     """
     counts = parts[:, :-1].sum(1)          # every image's p sums to 1
     p = parts[:, :-1] / counts[:, None]
@@ -654,8 +655,9 @@ def inception_score(parts):
 def distances(a, b):
     """Euclidean distances [N, M] between the rows of a [N, D] and b [M, D], float64.
 
-    They come from a matrix product, which on a CPU is 15 times faster than differences, but leaves
-    exact copies about 1e-8 of their lengths apart. So distances below 1e-6 of the lengths are 0.
+    They are computed by a matrix product, which on a CPU is 15 times faster than differences. It
+    gives exact copies a distance of about 1e-8 of their lengths, so distances below 1e-6 of the
+    lengths are set to 0.
     """
     found = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
     lengths = a.norm(dim=1)[:, None] + b.norm(dim=1)
@@ -663,11 +665,11 @@ def distances(a, b):
 
 
 def precision_recall(samples, reference, k=NEIGHBOURS, rows=2000):
-    """Shares of samples in the reference's k-neighbourhoods, and the reverse (Kynkaanniemi 2019).
+    """Fraction of samples in the reference's k-neighbourhoods, and the reverse (Kynkaanniemi 2019).
 
     Features [N, D], [M, D], on any device. Distances are float64 (ADM's are float16, so its figures
-    differ in the third decimal). `rows` bounds the memory, not the result. Raises ValueError for k
-    features or fewer.
+    differ in the third decimal). `rows` limits the memory and does not change the
+    result. Raises ValueError for k features or fewer.
     """
     def radii(x):                          # the image itself is the nearest, so k + 1
         return torch.cat([distances(a, x).kthvalue(k + 1).values for a in x.split(rows)])
@@ -688,9 +690,9 @@ def precision_recall(samples, reference, k=NEIGHBOURS, rows=2000):
 def kernel_distance(samples, reference, subsets=100, size=1000):
     """KID: mean and standard deviation of the unbiased MMD^2 over subsets (Binkowski et al. 2018).
 
-    Features [N, D], [M, D]; kernel (x.y / D + 1)^3. The mean may be negative, as it is unbiased.
-    The subsets are those of torch-fidelity (for a reference of up to 10,000 images, which is as
-    many as `measure` keeps).
+    Features [N, D], [M, D]; kernel (x.y / D + 1)^3. The mean may be negative, because it is
+    unbiased. The subsets are those of torch-fidelity, for a reference of up to 10,000 images, which
+    is as many as `measure` keeps.
     """
     random = np.random.RandomState(2020)
     size = min(size, len(samples), len(reference))
@@ -719,7 +721,7 @@ def kernel_distance(samples, reference, subsets=100, size=1000):
 # The program.
 
 def check_flags(args):
-    """Raises ValueError for flags that contradict one another, before anything is read."""
+    """Raises ValueError for flags that cannot be combined, before anything is read."""
     if not args.ref and not args.score and not args.save_stats:
         raise ValueError("--ref is needed, except for --is or --save-stats alone")
     if not args.ref and (args.pr or args.kid):
@@ -744,12 +746,12 @@ def check_flags(args):
 
 
 def same_file(a, b):
-    """Whether two paths lead to one file that exists."""
+    """Whether two paths are the same existing file."""
     return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def check_use(args, sources, needs_network):
-    """Raises ValueError for a flag that changes nothing, because of what the sources are."""
+    """Raises ValueError for a flag that has no effect with these sources."""
     names = [source.name for source in sources]
     if not any(is_glyphs(name) for name in names):
         for flag, value in (("--n", args.n), ("--resolution", args.resolution)):
@@ -768,7 +770,7 @@ def check_use(args, sources, needs_network):
 
 
 class Plan(NamedTuple):
-    """What one pass over the images of a source has to find; nothing if there is no need."""
+    """What to compute in one pass over the images of a source. An empty plan needs no pass."""
 
     moments: list                          # "mu", "mu_s": of which features mean and covariance
     score: bool                            # sums for the Inception Score?
@@ -776,7 +778,7 @@ class Plan(NamedTuple):
 
 
 def plan_pass(args, source, is_reference):
-    """The Plan for SAMPLES or REF. Raises ValueError if it needs images that are not there."""
+    """The Plan for SAMPLES or REF. Raises ValueError if it needs images and there are none."""
     needed = []
     if args.ref or args.save_stats:
         needed.append("mu")
@@ -799,7 +801,7 @@ def plan_pass(args, source, is_reference):
 def choose_network(args, sources, needs_network, device):
     """The extractor of features, or None if no images are read, and the name of the network.
 
-    Raises ValueError if statistics are those of another network, before anything is downloaded.
+    Raises ValueError if statistics belong to another network, before anything is downloaded.
     """
     extract, name = None, INCEPTION
     if args.features:
@@ -820,7 +822,7 @@ def choose_network(args, sources, needs_network, device):
 
 
 def name_of_statistics(sources):
-    """The network of statistics: the name in one of the files, or a guess by their width."""
+    """The network of the statistics: the name in one of the files, or a guess from their width."""
     for source in sources:
         if "features" in source.statistics:
             return source.statistics["features"]
@@ -831,8 +833,9 @@ def name_of_statistics(sources):
 
 
 def measure(args, device, rank=0, world=1):
-    """One pass over each source: what is known of SAMPLES and of REF, dicts as of `collect`, and
-    the features' name. Raises ValueError, on every process, for a mistake of the user."""
+    """Reads each source once. Returns the statistics of SAMPLES and of REF, dicts as returned by
+    `collect`, and the name of the features. Raises ValueError, on every process, for a user error.
+    """
     part = "fd_dinov2" if args.features else "fid"         # of EDM2's statistics
     sizes = {}
     if args.n is not None:
@@ -907,7 +910,7 @@ def compare_once(args, sides, name, device, rank, world):
 
 
 def format_figure(figure):
-    """Six decimals, and no sign before a zero: a KID may be -1e-9."""
+    """A figure with six decimals, and without the sign of a zero: a KID may be -1e-9."""
     return f"{round(figure, 6) + 0.0:12.6f}"
 
 

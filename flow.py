@@ -2,14 +2,14 @@
 
 DIRECTION OF TIME: t=0 noise, t=1 data. x_t = (1-t) x_0 + t x_1, x_0 ~ N(0, I), x_1 data.
 The network learns the velocity v(x_t, t) of the flow that turns noise into data. Many small steps
-along it draw a sample; FACM, DE-CM and the baselines distil it into a network that needs one.
+along it draw a sample. FACM, DE-CM and the baselines distil it into a network that needs one step.
 
     L     = |F(x_t, t) - (x_1 - x_0)|^2                   `flow_loss`                FACM's Eq. 1
-            and on ImageNet 1 - cos(F, x_1 - x_0) in addition, as FACM's authors have it
+            and, on ImageNet, plus 1 - cos(F, x_1 - x_0), as in the code of FACM's authors
     dx/dt = v(x_t, t), guided: v_uncond + w (v_cond - v_uncond)    `integrate`       FACM's Eq. 9
 
-Half of the samples are trained at the time 2 - t in place of t, where the network has to give the
-same velocity. FACM's students use these times for their anchor (FACM A.3(a)).
+Half of the samples are trained at the time 2 - t instead of t. The network has to predict the same
+velocity there. FACM's students use these times for their anchor (FACM A.3(a)).
 
     x1, x0, xt, t   x_1, x_0, x_t, t        mixed   which samples are trained at 2 - t
 
@@ -18,8 +18,8 @@ Launch:
     python flow.py --data cifar10                                # 1 GPU
     torchrun --nproc_per_node=8 flow.py --data imagenet_latents  # 8 GPUs
 
-The other scripts use runs/flow-DATA/ckpt.pt, and train it first if it is not there. Results and
-details: docs/flow.md.
+The other scripts use the teacher in runs/flow-DATA/ckpt.pt, and train it first if it is missing.
+Results and details: docs/flow.md.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from common.seeds import generator, seed_of
 METHOD = "flow"
 
 # The presets, one for each data set. A flag on the command line overrides its value. FACM's paper
-# says little of its teachers: what is not marked is as for its students (Table 5).
+# says little about its teachers: values without a comment are those of its students (Table 5).
 PRESETS = {
     "glyphs": dict(                        # ours
         resolution=16,
@@ -109,15 +109,15 @@ def parse_args(argv=None):
                           "flags are those of the preset.")
     flags.add_flags(parser, PRESETS)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
-    flag("--init", metavar="FILE", help="velocity network to begin with, ours or a public one, "
-         "which then learns the times from 1 to 2")
-    flag("--times", choices=["arctan", "uniform"], help="how t is drawn: as FACM's Eq. 20, or "
-         "uniformly as in the code of FACM's authors")
+    flag("--init", metavar="FILE", help="velocity network to start from, ours or a public one; "
+         "it then learns the times from 1 to 2")
+    flag("--times", choices=["arctan", "uniform"], help="how t is drawn: as in FACM's Eq. 20, or "
+         "uniformly, as in the code of FACM's authors")
     flag("--P-mean", float, help="mean of ln(sigma), for --times arctan (FACM's Eq. 20)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20)")
     flag("--cosine", float, 0, help="weight of 1 - cos(F, x_1 - x_0) in the loss")
-    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, which guidance "
-         "needs")
+    flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
+         "label, which guidance needs")
     args = flags.parse(parser, METHOD, PRESETS, argv)
     flags.check_effect(
         args,
@@ -132,11 +132,11 @@ def parse_args(argv=None):
 def flow_loss(net, x1, x0, t, y, *, mixed=None, cosine=0.0):
     """Mean squared error of the velocity (FACM's Eq. 1), mean over the batch and the elements.
 
-    net        any callable net(x, t, s, y), called with s None; under DDP its wrapper
+    net        any callable net(x, t, s, y), called with s=None; under DDP, the DDP wrapper
     x1, x0, t, y   data, noise, times in [0, 1], labels or None
-    mixed      bool [B] or None: the samples that are trained at 2 - t in place of t (A.3(a))
-    cosine     the weight of the cosine distance, over channels and mean over pixels, as in
-               facm.fm_loss, which is added
+    mixed      bool [B] or None: the samples that are trained at 2 - t instead of t (A.3(a))
+    cosine     weight of the cosine distance that is added: over the channels of a pixel, averaged
+               over the pixels, as in facm.fm_loss
     """
     xt = wide(1 - t, x0) * x0 + wide(t, x1) * x1
     time = t if mixed is None else torch.where(mixed, 2 - t, t)
@@ -150,12 +150,12 @@ def flow_loss(net, x1, x0, t, y, *, mixed=None, cosine=0.0):
 
 
 def wide(t, x):
-    """t [B] with as many dimensions as x, so that it multiplies the samples of x."""
+    """t [B], reshaped to as many dimensions as x, so that it broadcasts over the samples."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def sample_t(normal, times="arctan", P_mean=0.0, P_std=1.2):
-    """Times in (0, 1) from standard normal draws [B]: uniform, or as in FACM's Eq. 20."""
+    """Times in (0, 1), uniform or as in FACM's Eq. 20. normal: standard normal numbers [B]."""
     if times == "uniform":
         return torch.special.ndtr(normal)  # the normal distribution function
     sigma = torch.exp(P_mean + P_std * normal)
@@ -168,17 +168,18 @@ def sample_t(normal, times="arctan", P_mean=0.0, P_std=1.2):
 @torch.no_grad()
 def integrate(net, noise, y, *, nfe, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
               y_null=None, shift=1.0, heun=False):
-    """Steps along the velocity net(x, t, None, y): Euler's, or Heun's.
+    """Integrates the velocity net(x, t, None, y) from noise to data, by Euler's or Heun's method.
 
-    nfe           evaluations of the velocity; Heun's method needs two in a step and one in the
-                  last, as EDM counts, so that nfe is odd
-    cfg           guidance: v_uncond + cfg (v_cond - v_uncond) at the times of cfg_interval, in the
-                  first cfg_channels (None: in all); y_null is the null label
-    shift         equal steps in u become the times shift u / (1 + (shift-1) u); below 1 they are
-                  shorter near the noise. LightningDiT's timestep_shift is the same number, and
-                  SD3's alpha is 1 / shift (Esser et al. 2024, Eq. 23, where sigma = 1-t)
+    nfe           evaluations of the velocity. Heun's method needs two in each step and one in the
+                  last step, as in EDM, so nfe is odd
+    cfg           guidance: v_uncond + cfg (v_cond - v_uncond) at the times in cfg_interval, in the
+                  first cfg_channels channels (None: in all of them); y_null is the null label
+    shift         equal steps in u become the times shift u / (1 + (shift-1) u); for shift
+                  below 1, steps are shorter near the noise. LightningDiT's timestep_shift is the
+                  same number, and SD3's alpha is 1 / shift (Esser et al. 2024, Eq. 23, where
+                  sigma = 1-t)
 
-    Raises ValueError for an even nfe of Heun's method, and for guidance without y or y_null.
+    Raises ValueError for an even nfe with Heun's method, and for guidance without y or y_null.
     """
     if cfg != 1 and (y is None or y_null is None):
         raise ValueError("guidance (cfg other than 1) needs the labels y and the null label y_null")
@@ -215,20 +216,20 @@ DETERMINISTIC = ("euler", "heun")          # noise of K = 1 is enough, whatever 
 
 
 def default_sampler(nfe, args):
-    """The sampler for any NFE; args: the training's flags, a dict."""
+    """The default sampler, which is the same for all NFEs."""
     return "euler"
 
 
 def sampler_options(args):
-    """{sampler: its options} for a network with these flags (a dict). Teachers that facm.py had
-    trained itself were guided from its --t-low on."""
+    """{sampler: its options} for a network. args: the flags it was trained with, a dict. Teachers
+    that earlier versions of facm.py trained are guided from its --t-low on."""
     options = dict(y_null=args["net"].get("num_classes", 0),
                    cfg_interval=(args.get("t_low", 0.0), 1.0))
     return {name: options for name in SAMPLERS}
 
 
 def preview(net, noise, args):
-    """Two rows of 20 Euler steps without guidance over two with FACM's guidance for ImageNet."""
+    """Two rows of samples in 20 Euler steps, above two rows with FACM's guidance for ImageNet."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     rows = [integrate(net, noise, y, nfe=20)]
     if net.num_classes:
@@ -241,7 +242,7 @@ def preview(net, noise, args):
 # TRAINING.
 
 def train(args, run):
-    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    """Trains with the flags args. run (common/run.py) manages the checkpoints and the log."""
     device, rank, world = run.device, run.rank, run.world
 
     # Data, network and its average
@@ -256,7 +257,7 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # The micro-batches of this process, the optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
     if args.fsdp:
         models.shard(net)
@@ -265,7 +266,7 @@ def train(args, run):
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
     run.resume(net, ema, optimizer)
 
-    # The network as the loss calls it: compiled, and DDP around it
+    # The network as the loss calls it: compiled, and wrapped in DDP
     model = net
     if args.compile:
         model = torch.compile(net)
@@ -275,14 +276,14 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: a linear rise, then a linear fall to lr_final
+        # Learning rate: it rises linearly, then falls linearly to lr_final
         rise = min(1, (step + 1) / max(args.warmup, 1))
         fall = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(rise, fall)
 
-        # Noise and times of the whole batch, so that neither processes nor micro-batches change
-        # them: they follow from the seed and the step
+        # Draw noise and times for the whole batch. They depend only on the seed and the step, not
+        # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)
         normal = torch.randn(args.batch, generator=random, device=device)
@@ -292,8 +293,8 @@ def train(args, run):
         if not net.expandable:             # it cannot tell t from 2 - t
             mixed_all = torch.zeros_like(mixed_all)
 
-        # The gradient, accumulated over the micro-batches; with the last one it is averaged over
-        # the processes. EDM2's networks first normalise their weights
+        # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
+        # processes. EDM2's networks normalise their weights first
         if hasattr(net, "force_weight_norm"):
             net.force_weight_norm()
         total = torch.zeros((), device=device)
@@ -313,8 +314,8 @@ def train(args, run):
             loss.backward()
             total += loss.detach()
 
-        # Clip, step, average of the weights (EDM2's power function). A step whose gradient is not
-        # finite is skipped
+        # Clip, step, and update the average of the weights (EDM2's power function). A step whose
+        # gradient is not finite is skipped
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if args.fsdp:
             grad_norm = grad_norm.full_tensor()
@@ -325,7 +326,7 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, and now and then draw a preview, save, and measure the FID of samples
+        # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
         run.log(step, L_fm=total, grad_norm=grad_norm)
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))
@@ -340,9 +341,9 @@ def main():
 
 
 # --------------------------------------------------------------------------------------------------
-# FOR STUDENTS: the teacher of another script's run.
+# FOR STUDENTS: the teacher of a run of another script.
 
-# The flags that a student's run shares with that of its default teacher
+# The flags that a student's run shares with the run of its default teacher
 SHARED = ("data", "data_dir", "resolution", "num_classes", "uncond", "xflip", "channels",
           "skip_broken", "net", "net_given")
 MACHINE = ("device", "micro_batch", "precision", "compile", "fsdp", "grad_checkpoint")
@@ -351,9 +352,9 @@ MACHINE = ("device", "micro_batch", "precision", "compile", "fsdp", "grad_checkp
 def find_or_train(args, dataset, run):
     """The teacher of a student's run, frozen, and the options of the student's network.
 
-    args.teacher: a checkpoint; "none", for no teacher; or None for runs/flow-DATA/ckpt.pt, which is
-    trained first, in the same processes, unless it is finished. Raises ValueError if the teacher
-    does not fit the data or the flag --net.
+    args.teacher: a checkpoint; "none" for no teacher; or None for runs/flow-DATA/ckpt.pt, which is
+    first trained in the same processes, unless its training is finished. Raises ValueError if the
+    teacher does not fit the data or the flag --net.
     """
     if args.teacher == "none":
         return None, data.fit_network_to(dataset, args.net)
@@ -373,13 +374,13 @@ def find_or_train(args, dataset, run):
 
 
 def load_into(net, teacher):
-    """Copies the teacher's weights into its student. The student may have a second time that the
-    teacher does not have, and keeps its own weights there. ValueError if it lacks anything."""
+    """Copies the teacher's weights into its student. A student may have a second time that its
+    teacher lacks, and keeps its weights for it. Raises ValueError if other weights are missing."""
     checkpoints.load_weights(net, teacher.state_dict(), "the teacher", weights.MAY_BEGIN_ANEW)
 
 
 def default_teacher(args, dataset, run):
-    """The path of the default teacher, which is now finished."""
+    """Trains the default teacher unless it is finished, and returns the path of its checkpoint."""
     own = parse_args(["--preset", args.preset, "--data", args.data])
     path = pathlib.Path(own.out) / "ckpt.pt"
     finished = False

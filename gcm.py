@@ -1,9 +1,10 @@
 """A Guide to Training Consistency Models (GCM; openreview.net/forum?id=1SHdqm7Eaa), in one file.
 
 DIRECTION OF TIME: t=0 data, t=1 noise. x_t = (1-t) x + t z, x data, z ~ N(0, sigma_d^2 I), and
-t_0 = 0.006 <= t <= t_T = 0.994. Consistency training from data alone, its choices taken apart: how
-far apart the points of a pair lie (h), how the network sees time (c), what each time weighs (w),
-which times are drawn (p), and to which end s it jumps: t_0 (CU), or any s below t (VU).
+t_0 = 0.006 <= t <= t_T = 0.994. Consistency training without a teacher, with each choice studied
+separately: the distance between the two points of a pair (h), the time scaling of the network (c),
+the weight of each time (w), the density of the times (p), and the time s at which a jump ends: t_0
+(CU), or any s below t (VU).
 
     g(x_t, t, s) = x_t + (s-t) f(x_t, t, s)                    `sample`: jump from t to s Eq. 3
     f_tar        = u + (s-r) (f(x_t,t,s) - f(x_r,r,s)) / (t-r) `gcm_loss`, difference     Eq. 39
@@ -21,7 +22,7 @@ Launch:
     python gcm.py --data cifar10 --row L                                       # 1 GPU
     torchrun --nproc_per_node=8 gcm.py --data cifar10 --batch 1024 --augment   # 8 GPUs
 
-Results and details: docs/gcm.md. A departure from the paper stands at its line: "paper: ...; here:
+Results and details: docs/gcm.md. Comments mark every departure from the paper: "paper: ...; here:
 ...".
 """
 
@@ -44,8 +45,8 @@ from jvp import JVP, in_one_pass, select, with_tangent
 
 METHOD = "gcm"
 
-# The paper's values: Table 1 and G, without the MMD, which --row F or L adds. No paper has the
-# clipping of the gradient at norm 1.
+# The paper's values: Table 1 and G, without the MMD, which --row F or L adds. No paper clips the
+# gradient at norm 1.
 PAPER = dict(
     variant="CU",
     ht="exp",
@@ -79,8 +80,8 @@ PAPER = dict(
     ema_sigma=0.1,
 )
 
-# The presets, one for each data set and use. A flag on the command line overrides its value, and
-# --row does as well.
+# The presets, one for each data set and use. --row overrides their values, and so does a flag on
+# the command line.
 PRESETS = {
     "glyphs": PAPER | dict(                # ours: high rates that fall; weights and times of G.2
         resolution=16,
@@ -168,13 +169,13 @@ PRESETS = {
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
-# For --init with the teacher of these data (ours): fewer steps, a curriculum that falls as far in
-# them, and lambda 0, because G.2 lowers lambda for fine-tuning
+# For --init with a teacher that flow.py trained on this data (ours): fewer steps, a curriculum in
+# which eps falls equally far, and lambda 0, because G.2 lowers lambda for fine-tuning
 for name in ("glyphs", "mnist"):
     PRESETS[f"{name}_finetune"] = PRESETS[name] | dict(steps=1600, curriculum=200, lam=0.0)
 
 # What --row sets: the configurations of Tables 2, 3 and 10. A to F are CU, G to L are VU, and each
-# line adds a choice to the line before. M is D with s-sampling (Table 10), which is J.
+# line adds a choice to the line before it. M is D with s-sampling (Table 10), which equals J.
 BASIC = dict(scheme="gcm", equal=0.0, w=1.0, curriculum=0)
 UNIFORM, SINE = dict(gamma=0.0, lam=0.0, pt="uniform"), dict(gamma=1.0, lam=6.0, pt="sine")
 WEIGHTED = dict(gamma=1.0, lam=6.0, pt="uniform")
@@ -200,42 +201,44 @@ def parse_args():
                           "most flags are those of the preset.")
     flags.add_flags(parser, PRESETS)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
-    flag("--init", metavar="FILE", help="velocity network to begin with, of flow.py or EDM's "
-         "(G.2); else: from scratch")
+    flag("--init", metavar="FILE", help="velocity network to start from, of flow.py or EDM's "
+         "(G.2; default: train from scratch)")
     flag("--row", choices=list(ROWS), help="configuration of Tables 2, 3 and 10")
     flag("--variant", choices=["CU", "VU"], help="upper limit s: t_0, or drawn (3.4)")
-    flag("--jvp", choices=list(JVP), help="df/dt: in one pass with f, by torch.func.jvp, or a "
-         "finite difference over h(t) (Table 7j)")
+    flag("--jvp", choices=list(JVP), help="how df/dt is computed: in one pass with f, by "
+         "torch.func.jvp, or by a finite difference over h(t) (Table 7j)")
     flag("--ht", choices=list(STEPS), help="step h(t) (C.3, Table 7b)")
-    flag("--epsilon", float, 1e-9, help="eps of h(t) 'exp'; the others: integral of eps (1-t)^2")
-    flag("--curriculum", int, 0, help="steps after which eps, first 1/q, falls (G.1, Table 7d)")
+    flag("--epsilon", float, 1e-9, help="eps of h(t) 'exp'; the integral of the others is "
+         "that of eps (1-t)^2")
+    flag("--curriculum", int, 0, help="steps after which eps, at first 1/q, falls (G.1, Table 7d)")
     flag("--q", float, 1, help="what eps is divided by at the end of each --curriculum (G.1)")
-    flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t); not with --init, nor with "
-         "a network that scales itself (Eq. 9)")
+    flag("--ct", choices=list(TIME_SCALINGS), help="time scaling c(t), without --init and for "
+         "networks that do not scale themselves (Eq. 9)")
     flag("--mu", float, 1e-9, help="exponent of h(t) and c(t) (Eqs. 36, 37)")
-    flag("--scheme", choices=list(WEIGHTS), help="whose weights and times (Tables 7e, 11)")
+    flag("--scheme", choices=list(WEIGHTS), help="method whose weights and times are used "
+         "(Tables 7e, 11)")
     flag("--gamma", float, help="gamma in w(t) = t^gamma e^(-lambda t) (Eq. 14)")
     flag("--lambda", float, dest="lam", help="lambda in w(t) (Eq. 14)")
     flag("--pt", choices=list(DENSITIES), help="density of t (Eqs. 15, 16, Table 7g)")
     flag("--pt-ab", float, nargs=2, help="a and b of the density (Eqs. 15, 16)")
     flag("--nu-s", float, 1e-9, help="nu in the density of s (Eq. 17)")
-    flag("--equal", float, 0, 1, help="share of s = t, at log-normal times (G.2)")
+    flag("--equal", float, 0, 1, help="fraction of samples with s = t, at log-normal times (G.2)")
     flag("--P-mean", float, help="mean of the log-normal times of --equal and --scheme (G.2)")
     flag("--P-std", float, 0, help="standard deviation of the log-normal times (G.2)")
     flag("--group", int, 1, help="M of the time-aware MMD; 1: the norm instead (Eq. 46, Table 7i)")
     flag("--kernel-sigma", float, 1e-9, math.inf, help="sigma of the MMD's kernel (Eq. 44)")
-    flag("--share-time", action="store_true", help="one time for each group, as IMM (Table 7i)")
+    flag("--share-time", action="store_true", help="one time for each group, as in IMM (Table 7i)")
     flag("--w", float, help="guidance scale omega / (1 - kappa) of MeanFlow; 1 is none (G.2)")
     flag("--kappa", float, 0, 1, help="kappa of MeanFlow's guidance (G.2)")
-    flag("--guide", float, 0, 1, nargs=2, help="guidance at the times from ... to ... (G.2)")
-    flag("--label-drop", float, 0, 1, default=0.1, help="share of null labels, with guidance")
+    flag("--guide", float, 0, 1, nargs=2, help="first and last time with guidance (G.2)")
+    flag("--label-drop", float, 0, 1, default=0.1, help="fraction of null labels, with guidance")
     flag("--sigma-data", float, 1e-9, help="sigma_d, the data's standard deviation (3.1)")
     flag("--augment", action="store_true", help="EDM's augmentation (Tables 8, 9)")
     flag("--t-mid", float, nargs="+", help="times between the steps (G.1)")
     flag("--optimizer", choices=["AdamW", "RAdam"], help="optimiser (G.1, G.2)")
     flag("--lr-decay", int, 1, help="steps after which the learning rate falls as the inverse "
          "square root of the step (ECT)")
-    flag("--ema-beta", float, 0, 1, help="constant rate of the EMA, in place of --ema-sigma; 0 "
+    flag("--ema-beta", float, 0, 1, help="constant rate of the EMA, instead of --ema-sigma; 0 "
          "means --ema-sigma")
     args = flags.parse_words(parser)
     preset = flags.choose_preset(args, PRESETS)
@@ -265,7 +268,7 @@ def parse_args():
 
 # --------------------------------------------------------------------------------------------------
 # THE METHOD. Pure functions of any shape: x, z, xt, u, F, ... [B, ...]; t, r, s, h, w [B] float;
-# y [B] int64 or None. They need torch and jvp.py alone.
+# y [B] int64 or None. They need only torch and jvp.py.
 
 T_MIN, T_MAX = 0.006, 0.994                # t_0 and t_T (G.1)
 
@@ -275,12 +278,12 @@ def gcm_loss(f, jvp, x, z, t, s, density, y, *, difference=True, ht="exp", k=0.0
              y_null=None):
     """Mean over the batch of Eq. 39, which has the gradient of Eq. 5, the paper's loss.
 
-    f          see precondition; under DDP its network is DDP's wrapper
-    jvp        one of jvp.JVP; with `difference` it is not used and may be None
+    f          see precondition; under DDP, its network is the DDP wrapper
+    jvp        a value of jvp.JVP; with `difference` it is not used and may be None
     x, z       data, and noise of the data's standard deviation
     t, s, density   as sample_times returns them
     y          labels or None
-    difference the derivative is the paper's difference of the pair x_t, x_r (Table 7j); else jvp's
+    difference use the paper's difference between x_t and x_r as derivative (Table 7j), not jvp
     ht, k, mu  step h(t) of STEPS; scheme, gamma, lam: w(t) of WEIGHTS; M, sigma: see mmd_loss
     w, kappa, guide, y_null   see guided_velocity
     """
@@ -305,7 +308,7 @@ def gcm_loss(f, jvp, x, z, t, s, density, y, *, difference=True, ht="exp", k=0.0
 
 
 def wide(t, x):
-    """t [B] with as many dimensions as x, so that it multiplies the samples of x."""
+    """t [B], reshaped to as many dimensions as x, so that it broadcasts over the samples."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -318,8 +321,8 @@ def step_size(t, ht, k, mu):
 @torch.no_grad()
 def guided_velocity(f, xt, u, t, y, *, w, kappa, guide, y_null):
     """MeanFlow's mixture (Geng et al. 2025, Eq. 19) of u and f(x_t, t, t) with label y and without,
-    omega being w (1 - kappa), at times in the interval `guide`; else u. w = 1 is no guidance.
-    ValueError if w is not 1 and y or y_null is None."""
+    where omega is w (1 - kappa), at times in the interval `guide`; at other times, u. w = 1 is no
+    guidance. Raises ValueError if w is not 1 and y or y_null is None."""
     if w == 1:
         return u
     if y is None or y_null is None:
@@ -333,8 +336,8 @@ def guided_velocity(f, xt, u, t, y, *, w, kappa, guide, y_null):
 
 @torch.no_grad()
 def pair_difference(f, F, xt, t, r, s, y, u):
-    """f(x_t, t, s), which is F, minus f(x_r, r, s). Under autocast both are computed again in
-    float32, because bfloat16 would round their difference off."""
+    """f(x_t, t, s), which is F, minus f(x_r, r, s). Under autocast, both are computed again
+    in float32, because their difference would be lost in bfloat16."""
     xr = xt + wide(r - t, xt) * u
     if not torch.is_autocast_enabled(xt.device.type):
         return F - f(xr, r, s, y)
@@ -345,16 +348,17 @@ def pair_difference(f, F, xt, t, r, s, y, u):
 
 def precondition(net, *, ct="exp", mu=3.5, sigma_d=0.5, second_time=False, velocity=False,
                  augment=None):
-    """f(x_t, t, s, y) = c_out net(c_in x_t, c(t), c(s), y) (3.1), which also takes tangent=.
+    """f(x_t, t, s, y) = c_out net(c_in x_t, c(t), c(s), y) (3.1), which also accepts tangent=.
 
     net        any callable net(x, t, s, y); s is c(s) if second_time, else None
-    velocity   net is a velocity network as models.py has them, with time from noise to data and
-               noise of deviation 1: its answer at k x_t, where the ratio of noise to data is the
-               same, becomes f. So are the networks of --init, and those that scale themselves
+    velocity   whether net is a velocity network as in models.py, with time from noise to data and
+               noise of standard deviation 1. f is then computed from its output at k x_t, where
+               the ratio of noise to data is the same. The networks of --init, and those that
+               scale themselves, are of this kind
     augment    the labels [B, D] of the augmentation, which are net's fifth argument, or None
 
-    paper: z ~ N(0, I) (2.1); here: its deviation is sigma_d, because c_in and c_out have unit
-    variance (3.1) only then.
+    paper: z ~ N(0, I) (2.1); here: its standard deviation is sigma_d, because only then do c_in and
+    c_out give unit variance (3.1).
     """
     def f(xt, t, s, y):
         more = ()
@@ -373,17 +377,18 @@ def precondition(net, *, ct="exp", mu=3.5, sigma_d=0.5, second_time=False, veloc
 
 
 def rms(a, dim):
-    """Root mean square over dim, with gradient 0 at 0. paper: the norm, a root of a sum; here: of a
-    mean, because the log and --clip then mean the same at any size; RAdam does not notice."""
+    """Root mean square over dim, with gradient 0 at 0. paper: the norm, the root of a sum; here:
+    the root of a mean, because the log and --clip then have the same meaning at any size. RAdam
+    does not depend on this factor."""
     return torch.linalg.vector_norm(a, dim=dim) / math.sqrt(math.prod(a.shape[d] for d in dim))
 
 
 def mmd_loss(F, target, base, t, r, s, h, weight, M, sigma):
-    """Time-aware energy distance [B], in groups of M, of base - h F, the jump's end from t, to base
-    - h f_tar, that from r; base: x_t + (s-r) f(x_t, t, s), without gradient.
-    paper: twice this; here: half, because M = 1 is then the norm, but for e^(-h / sigma).
-    paper: t - r for h; here: h, which is t - r but where s cuts it short, there it may be 0.
-    paper: IMM's sharing of times has Eq. 5's form (G.1); here: this one, too (--share-time)."""
+    """Time-aware energy distance [B], in groups of M, between base - h F, the end of the jump from
+    t, and base - h f_tar, that of the jump from r. base: x_t + (s-r) f(x_t, t, s), no gradient.
+    paper: twice this; here: half, because M = 1 is then the norm, except for e^(-h / sigma).
+    paper: t - r for h; here: h, because t - r is smaller, and may be 0, where r is s.
+    paper: IMM's sharing of times has Eq. 5's form (G.1); here: it has this form (--share-time)."""
     a, b = ((base - wide(h, base) * end).flatten(1).unflatten(0, (-1, M))
             for end in (F, target))                                                # Eq. 40
     t, r, s, h, weight = (times.unflatten(0, (-1, M)) for times in (t, r, s, h, weight))
@@ -393,13 +398,13 @@ def mmd_loss(F, target, base, t, r, s, h, weight, M, sigma):
         times = (t1[:, :, None] - t2[:, None]).abs() + (s[:, :, None] - s[:, None]).abs()
         return -apart * torch.exp(-times / sigma)                                  # Eq. 44
 
-    # paper: |t_j - r_k| in all three kernels; here: each kernel's own times, because Eq. 44 has so.
+    # paper: |t_j - r_k| in all three kernels; here: the times of each kernel, because of Eq. 44.
     pairs = kernel(a, a, t, t) + kernel(b, b, r, r) - 2 * kernel(a, b, t, r)
     return (weight / h * pairs.mean(2) / 2).flatten()                              # Eq. 46
 
 
 def sigma_ratio(t):
-    """sigma / sigma_d of EDM at time t."""
+    """EDM's ratio sigma / sigma_d at time t."""
     return torch.tan(math.pi / 2 * t)                                              # Eq. 24
 
 
@@ -427,8 +432,8 @@ STEPS["exp-equal"] = STEPS["exp"]          # "exp" takes k = eps itself (end of 
 TIME_SCALINGS = {                          # c(t)
     "t": lambda t, mu: t,
     "1000t": lambda t, mu: 1000 * t,
-    # paper: also (eps e^(mu t) - 1) / mu (3.2) and e^(-3.5 t) (Table 7c); here: C.4's form, because
-    # it alone is near t for small t, from which C.4 derives it.
+    # paper: also (eps e^(mu t) - 1) / mu (3.2) and e^(-3.5 t) (Table 7c); here: the form of C.4,
+    # because only this form is near t for small t, from which C.4 derives it.
     "exp": lambda t, mu: torch.expm1(mu * t) / mu,                                 # Eqs. 9, 37
 }
 
@@ -438,7 +443,7 @@ WEIGHTS = {                                # w(t); of GCM and, for Tables 7e and
         torch.sigmoid(5 + 2 * torch.log(t / (1 - t))) / t / ((1 - t) ** 2 + t ** 2)),
     "meanflow": lambda t, s, h, *_: torch.ones_like(t),
     "facm": lambda t, s, h, *_: torch.where(s == t, 1.0, torch.sin(math.pi / 2 * t)),
-    # 1 / (sigma_t - sigma_r), times t, because it was for the denoiser x_t - t f.
+    # 1 / (sigma_t - sigma_r), times t, because ECT weights the denoiser x_t - t f.
     "ect": lambda t, s, h, *_: t / (sigma_ratio(t) - sigma_ratio((t - h).clamp(min=0))),
 }
 
@@ -477,7 +482,7 @@ def uniform(u, a, b):
 
 
 def uniform_power(u, v, nu):
-    """Draws of p_up on [0, 1] from uniform u, v (E.2)."""
+    """Samples of p_up on [0, 1] from uniform u, v (E.2)."""
     return u * (1 - (1 - v) ** (1 / nu))                                           # Eq. 17
 
 
@@ -486,10 +491,12 @@ DENSITIES = {"uniform": uniform, "sine": sine, "cosh": cosh}
 
 def sample_times(u, *, scheme="gcm", variant="CU", pt="sine", ab=(1.0, 0.01), nu=4.0, equal=0.0,
                  P_mean=-0.4, P_std=1.0, sigma_d=0.5):
-    """t, s and the density of t, from uniform u [4, B]. A share `equal` has s = t, at log-normal
-    times (G.2); the density there is 1, because the paper means that draw as a weight.
-    paper: w(t) / p(t|s); here: p(t|s) relative to uniform on [s, t_T], which leaves out a factor
-    t_T - s of the weight, because by 3.3 uniform times have the weight w(t). It matters for VU."""
+    """t, s and the density of t, from uniform u [4, B]. A fraction `equal` of the samples has s = t
+    and log-normal times t (G.2). The density is 1 there, because the paper means the choice of
+    these times as a weight.
+    paper: w(t) / p(t|s); here: p(t|s) is relative to the uniform density on [s, t_T], which removes
+    a factor t_T - s from the weight, because uniform times have the weight w(t) in 3.3. This makes
+    a difference for VU only."""
     normal = P_mean + P_std * torch.special.ndtri(u)
     density = torch.ones_like(u[0])
     s, same = torch.full_like(u[0], T_MIN), u[3] < equal
@@ -515,13 +522,14 @@ def sample_times(u, *, scheme="gcm", variant="CU", pt="sine", ab=(1.0, 0.01), nu
 
 @torch.no_grad()
 def sample(net, noise, y, *, nfe, restart, mid=(0.6,), sigma_d=0.5, times=None, **options):
-    """nfe jumps, from t_T by way of nfe - 1 falling times to t_0.
+    """nfe jumps from t_T to t_0, by way of nfe - 1 falling times.
 
-    restart    each jump ends at t_0, from where fresh noise leads back (CU; K = nfe); else each
-               jump ends at the next time (pushforward, VU; K = 1)
-    times      the times in between (default: `mid`, if they are as many, or equal steps);
-               ValueError if they do not fit
-    options    those of `precondition`
+    restart    whether each jump ends at t_0, and fresh noise leads back to the next time (CU;
+               K = nfe); otherwise, each jump ends at the next time (pushforward, VU; K = 1)
+    times      the times in between (default: `mid` if their number fits, else equal steps)
+    options    the options of `precondition`
+
+    Raises ValueError if the times do not fit.
     """
     f = precondition(net, sigma_d=sigma_d, **options)
     inner = times
@@ -548,13 +556,13 @@ DETERMINISTIC = ("pushforward",)           # one noise is enough
 
 
 def default_sampler(nfe, args):
-    """The sampler for a run with these flags (a dict; G.1)."""
+    """The default sampler (G.1). args: the flags of the run, a dict."""
     only_jumps_to_the_end = args["variant"] == "CU" or args["scheme"] in ("facm", "ect")
     return "restart" if only_jumps_to_the_end else "pushforward"
 
 
 def scalings(args):
-    """The options of `precondition` for a run with these flags (a dict)."""
+    """The options of `precondition`. args: the flags of the run, a dict."""
     net = args["net"]
     scales_itself = (net.get("sigma_data") is not None or net.get("edm_time", False)
                      or net["name"].startswith("EDM2"))
@@ -564,12 +572,12 @@ def scalings(args):
 
 
 def sampler_options(args):
-    """{sampler: its options} for a run with these flags (a dict)."""
+    """{sampler: its options}. args: the flags of the run, a dict."""
     return {name: dict(scalings(args), mid=tuple(args["t_mid"])) for name in SAMPLERS}
 
 
 def preview(net, noise, args):
-    """Two rows of NFE 1 over two of NFE 2."""
+    """Two rows of samples at NFE 1, above two rows at NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
     name = default_sampler(2, vars(args))
     options = sampler_options(vars(args))[name]
@@ -580,7 +588,7 @@ def preview(net, noise, args):
 # TRAINING.
 
 def check(args, net):
-    """Raises ValueError for flags that do not go together. net: the network's options."""
+    """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.variant == "CU":
         other_ends = args.equal or args.scheme in ("imm", "meanflow", "facm")
         if args.w != 1 or other_ends:
@@ -596,10 +604,10 @@ def check(args, net):
 
 
 def train(args, run):
-    """Trains from args, the flags; run (common/run.py) keeps checkpoints and the log."""
+    """Trains with the flags args. run (common/run.py) manages the checkpoints and the log."""
     device, rank, world = run.device, run.rank, run.world
 
-    # Data, network and its average; with --init the network begins with the weights of that file
+    # Data, network and its average. With --init, the network starts from the weights of that file
     dataset = data.load_for(args)
     begins = args.init is not None
     if begins and args.dry_run:
@@ -617,7 +625,7 @@ def train(args, run):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     gamma = gamma_of(args.ema_sigma)
 
-    # The micro-batches of this process, the optimiser, and where the run stands
+    # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch, args.group)
     if args.fsdp:
         models.shard(net)
@@ -629,7 +637,7 @@ def train(args, run):
         optimizer = torch.optim.AdamW(net.parameters(), fused=device.type != "mps", **settings)
     run.resume(net, ema, optimizer)
 
-    # The network as the loss calls it: compiled, and DDP around it
+    # The network as the loss calls it: compiled, and wrapped in DDP
     model = net
     if args.compile:
         model = torch.compile(net)
@@ -643,7 +651,7 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: ECT's decay, a linear rise, a linear fall to lr_final
+        # Learning rate: ECT's decay, times a linear rise and a linear fall to lr_final
         lr = args.lr
         if args.lr_decay:
             lr *= max(1, step / args.lr_decay) ** -0.5
@@ -652,14 +660,14 @@ def train(args, run):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(rise, fall)
 
-        # The step's constant. paper: k falls for ever (G.1); here: to 2^-10, because float32 rounds
-        # less off
+        # The constant of h(t). paper: k falls without end (G.1); here: to 2^-10, because float32
+        # rounds less there
         k = constant
         if args.curriculum:
             k = max(args.q ** -(1 + step // args.curriculum), 2 ** -10)
 
-        # Noise and times of the whole batch, so that neither processes nor micro-batches change
-        # them: they follow from the seed and the step
+        # Draw noise and times for the whole batch. They depend only on the seed and the step, not
+        # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         z_all = args.sigma_data * torch.randn(shape, generator=random, device=device)
         draws = torch.rand((5, args.batch), generator=random, device=device)
@@ -671,8 +679,8 @@ def train(args, run):
             u, scheme=args.scheme, variant=args.variant, pt=args.pt, ab=args.pt_ab, nu=args.nu_s,
             equal=args.equal, P_mean=args.P_mean, P_std=args.P_std, sigma_d=args.sigma_data)
 
-        # The gradient, accumulated over the micro-batches; with the last one it is averaged over
-        # the processes. EDM2's networks first normalise their weights
+        # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
+        # processes. EDM2's networks normalise their weights first
         if hasattr(net, "force_weight_norm"):
             net.force_weight_norm()
         total = torch.zeros((), device=device)
@@ -702,8 +710,8 @@ def train(args, run):
             loss.backward()
             total += loss.detach()
 
-        # Clip, step, average of the weights: EDM2's power function, or a constant rate. A step
-        # whose gradient is not finite is skipped
+        # Clip, step, and update the average of the weights: with EDM2's power function, or a
+        # constant rate. A step whose gradient is not finite is skipped
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if args.fsdp:
             grad_norm = grad_norm.full_tensor()
@@ -716,7 +724,7 @@ def train(args, run):
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         optimizer.zero_grad()
 
-        # Log, and now and then draw a preview, save, and measure the FID of samples
+        # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
         run.log(step, loss=total, grad_norm=grad_norm)
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))

@@ -8,12 +8,13 @@
 
 --out NAME.png is one grid; NAME.npz holds arr_0 uint8 [N, H, W, 3] and arr_1 labels [N], as ADM's
 evaluator reads them (grey samples as RGB); anything else is a folder with a PNG for each sample.
-The same command continues an interrupted npz or folder, with any --batch and number of processes.
+The same command resumes an interrupted npz or folder, with any --batch and number of processes.
 
-Sample i draws its noise from (--seed, i), and a network always sees the same ROWS samples at once,
-because other numbers of rows round otherwise: an image is the same to the last bit whatever --n,
---batch and the processes, on one type of device. Pixels become 8 bits by clip(round(127.5 x +
-127.5)). DIRECTION OF TIME, for flow-matching networks: t=0 noise, t=1 data.
+The noise of sample i depends only on --seed and i, and the network always evaluates the same ROWS
+samples together, because the batch size changes the rounding. On one type of device, an image is
+therefore the same to the last bit for any --n, --batch and number of processes. Pixels become
+8 bits by clip(round(127.5 x + 127.5)). DIRECTION OF TIME, for flow-matching networks: t=0 noise,
+t=1 data.
 """
 
 import functools
@@ -50,40 +51,43 @@ ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoen
 def parse_args():
     p = flags.Parser(description="Images from a checkpoint.")
     a = p.add_argument
-    a("--ckpt", required=True, type=pathlib.Path, help="run folder, or checkpoint: of a script "
-      "here or, with --method, a public one")
+    a("--ckpt", required=True, type=pathlib.Path, help="run folder, or checkpoint of a training "
+      "script or, with --method, a public one")
     a("--out", help="NAME.png (one grid), NAME.npz, or a folder of PNGs (default: nfeNFE.png "
       "beside the checkpoint)")
-    a("--nfe", type=int, default=1, help="function evaluations; a guided one counts once")
-    a("--n", "--samples", type=int, default=64, help="number of samples; torchrun takes only the "
-      "long name, because it reads --n as the beginning of its own flags")
-    a("--grid", type=int, nargs="+", metavar="NFE", help="NAME.png: a row for each, the same seeds")
+    a("--nfe", type=int, default=1, help="number of function evaluations; a guided "
+      "evaluation counts once")
+    a("--n", "--samples", type=int, default=64, help="number of samples; torchrun needs the long "
+      "name, because it reads --n as the beginning of its own flags")
+    a("--grid", type=int, nargs="+", metavar="NFE", help="NAME.png: a row for each, with the "
+      "same seeds")
     a("--labels", default="all", help="all: sample i has class i mod classes, so that each has "
       "n/classes (rounded down, or up for the first of them); random; or a list to repeat: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
-    a("--batch", type=int, default=ROWS, help=f"samples between two writes, rounded up to {ROWS}s")
+    a("--batch", type=int, default=ROWS, help="samples between two writes, rounded up to a "
+      f"multiple of {ROWS}")
     a("--sampler", help="facm: cm, euler; baselines: also jumps; decm: cm, euler, mix; gcm: "
-      "restart, pushforward; flow matching: euler, heun (default: the method's)")
+      "restart, pushforward; flow matching: euler, heun (default: depends on the method)")
     a("--n-ode", type=int, help="steps along the flow (decm: mix)")
     a("--times", type=float, nargs="+", help="falling times in between (gcm)")
-    a("--cfg", type=float, help="flow matching: guidance scale, in 2 passes (default: 1, none)")
+    a("--cfg", type=float, help="flow matching: guidance scale, 2 passes (default: 1, none)")
     a("--cfg-interval", type=float, nargs=2, metavar=("T0", "T1"), help="guide from time T0 to T1, "
-      "1 being data (default: from the --t-low of training, or 0, to 1)")
-    a("--cfg-channels", type=int, help="guide the first channels only (LightningDiT's, SiT's: 3)")
+      "where 1 is data (default: from the --t-low of training, or 0, to 1)")
+    a("--cfg-channels", type=int, help="guide only the first channels (LightningDiT and SiT: 3)")
     a("--shift", type=float, help="flow matching: LightningDiT's timestep_shift (default: 1, none)")
-    a("--method", choices=METHODS, help="of a public network: flow, or what "
-      "distilled it")
+    a("--method", choices=METHODS, help="method of a public network: flow, or the "
+      "method that distilled it")
     a("--net", nargs="+", default=[], metavar="K=V", help="options of the public network, such as "
       "prediction=noise")
     a("--weights", metavar="KEY", help="key of its weights in the file (default: an average of "
       "them, or the model)")
     a("--vae", help="checkpoint of the autoencoder that makes images of latents")
-    a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training data, "
-      "or the scale of the SD-VAE)")
-    a("--raw", action="store_true", help="the weights themselves, not their average (EMA)")
-    a("--export", metavar="FILE.safetensors", type=pathlib.Path, help="write the network alone, "
-      "in half precision, to a file that --ckpt takes, and end")
-    a("--device", help="cpu, cuda, cuda:N or mps (default: cuda where there is one)")
+    a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training "
+      "data, or the scale of the SD-VAE)")
+    a("--raw", action="store_true", help="use the weights themselves, not their average (EMA)")
+    a("--export", metavar="FILE.safetensors", type=pathlib.Path, help="write only the network, "
+      "in half precision, to a file that --ckpt can read, and exit")
+    a("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     return p.parse_args()
 
 
@@ -93,9 +97,9 @@ def parse_args():
 def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     """The network of a checkpoint in eval mode, with averaged or raw weights, and the checkpoint.
 
-    method: for a public file, "flow" or what distilled it; its checkpoint has method, step 1 and
-    args = dict(net=...). options, key: see weights.load. Raises ValueError if the file is no
-    checkpoint.
+    method: for a public file, "flow" or the method that distilled it; the returned checkpoint then
+    has method, step 1 and args = dict(net=...). options, key: see weights.load. Raises ValueError
+    if the file is not a checkpoint.
     """
     if method:
         return load_public(path, device, raw, method, options or {}, key)
@@ -115,7 +119,7 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
 
 
 def load_public(path, device, raw, method, options, key):
-    """As load, for a public file."""
+    """Like load, for a public file."""
     net = weights.load(path, method == "flow", key, **options).to(device)
     if raw:
         raise ValueError(f"{path}: --raw is for checkpoints of the training scripts")
@@ -126,15 +130,16 @@ def load_public(path, device, raw, method, options, key):
 
 
 def export(path, net, checkpoint):
-    """Writes what sampling needs: the weights in float16, and method, step and flags as text."""
+    """Writes what sampling needs: the weights in float16, and method, step and flags as JSON."""
     note = {k: json.dumps(checkpoint[k]) for k in ("method", "step", "args")}
     tensors = {k: w.half().contiguous() for k, w in net.state_dict().items()}
     path.write_bytes(safetensors.torch.save(tensors, note))
 
 
 def load_decoder(path, stats, checkpoint, device="cpu"):
-    """decode, factor, tensors: decode makes images [B, 3, factor H, factor W] in [-1, 1] of a
-    network's samples [B, C, H, W], latents (z - mean) / std; tensors: what it depends on.
+    """decode, factor, tensors. decode makes images [B, 3, factor H, factor W] in [-1, 1] from the
+    samples [B, C, H, W] of a network, which are latents (z - mean) / std. tensors: the weights and
+    statistics that decode depends on.
 
     path, stats: --vae, --latent-stats. Raises ValueError if they are missing or do not fit.
     """
@@ -156,8 +161,8 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
 
 
 def latent_statistics(stats, args, vae, channels):
-    """mean and std with which a network's latents were normalised: those of --latent-stats, of the
-    checkpoint, of the training data, or the scale of the SD-VAE, whichever is there first."""
+    """The mean and std with which a network's latents were normalised, from the first of these that
+    exists: --latent-stats, the checkpoint, the training data, the scale of the SD-VAE."""
     held = args.get("latent_stats")
     if held and not stats:
         return tuple(torch.tensor(held[key]).reshape(1, channels, 1, 1) for key in ("mean", "std"))
@@ -173,8 +178,8 @@ def latent_statistics(stats, args, vae, channels):
 
 
 def choose_labels(labels, n, num_classes, seed, names=()):
-    """int64 [n] from --labels: all, random, or a list that is repeated, of `names` of classes or of
-    numbers. Raises ValueError for a label that the network does not have."""
+    """Labels int64 [n] from --labels: all, random, or a list that is repeated, of numbers or of
+    class names in `names`. Raises ValueError for a label that the network does not have."""
     if labels == "all":
         return torch.arange(n) % max(num_classes, 1)
     if labels == "random":
@@ -210,8 +215,8 @@ class Sampler(NamedTuple):
 def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
     """The Sampler for a checkpoint and an NFE.
 
-    sampler: a name, or None for the default. given: options by hand, None where not given. Raises
-    ValueError for an unknown sampler or an option that it does not have.
+    sampler: a name, or None for the default. given: options from the command line, or None. Raises
+    ValueError for an unknown sampler, or for an option that the sampler does not have.
     """
     args, method = checkpoint["args"], checkpoint["method"]
     flow = weights.is_velocity(checkpoint)
@@ -238,7 +243,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
 
 
 def check_flow_options(net, checkpoint, name, nfe, given):
-    """Raises ValueError for options of flow matching that make no sense for this network."""
+    """Raises ValueError for options of flow matching that this network cannot use."""
     cfg, (start, end) = given.get("cfg", 1), given.get("cfg_interval", (0, 1))
     if cfg != 1 and not net.num_classes:
         raise ValueError("--cfg: guidance needs a network with classes")
@@ -253,17 +258,17 @@ def check_flow_options(net, checkpoint, name, nfe, given):
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples: the same, however they are cut into batches.
+# Samples: the same for any batch size.
 
 def draw_noise(seed, indices, count, shape):
-    """[count, len(indices), *shape], standard normal: sample i's noise is drawn from (seed, i)."""
+    """Standard normal noise [count, len(indices), *shape], drawn from (seed, i) for sample i."""
     return torch.stack([
         torch.randn((count, *shape), generator=seeds.generator("cpu", seed, "sample", i))
         for i in indices], dim=1)
 
 
 def in_rows(function, rows, *inputs):
-    """function(*inputs) [b, ...], called with exactly `rows` samples: the last are zeros."""
+    """function(*inputs) [b, ...], with `rows` samples in each call. Zeros fill up the last one."""
     outputs = []
     for parts in zip(*(x.split(rows) for x in inputs)):
         missing = rows - len(parts[0])
@@ -274,8 +279,8 @@ def in_rows(function, rows, *inputs):
 
 @torch.no_grad()
 def draw_batch(net, checkpoint, chosen, seed, first, labels):
-    """The samples first, first+1, ... (first: a multiple of ROWS) of these labels by the sampler
-    `chosen`, [b, C, H, W] on the network's device. On CUDA it returns before they are computed."""
+    """Samples first, first+1, ... with these labels, by the sampler `chosen`: [b, C, H, W] on the
+    network's device. first: a multiple of ROWS. On CUDA this returns before they are computed."""
     device = next(net.parameters()).device
     options = checkpoint["args"]["net"]
     shape = (options["in_channels"], options["input_size"], options["input_size"])
@@ -290,8 +295,8 @@ def draw_batch(net, checkpoint, chosen, seed, first, labels):
 
 
 def to_pixels(decode, x, first):
-    """uint8 [b, H, W, C], NumPy, of the samples x from number `first` on. Raises FloatingPointError
-    if they are not finite: as images they would just be black."""
+    """Images uint8 [b, H, W, C], NumPy, of the samples x from number `first` on. Raises
+    FloatingPointError if they are not finite, because as images they would only be black."""
     images = in_rows(decode, DECODED_ROWS, x)
     if not images.isfinite().all():
         raise FloatingPointError(
@@ -302,7 +307,7 @@ def to_pixels(decode, x, first):
 def draw(net, checkpoint, nfe, labels, seed=0, decode=lambda x: x, **choice):
     """The samples 0, 1, ... with labels int64 [n], in memory: uint8 [n, H, W, C], NumPy.
 
-    choice: sampler and its options, see choose_sampler; decode: see load_decoder.
+    choice: the sampler and its options, see choose_sampler; decode: see load_decoder.
     """
     chosen = choose_sampler(net, checkpoint, nfe, **choice)
     return np.concatenate([
@@ -325,9 +330,10 @@ BEGUN = {"arr_0.npy", "done", "settings.part", ".owner"}       # may be there be
 
 
 def begin(folder, settings, shape, rank, npz):
-    """Makes the folder of a stream, or finds it begun with the same settings: which samples are
-    done, bool [N]. It holds settings.json, done, and for an npz the images, shape [N, H, W, 3].
-    Raises ValueError on all processes, before anything is written, if another command began it."""
+    """Makes the folder of a stream, or opens one that was begun with the same settings. Returns
+    which samples are done, bool [N]. The folder has settings.json, done, and for an npz the images,
+    whose shape is [N, H, W, 3]. Raises ValueError on all processes, before anything is written, if
+    another command began the folder."""
     note, existed = folder / "settings.json", folder.exists()
     settings = json.loads(json.dumps(settings))            # tuples become lists, as in the file
     if existed and rank == 0:
@@ -353,7 +359,7 @@ def begin(folder, settings, shape, rank, npz):
 
 
 def check_settings(note, settings):
-    """Raises ValueError if the file `note` is damaged, or holds other settings."""
+    """Raises ValueError if the file `note` is damaged or has other settings."""
     folder = note.parent
     try:
         old = dict(json.loads(note.read_text()))
@@ -366,8 +372,8 @@ def check_settings(note, settings):
 
 
 def write_at(path, place, content):
-    """Writes bytes into a file from that place on, through to the disk. Not by a memory map, whose
-    pages would count as memory of the process."""
+    """Writes bytes into a file at this offset, through to the disk. It uses no memory map, because
+    its pages would count as memory of the process."""
     with open(path, "r+b" if path.exists() else "wb") as file:
         file.seek(place)
         file.write(content)
@@ -383,11 +389,11 @@ def encode_png(image):
 
 
 def stream(out, settings, labels, size, batch, rank, world, sample, decode):
-    """Draws this process's share of the samples that are not done, sample(first, end). While the
-    next batch is drawn, a thread decodes and writes the last: images uint8 [b, size, size, C].
+    """Draws, by sample(first, end), those samples of this process that are not done. While the next
+    batch is drawn, a thread decodes and writes the last one: images uint8 [b, size, size, C].
 
-    out: NAME.npz, by way of NAME.npz.partial/, in which all processes write their images in place
-    (twice the size of the images on the disk in the end), or a folder of NUMBER-classLABEL.png.
+    out: a folder of NUMBER-classLABEL.png, or NAME.npz. For an npz, all processes first write their
+    images into NAME.npz.partial/, so that it needs twice the size of the images on the disk.
     """
     n, npz = len(labels), out.suffix == ".npz"
     batch = math.ceil(batch / ROWS) * ROWS
@@ -428,7 +434,7 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
 
 
 def pack(folder, out, labels):
-    """Makes the npz of a folder of which all samples are done, and removes the folder."""
+    """Makes the npz from a folder in which all samples are done, and removes the folder."""
     np.save(folder / "arr_1.npy", labels.numpy())
     with zipfile.ZipFile(folder / "npz", "w") as archive:
         for name in ("arr_0.npy", "arr_1.npy"):
@@ -441,7 +447,7 @@ def pack(folder, out, labels):
 
 
 def default_out(args, nfes):
-    """The grid beside the checkpoint, named by the NFE."""
+    """The default path of the grid: beside the checkpoint, with the NFE in its name."""
     name = f"nfe{'-'.join(map(str, nfes))}.png"
     if args.ckpt.suffix == ".safetensors":
         name = f"{args.ckpt.stem}-{name}"
@@ -449,7 +455,7 @@ def default_out(args, nfes):
 
 
 def check_args(args, nfes, out):
-    """Ends the program for flags that make no sense."""
+    """Ends the program for flags that cannot be combined."""
     if min(*nfes, args.n, args.batch) < 1:
         fail("--nfe, --grid, --n and --batch must be at least 1")
     if args.cfg_channels is not None and args.cfg_channels < 1:
@@ -508,7 +514,7 @@ def main():
                 save_png(out, args, net, checkpoint, nfes, labels, decode, given)
         else:
             if args.times or args.n_ode is not None or args.method:
-                # One sample first: do the sampler's options and a public network fit?
+                # Draw one sample first, to see whether the options and a public network fit
                 draw(net, checkpoint, args.nfe, labels[:1], **given)
             sampler, shape = samplers[0], checkpoint["args"]["net"]
             settings = dict(
