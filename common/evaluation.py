@@ -1,10 +1,10 @@
-"""Images and figures of a network: while it is trained, and of the checkpoints of a run.
+"""Images and figures of a network, during training or from the checkpoints of a run.
 
-    Judge        a reference, and the network in whose features samples are compared with it
+    Judge        a reference, and the network whose features compare samples with it
     measure      FID, and the Inception Score, of the samples of a network
     Evaluation   what a run needs for --vae and --eval-every
 
-Samples are drawn by sample.py and judged by fid.py, whose functions are called here.
+This module calls the functions of sample.py to draw samples, and those of fid.py to measure them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ GLYPHS = 20_000                            # so many glyphs are a reference, as 
 
 
 class Judge(NamedTuple):
-    """A reference, and the network in whose features samples are compared with it."""
+    """A reference, and the network whose features compare samples with it."""
 
     extract: Callable      # extract(uint8 [b, 3, H, W]), see fid.collect
     name: str              # the network's
@@ -33,11 +33,11 @@ class Judge(NamedTuple):
 
 def load_judge(ref, features=None, inception=None, data_dir=None, size=16, glyphs=GLYPHS,
                device="cpu", rank=0, world=1):
-    """The Judge of a reference, which is read once. All processes call it together.
+    """Reads a reference once and returns its Judge. All processes call this together.
 
-    ref, features, inception, data_dir: as the flags of fid.py. size, glyphs: the height and width
-    of glyphs, and how many of them are the reference. Raises ValueError, on all processes, for what
-    cannot be read or does not fit.
+    ref, features, inception, data_dir: like the flags of fid.py. size, glyphs: the height and width
+    of glyphs, and their number in the reference. Raises ValueError, on all processes, for files
+    that cannot be read or do not fit.
     """
     part = "fd_dinov2" if features else "fid"              # of EDM2's statistics
     source = fid.open_source(ref, glyphs, size, data_dir, part)
@@ -52,8 +52,9 @@ def load_judge(ref, features=None, inception=None, data_dir=None, size=16, glyph
 
 def measure(net, checkpoint, chosen, n, judge, decode, device, rank=0, world=1, seed=0,
             score=False):
-    """The figures of n samples, those of sample.py with the same seed: {"FID": ...}, and with
-    `score` also the Inception Score. All processes call it together, and process 0 has the figures.
+    """The figures of n samples: {"FID": ...}, and with `score` also the Inception Score. With the
+    same seed, sample.py draws the same samples. All processes call this together, and only process
+    0 returns the figures.
 
     net, checkpoint: as sample.load returns them; chosen: see sample.choose_sampler; decode: see
     sample.load_decoder. Raises ValueError, on all processes, if a sample is not finite.
@@ -71,8 +72,8 @@ def measure(net, checkpoint, chosen, n, judge, decode, device, rank=0, world=1, 
 def draw_part(net, checkpoint, chosen, labels, seed, decode, rank, world):
     """The samples of this process, uint8 [m, H, W, C], and the number of the first of them.
 
-    A process draws whole batches of the network, so that its samples are those of one process. All
-    processes call the network equally often, because one that is sharded needs them all.
+    A process draws whole batches of the network, so that the samples do not depend on the number of
+    processes. All processes call the network equally often, as a sharded network requires.
     """
     batches = [batches_of(len(labels), k, world) for k in range(world)]
     rounds = max(len(starts) for starts in batches)
@@ -92,8 +93,8 @@ def draw_part(net, checkpoint, chosen, labels, seed, decode, rank, world):
 
 
 def batches_of(n, rank, world):
-    """The numbers of the samples with which the batches of a process begin. The batches have what
-    fid.collect reads in this process, and a few samples more at both ends."""
+    """The number of the first sample of each batch of a process. The batches contain the samples
+    that fid.collect reads in this process, and a few more at both ends."""
     first = n * rank // world
     end = n * (rank + 1) // world
     return range(first // sample.ROWS * sample.ROWS, end, sample.ROWS)
@@ -101,8 +102,8 @@ def batches_of(n, rank, world):
 
 @contextlib.contextmanager
 def apart(device):
-    """Keeps what happens inside apart from training: the states of torch's random generators are
-    afterwards what they were, and products are computed in float32, whatever --precision says."""
+    """A context that does not affect training: it restores the states of torch's random generators
+    at its end. Inside, products are computed in float32, regardless of --precision."""
     device = torch.device(device)
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolution.allow_tf32
@@ -118,8 +119,8 @@ def apart(device):
 class Evaluation:
     """What a run needs for --vae and --eval-every, loaded once, before the first step.
 
-    decode: makes images of latents, in the processes that need it; None in the others. Raises
-    ValueError, on all processes, if a file cannot be read or a flag does not fit.
+    decode: a function that makes images from latents, in the processes that need it; None in the
+    others. Raises ValueError, on all processes, if a file cannot be read or a flag does not fit.
     """
 
     def __init__(self, args, shape, device, rank, world):
@@ -142,8 +143,8 @@ class Evaluation:
                 self.try_judge(size * factor)
 
     def load_decoder(self, channels):
-        """The function `decode`, and how many times larger its images are. With previews alone, the
-        first process loads the autoencoder, because it draws them."""
+        """The function `decode`, and how many times larger its images are. Without evaluations,
+        only the first process loads the autoencoder, because it alone draws previews."""
         about = dict(args=vars(self.args) | dict(net=dict(in_channels=channels)))
         decode, factor, problem = None, 1, None
         if self.rank == 0 or self.args.eval_every:
@@ -155,12 +156,12 @@ class Evaluation:
         return decode, factor
 
     def decode_rows(self, x):
-        """The images of samples; the autoencoder gets as many at once as in sample.py."""
+        """The images of samples, decoded in batches of the same size as in sample.py."""
         return sample.in_rows(self.decode, sample.DECODED_ROWS, x)
 
     def try_judge(self, size):
-        """Raises ValueError if the network of the features does not fit the images, of this size,
-        or the reference."""
+        """Raises ValueError if the network of the features does not fit images of this size, or the
+        reference."""
         images = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=self.device)
         features, _, _ = self.judge.extract(images)
         fid.check_features(self.args.ref, features, len(self.judge.moments["mu"]))
@@ -169,15 +170,15 @@ class Evaluation:
                      "is biased, so compare it only with figures of as many")
 
     def choose_samplers(self, net, checkpoint):
-        """{"NFE 1": the method's default sampler, ...}. Raises ValueError if it does not have such
-        a number of evaluations."""
+        """{"NFE 1": the method's default sampler, ...}. Raises ValueError if the sampler does not
+        support one of the NFEs."""
         return {f"NFE {nfe}": sample.choose_sampler(net, checkpoint, nfe)
                 for nfe in self.args.eval_nfe}
 
     def figures(self, net, checkpoint):
         """A line of the log, without its step: {"fid": {"NFE 1": ...}, "eval_n": ...}. The distance
-        in the features of another network than Inception is called fd. A figure is left out, which
-        is printed, if samples are not finite."""
+        in features of a network other than Inception is called fd. If samples are not finite, their
+        figure is left out and a note is printed."""
         found = {}
         for name, chosen in self.choose_samplers(net, checkpoint).items():
             try:

@@ -1,7 +1,7 @@
 """Flags: those that all training scripts have, and how a preset fills them in.
 
-The bounds of a flag, and whether it may change when a run is resumed, stand beside the flag. What
-is wrong with a command line is printed in one line, with exit code 2.
+The bounds of a flag, and whether it may change when a run is resumed, are defined with the flag.
+Errors in a command line are printed in one line, with exit code 2.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from common import torchrun
 from common.messages import fail
 
 LARGE = 1e15
-# What may change when a run is resumed: the flags that are added with resume=True, the path of the
-# teacher, whose content is compared instead, and what says how other flags were given.
+# The entries that may change when a run is resumed: the flags that are added with resume=True, the
+# path of the teacher, whose content is compared instead, and the records of which flags were given.
 MAY_CHANGE = {"class_names", "given", "net_given", "teacher"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line."""
+    """An argparse parser that prints errors in one line."""
 
     def error(self, message):
         if message.startswith("argument "):
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=-LARGE, high=LARGE):
-    """A type for argparse: int or float within bounds."""
+    """A type for argparse: an int or float within bounds."""
     def parse(text):
         try:
             value = kind(text)
@@ -49,8 +49,8 @@ def number(kind, low=-LARGE, high=LARGE):
 def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options):
     """Adds a flag to a group of a parser.
 
-    kind: int or float, with bounds, or None for what `options` say. resume: the flag may change
-    when a run is resumed.
+    kind: int or float, with bounds, or None if `options` define the type. resume: whether the flag
+    may change when a run is resumed.
     """
     if resume:
         MAY_CHANGE.add(name.lstrip("-").replace("-", "_"))
@@ -60,7 +60,7 @@ def flag(group, name, kind=None, low=-LARGE, high=LARGE, resume=False, **options
 
 
 def add_flags(parser, presets, teacher=False):
-    """Adds the flags that all training scripts have. teacher: also the flag that names one."""
+    """Adds the flags that all training scripts have. teacher: also add --teacher."""
     g = parser.add_argument_group("run")
     flag(g, "--out", resume=True, help="run folder; the same command resumes the run in it "
          "(default: runs/SCRIPT-DATA)")
@@ -68,41 +68,41 @@ def add_flags(parser, presets, teacher=False):
          "never deleted")
     flag(g, "--preset", choices=list(presets), help="hyper-parameters (default: those of the data)")
     flag(g, "--steps", int, 1, resume=True, help="training steps")
-    flag(g, "--seed", int, 0, default=0, help="everything random follows from it")
+    flag(g, "--seed", int, 0, default=0, help="seed of all random numbers")
     flag(g, "--dry-run", int, 1, resume=True, nargs="?", const=1, metavar="PROCESSES",
-         help="print what the run needs, with so many processes, and end")
+         help="print what the run needs with this number of processes, and exit")
     flag(g, "--device", resume=True, help="cpu, cuda, cuda:N or mps (default: cuda if there is "
          "one)")
-    flag(g, "--batch", int, 1, help="images in a step, of all processes together")
+    flag(g, "--batch", int, 1, help="images in each step, over all processes")
     flag(g, "--micro-batch", int, 1, resume=True, help="the largest number of images in one pass "
-         "of a process; less needs less memory (default: the preset's, or all)")
+         "of a process; smaller ones need less memory (default: the preset's, or all)")
     flag(g, "--precision", choices=["float32", "tf32", "bf16"], help="precision of "
-         "matrix products and convolutions; times stay float32")
+         "matrix products and convolutions; times are always float32")
     flag(g, "--compile", action="store_true", help="torch.compile the network and the derivative")
-    flag(g, "--fsdp", action="store_true", resume=True, help="shard networks and optimiser over "
+    flag(g, "--fsdp", action="store_true", resume=True, help="shard networks and optimiser across "
          "the processes")
-    flag(g, "--grad-checkpoint", action="store_true", resume=True, help="compute blocks again in "
+    flag(g, "--grad-checkpoint", action="store_true", resume=True, help="recompute blocks in "
          "the backward pass, which needs less memory")
     flag(g, "--save-every", int, 1, resume=True, help="steps between checkpoints (default: the "
          "preset's, or 200)")
-    flag(g, "--keep-every", int, 1, resume=True, metavar="STEPS", help="keep a snapshot, without "
-         "the optimiser, every so many steps (default: none)")
+    flag(g, "--keep-every", int, 1, resume=True, metavar="STEPS", help="steps between "
+         "snapshots without the optimiser, which are kept (default: none)")
     flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
-    flag(g, "--tensorboard", action="store_true", resume=True, help="write the lines of log.jsonl "
-         "for TensorBoard as well")
+    flag(g, "--tensorboard", action="store_true", resume=True, help="also write the lines of "
+         "log.jsonl for TensorBoard")
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
     g = parser.add_argument_group("evaluation")
     flag(g, "--vae", resume=True, metavar="FILE", help="checkpoint of the autoencoder that makes "
          "images of latents, for previews and evaluations")
-    flag(g, "--eval-every", int, 1, resume=True, metavar="STEPS", help="measure the FID of the "
-         "averaged network every so many steps, for log.jsonl (default: never)")
-    flag(g, "--ref", resume=True, help="its reference, as for fid.py")
-    flag(g, "--eval-n", int, 2, resume=True, default=5000, metavar="N", help="its number of "
-         "samples (default: 5000)")
-    flag(g, "--eval-nfe", int, 1, resume=True, nargs="+", default=[1, 2], metavar="NFE", help="its "
-         "numbers of function evaluations (default: 1 2)")
-    flag(g, "--features", resume=True, metavar="FILE", help="TorchScript network in place of "
+    flag(g, "--eval-every", int, 1, resume=True, metavar="STEPS", help="steps between "
+         "measurements of the FID of the averaged network, for log.jsonl (default: none)")
+    flag(g, "--ref", resume=True, help="reference of --eval-every, as for fid.py")
+    flag(g, "--eval-n", int, 2, resume=True, default=5000, metavar="N", help="number of "
+         "samples of --eval-every (default: 5000)")
+    flag(g, "--eval-nfe", int, 1, resume=True, nargs="+", default=[1, 2], metavar="NFE",
+         help="numbers of function evaluations of --eval-every (default: 1 2)")
+    flag(g, "--features", resume=True, metavar="FILE", help="TorchScript network instead of "
          "Inception, as for fid.py; the file is executed")
     flag(g, "--inception", resume=True, metavar="FILE", help="Inception's weights, as for fid.py")
 
@@ -113,13 +113,13 @@ def add_flags(parser, presets, teacher=False):
          "imagenet_latents (default: data/imagenet_latents)")
     flag(g, "--resolution", int, 1, help="height and width; images are cropped and scaled to it")
     flag(g, "--num-classes", int, 1, help="number of classes (default: the data's)")
-    flag(g, "--uncond", action=argparse.BooleanOptionalAction, help="leave labels out")
+    flag(g, "--uncond", action=argparse.BooleanOptionalAction, help="train without labels")
     flag(g, "--xflip", action=argparse.BooleanOptionalAction, help="mirror half of the images "
          "(never glyphs)")
     flag(g, "--channels", type=int, choices=[1, 3], help="channels of image files: 3 is RGB, "
          "the default, and 1 is grey")
     flag(g, "--skip-broken", action="store_true", resume=True, help="list and leave out images "
-         "that do not decode")
+         "that cannot be decoded")
 
     g = parser.add_argument_group("network")
     flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "
@@ -129,21 +129,21 @@ def add_flags(parser, presets, teacher=False):
     if teacher:
         flag(g, "--teacher", metavar="FILE", help="checkpoint of the teacher, or none to train "
              "from scratch (default: runs/flow-DATA/ckpt.pt, which flow.py trains first if it is "
-             "not there)")
+             "missing)")
 
     g = parser.add_argument_group("optimiser")
     flag(g, "--lr", float, 0, help="learning rate")
     flag(g, "--betas", float, 0, 1, nargs=2, help="beta_1 and beta_2 of the optimiser")
     flag(g, "--weight-decay", float, 0, default=0.0, help="weight decay of the optimiser")
-    flag(g, "--warmup", int, 0, help="steps in which the learning rate rises")
-    flag(g, "--lr-final", float, 0, 1, help="the learning rate falls linearly to this times --lr; "
-         "1: it stays")
+    flag(g, "--warmup", int, 0, help="steps over which the learning rate rises")
+    flag(g, "--lr-final", float, 0, 1, help="the learning rate falls linearly to LR_FINAL times "
+         "--lr; 1: it is constant")
     flag(g, "--clip", float, 1e-9, math.inf, default=1.0, help="largest norm of the gradient")
     flag(g, "--ema-sigma", float, 0.001, 0.28, help="relative width sigma_rel of the EMA")
 
 
 def parse_net_options(items):
-    """{"width": 64, ...} from the words of --net, such as width=64 mult=1,2,2."""
+    """{"width": 64, ...} from the arguments of --net, such as width=64 mult=1,2,2."""
     options = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -159,7 +159,7 @@ def parse_net_options(items):
 def parse(parser, method, presets, argv=None):
     """The flags of a training script; the preset fills in those that were not given.
 
-    argv: the words of the command line (None: the program's own).
+    argv: the arguments of the command line (None: those of the program).
     """
     args = parse_words(parser, argv)
     check_reports(args)
@@ -167,7 +167,7 @@ def parse(parser, method, presets, argv=None):
 
 
 def parse_words(parser, argv=None):
-    """The flags of a command line; `given` names those that it has, such as P-mean."""
+    """The flags of a command line. Their entry `given` lists those that it has, such as P-mean."""
     actions = [action for action in parser._actions if action.dest != "help"]
     blank = argparse.Namespace(**{action.dest: None for action in actions})
     args = parser.parse_args(argv, blank)
@@ -181,9 +181,9 @@ def parse_words(parser, argv=None):
 
 
 def check_effect(args, *rules):
-    """Ends the program if a flag is given that does nothing beside the others.
+    """Ends the program if a flag is given that has no effect with the others.
 
-    rules: (the flags' names in a text, whether they have an effect, what they need).
+    rules: (names of flags in one string, whether they have an effect, what they need).
     """
     for names, has_effect, need in rules:
         for name in names.split():
@@ -192,8 +192,8 @@ def check_effect(args, *rules):
 
 
 def check_reports(args):
-    """Ends the program if the flags of the evaluations do not fit each other, or if there is no
-    TensorBoard."""
+    """Ends the program if the flags of the evaluations cannot be combined, or if TensorBoard is
+    requested and is not installed."""
     check_effect(args, ("ref eval-n eval-nfe features inception", args.eval_every, "--eval-every"))
     if args.eval_every and not args.ref:
         fail("--eval-every needs --ref: statistics or images to compare the samples with")
@@ -218,7 +218,7 @@ def fill_in(args, method, preset):
     for name, value in (dict(precision="float32", save_every=200) | preset).items():
         if name != "net" and getattr(args, name) is None:
             setattr(args, name, value)
-    # The preset's options belong to its network. Another network begins with its own defaults
+    # The options in the preset belong to its network. Other networks start from their defaults
     args.net_given = parse_net_options(args.net)
     if args.net_given.get("name", preset["net"]["name"]) == preset["net"]["name"]:
         args.net = preset["net"] | args.net_given

@@ -16,7 +16,7 @@ TOO_MANY = 20                              # so many skipped steps in a row end 
 
 
 def line_step(line):
-    """The step of a line of log.jsonl; infinite for a line that is torn or foreign."""
+    """The step of a line of log.jsonl, or infinity for a line that is incomplete or invalid."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
@@ -24,8 +24,8 @@ def line_step(line):
 
 
 def read_lines(path):
-    """The lines of a log.jsonl, a list of dicts. It has no lines that are torn or foreign, and it
-    is empty if there is no file."""
+    """The lines of a log.jsonl, a list of dicts, without those that are incomplete or invalid. The
+    list is empty if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -33,8 +33,8 @@ def read_lines(path):
 
 
 class TensorBoard:
-    """Writes what log.jsonl gets into a folder for TensorBoard: numbers as scalars, other things as
-    text. Events past the step, of a run that was killed, are hidden."""
+    """Writes the lines of log.jsonl into a folder for TensorBoard: numbers as scalars, other values
+    as text. Events after the step, which a killed run has left, are hidden."""
 
     def __init__(self, folder, step):
         from torch.utils.tensorboard import SummaryWriter  # here: the package need not be there
@@ -56,11 +56,12 @@ class TensorBoard:
 
 
 class Log:
-    """log.jsonl and the progress bar. A line has the means of the figures since the line before.
+    """log.jsonl and the progress bar. A line has the means of the figures since the previous line.
 
-    step: the steps that are done. Lines past it, of a run that was killed, are dropped. total: the
-    steps of the run. every: steps between two lines. quiet: this process writes and shows nothing.
-    tensorboard: the lines are also written for TensorBoard, into a folder beside the file.
+    step: the number of steps that are done. Later lines, which a killed run has left, are removed.
+    total: the steps of the run. every: steps between two lines. quiet: whether this process writes
+    and shows nothing. tensorboard: whether to write the lines for TensorBoard as well, into a
+    folder beside the file.
     """
 
     def __init__(self, path, step, total, every, quiet=False, tensorboard=False):
@@ -78,11 +79,11 @@ class Log:
             self.tensorboard = TensorBoard(path.parent / "tensorboard", step)
 
     def add(self, step, images, figures, signals, now=False):
-        """Adds what a step has brought: its number of images, its figures {name: tensor []}, and
-        the signals that this process has received.
+        """Adds a step: its number of images, its figures {name: tensor []}, and the
+        signals that this process has received.
 
-        Only when a line is due, or `now`, does the program wait for the device: it writes the line
-        and returns the number of signals of all processes. Otherwise it returns 0. Raises
+        If a line is due, or with `now`, this waits for the device, writes the line and returns the
+        number of signals of all processes. Otherwise it returns 0 without waiting. Raises
         FloatingPointError after TOO_MANY steps in a row whose figures are not finite.
         """
         self.bar.update()
@@ -110,8 +111,8 @@ class Log:
         return means, int(votes)
 
     def count_skipped(self, means):
-        """In how many steps an update was skipped, because a figure is not finite. Each of them is
-        printed."""
+        """The number of steps in which an update was skipped because a figure was not finite. Each
+        of these steps is printed."""
         skipped = 0
         for step, figures in means:
             if all(math.isfinite(value) for value in figures.values()):
@@ -130,7 +131,7 @@ class Log:
         return skipped
 
     def write(self, step, means, skipped):
-        """A line of the file: the means over the steps since the last one, of what is finite."""
+        """Writes a line: the means of the finite figures over the steps since the last line."""
         columns = {}
         for _, figures in means:
             for name, value in figures.items():
@@ -146,8 +147,8 @@ class Log:
         self.bar.set_postfix(row)
 
     def write_line(self, row):
-        """Adds a line, a dict with the step, to the file. It is also used for lines without figures
-        of training, such as those of an evaluation."""
+        """Adds a line, a dict with the step, to the file. It is also used for lines without
+        training figures, such as those of an evaluation."""
         if self.quiet:
             return
         try:
@@ -159,13 +160,13 @@ class Log:
             self.tensorboard.add(row)
 
     def note(self, row, seconds):
-        """Adds a line to the file, and shows it, after something else than training, which took so
-        many seconds. They do not count in images_per_s."""
+        """Adds a line to the file, and shows it, after something other than training. The seconds
+        that it took do not count in images_per_s."""
         self.tick += seconds
         self.write_line(row)
         if not self.quiet:
             self.bar.write(json.dumps(row), sys.stderr)
 
     def close(self):
-        """Ends the bar. The file is written through at each line."""
+        """Closes the progress bar. Each line of the file is already written through."""
         self.bar.close()

@@ -1,4 +1,4 @@
-"""What a program prints for its user: errors in one line, and notes."""
+"""Messages for the user of a program: errors in one line, and notes."""
 
 import pathlib
 import shlex
@@ -9,8 +9,9 @@ from common import torchrun
 
 
 def fail(message, always=False):
-    """Ends the program because of a user's mistake: one line on stderr and exit code 2. One process
-    of each machine prints the line; with `always` each process does, below a progress bar."""
+    """Ends the program because of a user error, with one line on stderr and exit code 2. One
+    process of each machine prints the line; with `always`, each process prints it, below a
+    progress bar."""
     if always:
         print(f"\nerror: {message}", file=sys.stderr)
     elif torchrun.local_rank() == 0:
@@ -20,12 +21,11 @@ def fail(message, always=False):
 
 @cache
 def say_once(text):
-    """Prints a line on stderr, by one process of a machine, the first time that it is called with
-    this text."""
+    """Prints a line on stderr, in one process of each machine, in the first call with this text."""
     if torchrun.local_rank() == 0:
         print(text, file=sys.stderr)
 
 
 def as_argument(path):
-    """A path as a word of a command that is printed: with quotes if it has spaces."""
+    """A path as an argument in a printed command, with quotes if it has spaces."""
     return shlex.quote(pathlib.Path(path).as_posix())

@@ -1,7 +1,7 @@
 """A run: its folder, its checkpoints, its log, and what happens between two steps.
 
-    launch(train, method, args)    starts the processes and calls train(args, run)
-    Run                            what a training function calls: resume, batch, log, save
+    launch(train, method, args)    joins the processes and calls train(args, run)
+    Run                            the methods that train calls: resume, batch, log, save
 """
 
 import itertools
@@ -18,12 +18,12 @@ from common.flags import MAY_CHANGE
 from common.log import Log, read_lines
 from common.messages import as_argument, fail, say_once
 
-# After these a run saves and ends: Slurm warns by SIGUSR1, and a terminal that closes by SIGHUP
+# After one of these signals a run saves and ends. Slurm sends SIGUSR1, a closing terminal SIGHUP
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
            if hasattr(signal, name)]       # Windows has the first two
-# These change the result, and may do so at a resume: it is printed, and stands in the log
+# These flags change the result, but may change when a run is resumed: this is printed and logged
 MAY_CHANGE_WITH_A_NOTE = {"lr", "clip", "warmup", "precision", "jvp", "compile"}
-# What a training function puts into the flags, from the data and from the teacher
+# The entries of the flags that a training function sets from the data and from the teacher
 FILLED_IN = {"net", "samples", "class_names", "latent_stats", "teacher_id"}
 
 
@@ -33,7 +33,7 @@ def launch(train, method, args):
     """Runs a training script: joins torchrun's processes, opens the run folder, and calls
     train(args, run). With --dry-run it prints what the run needs instead.
 
-    method: the script's name, which the checkpoints keep.
+    method: the name of the script, which is saved in the checkpoints.
     """
     try:                                   # before a teacher is trained, and before processes wait
         processes.split_batch(args.batch, 0, args.dry_run or torchrun.world_size(),
@@ -59,9 +59,9 @@ def launch(train, method, args):
 class Run:
     """A training run in this process.
 
-    device, rank, world    the device, the number of this process, the number of processes
-    step                   the steps that are done
-    folder, checkpoint     the run folder, and what its newest checkpoint held, or None
+    device, rank, world    the device, the rank of this process, the number of processes
+    step                   the number of steps that are done
+    folder, checkpoint     the run folder, and the contents of its newest checkpoint, or None
     """
 
     def __init__(self, args, method, device, rank, world, announcement=None):
@@ -76,8 +76,8 @@ class Run:
         self.evaluation = None             # see prepare
 
     def call(self, train):
-        """Opens the folder and calls train(args, run). What is wrong before the first step is the
-        user's mistake, which ends the program in one line."""
+        """Opens the folder and calls train(args, run). An error before the first step is a user
+        error, which ends the program with one line."""
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             self.open_folder()
@@ -95,7 +95,7 @@ class Run:
             self.close()
 
     def close(self):
-        """Ends the log and gives up the folder, which goes again if the run has not begun."""
+        """Closes the log and releases the folder. It removes a new folder if no step was begun."""
         if self.begun:
             self.log_file.close()
             self.writer.shutdown()
@@ -125,8 +125,8 @@ class Run:
         self.check_flags([name for name in checkpoint["args"] if name not in FILLED_IN])
 
     def check_flags(self, names):
-        """Raises ValueError if a flag that changes the result is not what the run began with. Those
-        of MAY_CHANGE_WITH_A_NOTE may change, which is printed and logged."""
+        """Raises ValueError if a flag that changes the result differs from the start of the run.
+        Flags in MAY_CHANGE_WITH_A_NOTE may differ, which is printed and logged."""
         falls = self.args.lr_final < 1     # the learning rate then depends on --steps
         for name in names:
             old, new = self.checkpoint["args"][name], getattr(self.args, name, None)
@@ -143,8 +143,8 @@ class Run:
                                  "or --fresh")
 
     def resume(self, net, ema, optimizer, extra=()):
-        """Brings network, average and optimiser to the newest checkpoint, if there is one, and
-        begins the log. From here on SIGNALS wait for the end of a step.
+        """Loads the newest checkpoint, if there is one, into network, average and optimiser, and
+        opens the log. From here on, SIGNALS are handled at the end of a step.
 
         extra: parameters outside of the network that are trained as well. Raises ValueError if the
         run was begun with other flags, or if the checkpoint does not fit.
@@ -187,7 +187,7 @@ class Run:
             self.evaluate(ema)
 
     def prepare(self, shape):
-        """Loads, the first time, what previews of latents and evaluations need, so that a mistake
+        """Loads, in the first call, what previews of latents and evaluations need, so that an error
         is reported before training begins. shape: (C, H, W) of the samples."""
         if self.evaluation or not (self.args.vae or self.args.eval_every):
             return
@@ -195,19 +195,18 @@ class Run:
         self.evaluation = Evaluation(self.args, shape, self.device, self.rank, self.world)
 
     def as_checkpoint(self):
-        """What the checkpoint of this step has beside its tensors."""
+        """The entries of a checkpoint at this step that are not tensors."""
         return dict(method=self.method, step=self.step, args=dict(vars(self.args)))
 
     def note_changes(self):
-        """Prints which flags are not what they were, and adds a line to the log, so that the record
-        of the run is complete."""
+        """Prints which flags have changed, and adds a line to the log, so that the record of the
+        run is complete."""
         text = ", ".join(f"{name} {old} is now {new}" for name, (old, new) in self.changed.items())
         say_once(f"{self.folder}, step {self.step}: {text}")
         self.log_file.write_line(dict(step=self.step, changed=self.changed))
 
     def begin_anew(self):
-        """--fresh: renames the old folder to NAME.old-K, after everything that may refuse the run.
-        """
+        """--fresh: renames the old folder to NAME.old-K, after all checks that may stop the run."""
         if self.rank == 0 and {p.name for p in self.folder.iterdir()} - {".owner"}:
             real = self.folder.resolve()   # a link stays, and the folders lie beside each other
             names = (real.with_name(f"{real.name}.old-{k}") for k in itertools.count(1))
@@ -219,7 +218,7 @@ class Run:
 
     def batch(self, dataset, step, samples):
         """The images x [b, ...] and the labels y [b] of a slice of a step's batch, on the device.
-        An image that cannot be read ends the program in one line, which names the step."""
+        If an image cannot be read, the program ends with one line that names the step."""
         size = self.args.batch
         try:
             tensors = dataset.batch(self.args.seed, step * size, size, samples)
@@ -232,7 +231,7 @@ class Run:
         return x, y
 
     def log(self, step, **figures):
-        """Adds a step's figures, tensors of one number each, to the log."""
+        """Adds the figures of a step, tensors with one number each, to the log."""
         self.step = step + 1
         self.stopped = self.log_file.add(
             self.step, self.args.batch, figures, self.signals, now=self.save_is_due())
@@ -242,8 +241,8 @@ class Run:
         return self.step == self.args.steps or self.step % self.args.save_every == 0
 
     def preview_is_due(self):
-        """Whether this process draws a preview now. With --fsdp all processes draw together. Of
-        latents there are previews with --vae alone."""
+        """Whether this process draws a preview now. With --fsdp, all processes draw it together.
+        Previews of latents need --vae."""
         if self.args.net["in_channels"] not in (1, 3) and not self.args.vae:
             return False
         due = self.step == self.args.steps or self.step % self.args.preview_every == 0
@@ -254,33 +253,32 @@ class Run:
         return self.folder / "previews" / f"{self.step:07d}.png" if self.rank == 0 else None
 
     def decode(self, samples):
-        """The images of samples: of pixels the samples themselves, and of latents what --vae makes
-        of them, in the process that writes previews."""
+        """The images of samples: the samples themselves if they are pixels. The process that writes
+        previews decodes latents by --vae."""
         if self.evaluation is None or self.rank > 0:
             return samples
         return self.evaluation.decode_rows(samples)
 
     def evaluation_is_due(self):
-        """Whether all processes measure the FID now, because of --eval-every."""
+        """Whether --eval-every requires that all processes measure the FID now."""
         if not self.args.eval_every or self.step == 0:
             return False
         return self.step == self.args.steps or self.step % self.args.eval_every == 0
 
     def was_evaluated(self):
-        """Whether the log has the figures of the newest checkpoint already."""
+        """Whether the log already has the figures of the newest checkpoint."""
         lines = read_lines(self.folder / "log.jsonl")
         return any(line["step"] == self.step and "eval_n" in line for line in lines)
 
     def evaluate(self, ema):
         """Draws samples of the averaged network and adds their FID to the log. All processes call
-        it together. It changes neither the weights nor the random numbers of training."""
+        this together. It changes neither the weights nor the random numbers of training."""
         begun = time.perf_counter()
         row = dict(step=self.step) | self.evaluation.figures(ema, self.as_checkpoint())
         self.log_file.note(row, time.perf_counter() - begun)
 
     def save(self):
-        """Writes a checkpoint if it is time. After one of SIGNALS it is time, and the program ends.
-        """
+        """Writes a checkpoint if one is due. After one of SIGNALS, it is, and the program ends."""
         keep_every = self.args.keep_every
         snapshot = keep_every is not None and self.step % keep_every == 0
         if self.save_is_due() or self.stopped or snapshot:
@@ -292,10 +290,10 @@ class Run:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[-1])
 
     def start_writing(self, snapshot):
-        """Copies the state and has a thread write it into ckpt.pt, as checkpoints.read returns it,
-        while training continues. snapshot: also into a file of its own that is kept, without the
-        optimiser. All processes call it, because they put together what FSDP has sharded; the first
-        one writes."""
+        """Copies the state, which a thread writes into ckpt.pt while training continues, in the
+        form that checkpoints.read returns. snapshot: also write it, without the optimiser, into a
+        separate file that is kept. All processes call this, because they gather what FSDP has
+        sharded; only the first one writes."""
         self.finish_writing()              # at most one copy is held
         state = dict(model=self.net.state_dict(), ema=self.ema.state_dict(),
                      optimizer=self.optimizer.state_dict())
@@ -307,25 +305,25 @@ class Run:
             self.writing = self.writer.submit(self.write, checkpoint, snapshot)
 
     def write(self, checkpoint, snapshot):
-        """Writes a checkpoint, in the thread. The snapshot comes first: a run that is killed
-        between the two resumes from an earlier step, and writes both."""
+        """Writes a checkpoint, in the thread. The snapshot is written first: a run that is killed
+        between the two resumes from an earlier step, and writes both again."""
         if snapshot:
             kept = {key: value for key, value in checkpoint.items() if key != "optimizer"}
             checkpoints.save(self.folder / f"step-{checkpoint['step']:07d}.pt", kept)
         checkpoints.save(self.folder / "ckpt.pt", checkpoint)
 
     def remove_parts(self):
-        """Removes checkpoints that were half written when the run was killed."""
+        """Removes checkpoints that were only partly written when the run was killed."""
         for path in [self.folder / "ckpt.part", *self.folder.glob("step-*.part")]:
             path.unlink(missing_ok=True)
 
     def finish_writing(self):
-        """Waits for the thread. What stopped it, such as a full disk, is raised here."""
+        """Waits for the thread. An error in it, such as a full disk, is raised here."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.result()
 
 
 def as_list(value):
-    """A tuple as a list, as a checkpoint may keep it; another value as it is."""
+    """A tuple as a list, as a checkpoint may have saved it; other values unchanged."""
     return list(value) if isinstance(value, tuple) else value
