@@ -1,20 +1,20 @@
 """Rows of the papers' ablation tables on glyphs: equal steps, equal teacher, several seeds.
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
-    python benchmarks/ablation.py decm-samplers            # other samplers, runs of its last row
+    python benchmarks/ablation.py decm-samplers            # other samplers, for its last row
     python benchmarks/ablation.py facm                     # also: teachers, stability, weights
     python benchmarks/ablation.py gcm                      # also: gcm-others
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
 Every row is a run in runs/ablation, of the method's script or, for sCM and MeanFlow, of
-baselines.py. Its teacher is a run of flow.py there, with a folder of its own, which all rows and
-seeds with this teacher share. A row is judged as in quickstart.py, on 1,000 samples: the Frechet
-distance of 64 features, mean and standard deviation over the seeds. The same command resumes a
-table that was interrupted. The papers trained for days, and a budget of minutes can show no more
-than an order.
+baselines.py. Its teacher is a run of flow.py in a separate folder there, which all rows and seeds
+with this teacher share. A row is measured as in quickstart.py, on 1,000 samples: it shows the
+Frechet distance of 64 features, mean and standard deviation over the seeds. The same command
+resumes a table that was interrupted. The papers trained for days, and runs of minutes can at most
+show which choices are better, not by how much.
 
-"stability" adds percentiles of the norm of the gradient before clipping, over all steps, as their
-mean over the seeds, and how many runs collapsed: those that ended because loss or gradient were not
+"stability" adds percentiles of the gradient norm before clipping, over all steps and averaged over
+the seeds, and the number of runs that collapsed: those that ended because loss or gradient were not
 finite, or whose one-step samples are recognised less often than one Euler step of their teacher.
 """
 
@@ -137,7 +137,7 @@ TABLES = {
             Row("(J)", "--row J", (2.94, 2.15), teacher=None),
             Row("(K)", "--row K", (2.91, 2.15), teacher=None),
             Row("(L)", "--row L", (2.86, 2.11), teacher=None)]),
-    # Tables 7e and 11; the curriculum of row 11 a is as long a share of the run as the paper's
+    # Tables 7e and 11. The curriculum of row 11 a is the same fraction of the run as in the paper
     "gcm-others": Table(
         "gcm.py", 1000, TWO_STEPS, [
             Row("(J)", "--row J", (2.94, 2.15), teacher=None),
@@ -163,8 +163,8 @@ def column(sampler, nfe):
 
 
 def train(script, flags, out):
-    """Runs a script with these words to its end, on one thread; the same command resumes it. False:
-    it ended because loss or gradient were not finite."""
+    """Runs a script with these arguments to its end, on one thread. The same command resumes it.
+    Returns False if it ended because loss or gradient were not finite."""
     command = [sys.executable, "-W", "ignore", str(ROOT / script), "--device", "cpu", *flags,
                "--preview-every", "1000000", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True,
@@ -177,21 +177,21 @@ def train(script, flags, out):
 
 
 def folder_of(*words):
-    """The folder of a run, named by its script, flags, ..."""
+    """The folder of a run, whose name contains its script, flags, ..."""
     parts = " ".join(words).split()
     return pathlib.Path("runs/ablation") / "-".join(part.strip("-") for part in parts)
 
 
 def gradient_norms(out):
-    """Percentiles 50, 90, 99 and 100 of the gradient's norm in a run with a line for each step."""
+    """Percentiles 50, 90, 99 and 100 of the gradient norm in a run that logs each step."""
     lines = read_lines(out / "log.jsonl")
     norms = [line["grad_norm"] for line in lines if "grad_norm" in line]       # not if skipped
     return np.percentile(norms, [50, 90, 99, 100]).tolist()
 
 
 def figures_of(script, flags, out, columns, n):
-    """Trains and judges a run: {column: (distance, share recognised)} and, if each step is logged,
-    {"gradients": percentiles of the gradient's norm}. They are kept beside the run."""
+    """Trains and measures a run: {column: (distance, fraction recognised)} and, if each step is
+    logged, {"gradients": percentiles of the gradient norm}. The run folder keeps them."""
     finished = train(script, flags, out)
     gradients = {}
     if LOG_ALL in " ".join(flags):
@@ -219,9 +219,9 @@ def figures_of(script, flags, out, columns, n):
 
 
 def train_all(table, steps, seeds, n, jobs):
-    """Trains and judges the runs of a table: {label of a row: [figures of a seed, ...]}, and the
-    figures of the teachers, {their flags: figures}. Rows and tables with the same flags share their
-    runs."""
+    """Trains and measures the runs of a table. Returns {label of a row: [figures of a seed, ...]},
+    and the figures of the teachers, {their flags: figures}. Rows and tables with the same flags
+    share their runs."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, spawn) as pool:
         columns_of_teacher = [("euler", 1)] if table.gradients else []
@@ -254,7 +254,7 @@ def train_all(table, steps, seeds, n, jobs):
 # The program.
 
 def mean_and_spread(values):
-    """The mean and, of several values, the standard deviation as text."""
+    """The mean and, for several values, the standard deviation as text."""
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1 and math.inf not in values:
         text += f" ± {statistics.stdev(values):.1f}"
@@ -262,12 +262,12 @@ def mean_and_spread(values):
 
 
 def print_row(cells):
-    """A row of a table in Markdown."""
+    """Prints a row of a table in Markdown."""
     print("| " + " | ".join(cells) + " |")
 
 
 def print_table(table, figures, teachers):
-    """Prints our figures, mean and deviation over the seeds, and below each row the paper's FID."""
+    """Prints our figures, mean and deviation over the seeds, and the paper's FID below each row."""
     names = [column(*pair) for pair in table.columns]
     heads = ["row", *names]
     if table.gradients:
@@ -292,13 +292,13 @@ def print_table(table, figures, teachers):
 
 def main():
     p = Parser(description="Rows of the papers' ablation tables on glyphs.")
-    p.add_argument("table", choices=list(TABLES), help="which table")
+    p.add_argument("table", choices=list(TABLES), help="the table to measure")
     p.add_argument("--seeds", type=int, nargs="+", help="seeds of the training (default: 0, 1, 2; "
                    "stability: 0 to 4)")
     p.add_argument("--steps", type=int, help="steps of each row (default: the table's)")
     p.add_argument("--n", type=int, default=1000, help="samples for each figure")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
+    p.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     args = p.parse_args()
     folders.check_output(args.json)
     if args.n < 100:

@@ -4,16 +4,15 @@
     python benchmarks/bakeoff.py mnist --seconds 180
     python benchmarks/bakeoff.py glyphs --methods FACM iMF --seeds 0
 
-For each seed flow.py trains a teacher with its preset. The methods that distil it then train for
---seconds each. GCM and iMF need no teacher; they train from scratch, for the seconds of the teacher
-and of a student together. The options are those of each script's preset for this data, and the
-network is the same in all. sCM with pixel normalisation has a teacher of its own, which has pixel
-normalisation as well.
+For each seed, flow.py trains a teacher with its preset. The methods that distil it then train for
+--seconds each. GCM and iMF train from scratch, for as long as the teacher and a student together.
+The options are those of each script's preset for this data, and all runs have the same network. sCM
+with pixel normalisation has a separate teacher, which has pixel normalisation as well.
 
-A second is one of CPU time of one thread. First each method runs 5 and 45 steps; the difference is
-the cost of a step, and the steps of its runs follow from it. Runs are kept in runs/bakeoff, and the
-same command resumes a table that was interrupted. The measure is that of quickstart.py. The picture
-shows the runs of the first seed, with the same noise in each row.
+Seconds are CPU time of one thread. First, each method runs for 5 and for 45 steps. The difference
+gives the cost of a step, and so the number of steps of its runs. Runs are kept in runs/bakeoff, and
+the same command resumes a table that was interrupted. The figures are those of quickstart.py. The
+picture shows the runs of the first seed, with the same noise in each row.
 """
 
 import concurrent.futures
@@ -75,7 +74,7 @@ def teacher_of(name):
 
 
 def teacher_flags(name, data_name, path):
-    """The flags with which a method begins at the teacher's checkpoint."""
+    """The flags with which a method starts from the teacher's checkpoint."""
     if teacher_of(name) is None:
         return []
     if name == "GCM from the teacher":
@@ -84,10 +83,10 @@ def teacher_flags(name, data_name, path):
 
 
 # --------------------------------------------------------------------------------------------------
-# How long a step takes, and training.
+# The time of a step, and training.
 
 def seconds_of_a_step(name, flags, folder):
-    """The CPU seconds of one step, from runs in a folder that is not kept."""
+    """The CPU seconds of one step, from runs in a temporary folder."""
     script, *more = SCRIPTS[name]
     seconds = {}
     for steps in (5, 45):
@@ -117,7 +116,7 @@ def measure_costs(data_name, out):
 
 
 class Runs:
-    """The runs of a bake-off: how many seconds and steps each has, and where it is kept."""
+    """The runs of a bake-off: the seconds, the steps and the folder of each."""
 
     def __init__(self, args, out):
         self.data, self.out = args.data, out
@@ -139,7 +138,7 @@ class Runs:
         return self.out / f"{'-'.join(words)}-{self.steps[name]}-seed{seed}"
 
     def train(self, name, seed):
-        """Trains a run. Returns whether it finished; else loss or gradient were not finite."""
+        """Trains a run. Returns False if it ended because loss or gradient were not finite."""
         begun = time.time()
         script, *flags = SCRIPTS[name]
         flags = [*flags, "--data", self.data, "--seed", str(seed), "--log-every", "100",
@@ -158,10 +157,10 @@ class Runs:
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples and figures.
+# Samples and their figures.
 
 def choices_of(name, data_name):
-    """{column: (NFE, options of sample.draw)} of a run."""
+    """{column: (NFE, options of sample.draw)} for a run."""
     if name not in TEACHERS:
         return {"NFE 1": (1, {}), "NFE 2": (2, {}), "NFE 4": (4, {})}
     preset = facm.PRESETS[data_name]       # the guidance that its students follow
@@ -170,8 +169,9 @@ def choices_of(name, data_name):
 
 
 def judge_all(args, runs, finished):
-    """{run: [for each seed {column: figures}, or None if it diverged]}, the samples of the first
-    seed for the picture {label: images}, and the figures of real images."""
+    """Measures all runs. Returns {run: [{column: figures} for each seed, or None if it diverged]},
+    the samples {label: images} of the first seed for the picture, and the figures of real images.
+    """
     size, labels = SIZES[args.data], torch.arange(args.n) % 10
     classifier = quickstart.load_classifier(args.data, size)
     reference = quickstart.reference_of(classifier, args.data, size)
@@ -201,7 +201,7 @@ def judge_all(args, runs, finished):
 
 
 def cell(values, form):
-    """The mean of a cell and, of several values, their standard deviation as text."""
+    """The text of a cell: the mean and, for several values, their standard deviation."""
     if not values:
         return ""
     text = form.format(statistics.mean(values))
@@ -233,13 +233,13 @@ def main():
     p = Parser(description="Few-step methods: one network, equal seconds of training, one measure.")
     p.add_argument("data", choices=list(SIZES), help="the data set")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
-                   help="which: " + ", ".join(METHODS))
+                   help="methods to run: " + ", ".join(METHODS))
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training")
     p.add_argument("--teacher-steps", type=int, default=2000, help="steps of the teachers")
-    p.add_argument("--seconds", type=float, default=100, help="of each method, after the teacher")
+    p.add_argument("--seconds", type=float, default=100, help="seconds of training for each method")
     p.add_argument("--n", type=int, default=1000, help="samples for each figure")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
+    p.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     p.add_argument("--picture", type=pathlib.Path, help="draw samples into this PNG")
     args = p.parse_args()
     folders.check_output(args.json)
@@ -264,7 +264,7 @@ def main():
             for pair, job in waiting.items():
                 finished[pair] = job.result()
 
-    # Judge
+    # Measure
     torch.set_num_threads(args.jobs)
     rows, shown, real = judge_all(args, runs, finished)
     images_seen = {}

@@ -1,4 +1,4 @@
-"""The curves of one or more runs as one PNG: losses, gradient norm, FID and distance over the steps.
+"""The curves of one or more runs in one PNG: losses, gradient norm, FID and distance by step.
 
     pip install matplotlib
     python benchmarks/curves.py runs/flow-glyphs runs/facm-glyphs --out curves.png
@@ -25,7 +25,7 @@ DISTANCES = dict(fid="FID", fd="Frechet distance")         # keys of log.jsonl, 
 
 
 def smooth(values, window):
-    """The means of each value and those before it, `window` values together."""
+    """The running means, each over a value and the `window - 1` values before it."""
     means = []
     for i in range(len(values)):
         last = values[max(0, i + 1 - window):i + 1]
@@ -51,7 +51,7 @@ def curves_of_log(folder, window):
 
 def curves_of_fid(folder):
     """{panel: [(label, steps, values), ...]} of a run's evaluations. A curve has one NFE and one
-    number of samples, because figures of other numbers cannot be compared with each other."""
+    number of samples, because figures are comparable only if both are equal."""
     panels = {}
     for key, title in DISTANCES.items():
         points = {}                        # {label: [(step, figure), ...]}
@@ -65,7 +65,7 @@ def curves_of_fid(folder):
 
 
 def changes_of(folder):
-    """[(step, text), ...] of the flags that changed when the run was resumed."""
+    """[(step, text), ...] for the flags that changed when the run was resumed."""
     changes = []
     for line in read_lines(folder / "log.jsonl"):
         names = [f"{name} {new}" for name, (_, new) in line.get("changed", {}).items()]
@@ -89,8 +89,8 @@ def curves_of_distance(folder):
 
 
 def print_table(folder, rows, window):
-    """Prints a run as a table in Markdown: losses and gradient norm, means as in the picture, and
-    distances, at so many equally spaced steps."""
+    """Prints a run as a table in Markdown: losses and gradient norm, smoothed as in the picture,
+    and distances. rows: the number of steps, which are equally spaced."""
     columns = {}                           # {head: {step: value}}
     for name, (_, steps, values) in curves_of_log(folder, window).items():
         columns[name] = dict(zip(steps, values))
@@ -113,8 +113,8 @@ def main():
     p.add_argument("runs", type=pathlib.Path, nargs="+", help="run folders")
     output = p.add_mutually_exclusive_group(required=True)
     output.add_argument("--out", type=pathlib.Path, help="the PNG to write")
-    output.add_argument("--table", type=int, metavar="ROWS", help="print a table of so many steps")
-    p.add_argument("--smooth", type=int, default=5, help="lines of the log in a mean")
+    output.add_argument("--table", type=int, metavar="ROWS", help="print a table of ROWS steps")
+    p.add_argument("--smooth", type=int, default=5, help="lines of the log in each running mean")
     args = p.parse_args()
     folders.check_output(args.out)
     for folder in args.runs:

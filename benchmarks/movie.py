@@ -5,10 +5,10 @@
     python benchmarks/movie.py FACM=runs/facm-glyphs MeanFlow=runs/meanflow-glyphs \\
         --out assets/training.webp
 
-Each frame belongs to a training step and has a row for each run: ten samples in one step, one of
-each class, from the same noise in all frames and rows. The frames come from the snapshots that
---keep-every has kept, and from the last checkpoint. The first frame, step 0, is one Euler step of
-the teacher, with whose weights the students begin.
+Each frame shows a training step and has a row for each run: ten one-step samples, one of each
+class, from the same noise in all frames and rows. The frames come from the snapshots that
+--keep-every has written, and from the last checkpoint. The first frame, step 0, is one Euler step
+of the teacher, from whose weights the students start.
 """
 
 import pathlib
@@ -32,8 +32,8 @@ LABELS = torch.arange(10)
 
 
 def frames_of(folder):
-    """{step: uint8 images [10, H, W, C] in one step} of a run. Raises ValueError for a run without
-    a teacher, or without snapshots."""
+    """{training step: one-step samples, uint8 [10, H, W, C]} of a run. Raises ValueError for a run
+    without a teacher, or without snapshots."""
     _, last = sample.load(folder / "ckpt.pt")
     teacher = quickstart.teacher_of(last["args"])
     if teacher is None:
@@ -69,7 +69,7 @@ def main():
     p = Parser(description="What one step draws during training, as an animation.")
     p.add_argument("runs", nargs="+", metavar="NAME=RUN", help="a name for the row, and a run "
                    "folder with snapshots")
-    p.add_argument("--scale", type=int, default=4, help="how often each pixel is repeated")
+    p.add_argument("--scale", type=int, default=4, help="factor by which the images are enlarged")
     p.add_argument("--milliseconds", type=int, default=250, help="duration of a frame")
     p.add_argument("--out", type=pathlib.Path, required=True, help="the .webp or .gif to write")
     args = p.parse_args()
@@ -84,7 +84,7 @@ def main():
         except (ValueError, OSError) as e:
             fail(e)
 
-    # The steps that all runs have. The first and the last frame stay longer
+    # The steps that all runs have. The first and the last frame are shown longer
     steps = sorted(set.intersection(*[set(found) for found in frames.values()]))
     pictures = []
     for step in steps:

@@ -1,19 +1,20 @@
-"""How good is a run on glyphs or MNIST? The share of digits that are recognised, and a Frechet
-distance, beside those of its teacher and of real digits.
+"""How good is a run on glyphs or MNIST? The fraction of recognised digits and a Frechet distance,
+beside those of its teacher and of real digits.
 
     python benchmarks/quickstart.py runs/facm-glyphs
     python benchmarks/quickstart.py runs/facm-mnist
-    python benchmarks/quickstart.py runs/flow-glyphs       # a teacher alone
+    python benchmarks/quickstart.py runs/flow-glyphs       # only a teacher
 
 A small classifier is trained on real digits: on 20,000 glyphs of seed 1, or on MNIST's training
-images. This takes some minutes on 2 cores, and the classifier is kept in runs/. It judges n samples
-of each sampler, n/10 of each digit: the share whose digit it recognises, and the Frechet distance
-of its 64 features to those of real digits, which are 20,000 glyphs of seed 2 or MNIST's training
-images. Blurred digits are recognised as well, so the distance is the figure that counts.
+images. This takes some minutes on 2 cores, and the classifier is kept in runs/. For n samples of
+each sampler, n/10 of each digit, we measure the fraction whose digit the classifier recognises, and
+the Frechet distance of its 64 features to those of real digits, which are 20,000 glyphs of seed 2
+or MNIST's training images. The classifier also recognises blurred digits, so the distance is the
+figure that matters.
 
-The student is to reach the teacher's 20 Euler steps with guidance, which it was trained to follow.
-The last row is n real digits that neither network has seen, glyphs of seed 3 or MNIST's test
-images, because the distance depends on the number of samples.
+The goal of a student is the distance of its teacher's 20 Euler steps with guidance, which it was
+trained to follow. Because the distance depends on the number of samples, the last row shows it for
+n real digits that neither network has seen: glyphs of seed 3 or MNIST's test images.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPARED = ["data", "preset", "steps", "batch", "lr", "seed"]
 
 # --------------------------------------------------------------------------------------------------
-# The classifier, and what it measures.
+# The classifier and its figures.
 
 class Classifier(nn.Module):
     """uint8 images [N, H, W, C] -> logits [N, 10], or 64 features with features=True."""
@@ -69,7 +70,7 @@ class Classifier(nn.Module):
 def real_images(name, size, part, n=20_000):
     """uint8 images [N, size, size, C] and labels int64 [N] of the data set `name`.
 
-    part: "classifier", "reference" or "test"; n: so many glyphs. MNIST has as many as it has.
+    part: "classifier", "reference" or "test". n: the number of glyphs; MNIST ignores it.
     """
     if name == "glyphs":
         seeds = dict(classifier=1, reference=2, test=3)
@@ -78,8 +79,8 @@ def real_images(name, size, part, n=20_000):
 
 
 def train_classifier(images, labels, seen=160_000, batch=128):
-    """A classifier of these images. It sees `seen` images in training: 8 epochs of glyphs, 2 of
-    MNIST."""
+    """Trains a classifier of these images. seen: the number of images in training, which is 8
+    epochs of glyphs or about 2 of MNIST."""
     torch.manual_seed(0)
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     net = Classifier(images.shape[3])
@@ -98,7 +99,7 @@ def train_classifier(images, labels, seen=160_000, batch=128):
 
 
 def load_classifier(name, size):
-    """The classifier of this data set's images of this size: from runs/, or trained and put there.
+    """The classifier of this data set's images of this size, from runs/ or trained and saved there.
     """
     path = pathlib.Path("runs") / f"{name}{size}-classifier.pt"
     images, labels = real_images(name, size, "classifier")
@@ -115,7 +116,7 @@ def load_classifier(name, size):
 
 @torch.no_grad()
 def judge(net, images, labels):
-    """The share of images that are recognised, and mean and covariance of their features."""
+    """The fraction of images that are recognised, and mean and covariance of their features."""
     batches = torch.as_tensor(images).split(1000)
     h = torch.cat([net(batch, features=True) for batch in batches])
     right = net.head(h).argmax(dim=1) == torch.as_tensor(labels)
@@ -130,7 +131,7 @@ def reference_of(net, name, size):
 
 
 def measure(net, images, labels, reference):
-    """The share of images that are recognised, and the Frechet distance to the reference."""
+    """The fraction of images that are recognised, and the Frechet distance to the reference."""
     share, mean, covariance = judge(net, images, labels)
     with contextlib.redirect_stderr(io.StringIO()):    # a note that some features are always 0
         return share, fid.frechet_distance(mean, covariance, *reference)
@@ -142,8 +143,8 @@ def measure(net, images, labels, reference):
 def teacher_of(train):
     """The network and the checkpoint of a student's teacher; None if it has none.
 
-    train: the flags of the student's run, a dict. Raises ValueError if the teacher is not there, or
-    is another one by now.
+    train: the flags of the student's run, a dict. Raises ValueError if the teacher is missing or
+    has changed since.
     """
     if "teacher" not in train or train["teacher"] == "none":           # gcm.py's runs have none
         return None
@@ -160,8 +161,8 @@ def teacher_of(train):
 
 
 def guidance_of(train):
-    """The options of guided Euler steps of a teacher: those that a student's run followed. For a
-    run of flow.py they are those of FACM's preset for glyphs.
+    """The options of a teacher's guided Euler steps: the guidance with which its student was
+    trained. For a run of flow.py they are those of FACM's preset for glyphs.
 
     train: the flags of the run, a dict.
     """
@@ -174,7 +175,7 @@ def guidance_of(train):
 
 
 def provenance():
-    """What a file of figures says about where they come from."""
+    """What a file of figures records about their origin."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return dict(torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine(),
                 command=shlex.join(["python", *sys.argv]),
@@ -185,7 +186,7 @@ def provenance():
 # The rows of the table.
 
 class Row(NamedTuple):
-    """Samples that are judged."""
+    """A row of the table, and the samples that it measures."""
 
     label: str
     network: tuple         # a network and its checkpoint, as sample.load returns them
@@ -219,8 +220,8 @@ def rows_of_teacher(teacher, guidance, guided_steps=(20,)):
 
 
 def rows_of_checkpoint(path, student_alone=False):
-    """The rows of a checkpoint of a run, and what it holds. Raises ValueError for a run that cannot
-    be judged."""
+    """The rows of a checkpoint of a run, and its contents. Raises ValueError for a run that cannot
+    be measured."""
     network = sample.load(path)
     _, checkpoint = network
     method, train = checkpoint["method"], checkpoint["args"]
@@ -237,9 +238,9 @@ def rows_of_checkpoint(path, student_alone=False):
 
 
 def expected_figures(method, train, n):
-    """{label: figures} of the default run of a script, for a run that was made as it was; else {}.
+    """{label: figures} of the default run of a script, if this run has the same settings; else {}.
 
-    They are those of benchmarks/results, which were measured on `n` samples.
+    The figures are those of benchmarks/results, if they were measured on `n` samples.
     """
     path = RESULTS / f"default-{method}.json"
     if not path.exists():
@@ -254,7 +255,7 @@ def expected_figures(method, train, n):
 # The program.
 
 class Judge:
-    """The classifier of a data set, and what it needs to judge samples."""
+    """The classifier of a data set, and the reference with which it compares samples."""
 
     def __init__(self, name, size):
         self.name, self.size = name, size
@@ -262,7 +263,7 @@ class Judge:
         self.reference = reference_of(self.classifier, name, size)
 
     def judge_rows(self, rows, n, seed, expected):
-        """{label: figures} of the rows, which are printed as they come, and of n real digits."""
+        """{label: figures} of the rows and of n real digits. Prints each when it is measured."""
         labels = torch.arange(n) % 10
         figures = {}
         for row in rows:
@@ -274,7 +275,7 @@ class Judge:
         return figures
 
     def show(self, label, images, labels, expected):
-        """The figures of images, which are printed beside those that are expected."""
+        """The figures of images. Prints them beside the expected ones."""
         share, distance = measure(self.classifier, images, labels, self.reference)
         line = f"{label:32}{share:10.1%}{distance:10.2f}"
         if label in expected:
@@ -284,7 +285,7 @@ class Judge:
 
 
 def print_head(expected):
-    """Prints the head of the table."""
+    """Prints the header of the table."""
     head = f"{'':32}recognised  distance"
     if expected:
         head += "       expected: recognised, distance"
@@ -292,8 +293,8 @@ def print_head(expected):
 
 
 def log_distances(folder, judge, n, seed):
-    """Adds a line to FOLDER/distance.jsonl for each snapshot of a run, and for ckpt.pt, that has
-    none: the step, and the figures without the teacher's."""
+    """Adds a line to FOLDER/distance.jsonl for each snapshot of a run, and for ckpt.pt, unless it
+    has one. A line has the step, and the figures without those of the teacher."""
     path = folder / "distance.jsonl"
     done = set()
     if path.exists():
@@ -313,12 +314,12 @@ def log_distances(folder, judge, n, seed):
 def main():
     p = flags.Parser(description="Recognised share and Frechet distance of a run on glyphs or "
                      "MNIST.")
-    p.add_argument("run", type=pathlib.Path, help="run folder of a script's --data glyphs or mnist")
+    p.add_argument("run", type=pathlib.Path, help="run folder, with --data glyphs or mnist")
     p.add_argument("--n", type=int, default=2000, help="samples for each row")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    p.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
-    p.add_argument("--log", action="store_true", help="measure the run's snapshots (--keep-every of "
-                   "its training) and its last checkpoint, without the teacher, and add a line for "
+    p.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
+    p.add_argument("--log", action="store_true", help="measure the run's snapshots (from "
+                   "--keep-every) and its last checkpoint, without the teacher, and add a line for "
                    "each to RUN/distance.jsonl, which curves.py draws")
     args = p.parse_args()
     folders.check_output(args.json)

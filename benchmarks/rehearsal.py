@@ -1,20 +1,21 @@
-"""A long run, rehearsed with small networks: does it end as if nothing had happened to it?
+"""A long run, rehearsed with small networks: does a disturbed run end like an undisturbed one?
 
     python benchmarks/rehearsal.py
-    python benchmarks/rehearsal.py --keep rehearsal        # keeps the files, for a look at them
+    python benchmarks/rehearsal.py --keep rehearsal        # keeps the files for inspection
 
-The design case of this repository is a run of days on eight GPUs. This program plays it in some
-minutes on two CPU cores: the same scripts, started by the same commands, with two processes of
-torchrun. Each act prints what it did and what it checked. The exit code is 0 if all checks hold.
+This repository is designed for runs of days on eight GPUs. This program rehearses such a run in
+some minutes on two CPU cores: with the same scripts, started by the same commands, and two
+processes of torchrun. Each act prints what it did and what it checked. The exit code is 0 if all
+checks pass.
 
     act 1    a folder of images becomes latents, by encode.py
     act 2    flow.py trains a teacher on them
     act 3    facm.py --fsdp trains a student twice: undisturbed, and killed five times
-    act 4    a student whose flags change on the way, with a step that is not finite
+    act 4    a student whose flags change during the run, with a step that is not finite
     act 5    benchmarks/sweep.py measures all snapshots
     act 6    the command that a run prints at its end
 
-It needs Linux or macOS, because it looks for the processes by the command ps.
+It needs Linux or macOS, because it finds the processes with the command ps.
 """
 
 import json
@@ -75,7 +76,7 @@ PROGRAMS = []                              # all that were started
 
 
 def check(what, holds):
-    """Prints whether something holds, and remembers it if not."""
+    """Prints whether a check passes, and adds it to FAULTS if it does not."""
     print(f"  {'ok   ' if holds else 'FAULT'}  {what}", flush=True)
     if not holds:
         FAULTS.append(what)
@@ -85,9 +86,9 @@ def check(what, holds):
 # Processes.
 
 class Program:
-    """A command that runs. Its output goes to a file.
+    """A running command. Its output is written to a file.
 
-    words: the script and its flags. processes: how many torchrun starts; 0: without torchrun.
+    words: the script and its flags. processes: the number for torchrun; 0: without torchrun.
     """
 
     def __init__(self, folder, *words, processes=0):
@@ -111,25 +112,25 @@ class Program:
         return self.process.wait(timeout=300)
 
     def children(self):
-        """The numbers of the processes that torchrun has started, the first process first."""
+        """The ids of the processes that torchrun has started, beginning with the first process."""
         table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
         pairs = [line.split() for line in table.splitlines()]
         return sorted(int(pid) for pid, parent in pairs if int(parent) == self.process.pid)
 
     def wait_until_it_trains(self):
-        """Waits until the first step is shown. From then on the log has no lines of an earlier start
-        that come after the checkpoint, and no file is left that was half written."""
+        """Waits until the first step is shown. By then, log lines after the checkpoint and partly
+        written files of an earlier start have been removed."""
         self.wait_for(lambda: re.search(r"/s(tep)?[],]", self.said()))
 
     def wait_for(self, happened):
-        """Waits until happened() is true. Raises RuntimeError if the program ends before."""
+        """Waits until happened() is true. Raises RuntimeError if the program ends first."""
         while not happened():
             if self.process.poll() is not None:
                 raise RuntimeError(f"{shlex.join(self.words)} ended early:\n{self.said()}")
             time.sleep(0.0005)
 
     def kill_all(self, workers):
-        """kill -9 for torchrun and for its processes, as when the machine loses its power."""
+        """Kills torchrun and its processes (kill -9), as when the machine loses power."""
         for pid in [self.process.pid, *workers]:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -137,7 +138,7 @@ class Program:
             time.sleep(0.01)
 
     def alive(self):
-        """The numbers of all processes of the machine that have not ended."""
+        """The ids of all processes of the machine that have not ended."""
         table = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True).stdout
         pairs = [line.split() for line in table.splitlines()]
         return [int(pid) for pid, state in pairs if not state.startswith("Z")]
@@ -160,7 +161,7 @@ def run(folder, *words, processes=0):
 # Run folders.
 
 def rows(out):
-    """The whole lines of a run's log."""
+    """The complete lines of a run's log."""
     path = out / "log.jsonl"
     if not path.exists():
         return []
@@ -169,7 +170,7 @@ def rows(out):
 
 
 def reached(out, step):
-    """Whether the log has come to a step."""
+    """Whether the log has reached a step."""
     return any(row["step"] >= step for row in rows(out))
 
 
@@ -268,7 +269,7 @@ def train_teacher(folder):
 
 
 def student(folder, out):
-    """The words of a student's command, without its script."""
+    """The arguments of a student's command, without its script."""
     evaluation = ["--vae", folder / "vae.pt", "--eval-every", 20, "--eval-n", SAMPLES, "--ref",
                   folder / "ref.npz", "--features", folder / "features.pt"]
     return ["--data", folder / "latents", *LATENTS, "--teacher", folder / "flow", *STUDENT, *evaluation,
@@ -276,7 +277,7 @@ def student(folder, out):
 
 
 def kill_at_a_random_time(program, out):
-    """kill -9 for all processes somewhere in a step."""
+    """Kills all processes (kill -9) at a random time in a step."""
     program.wait_until_it_trains()
     program.wait_for(lambda: reached(out, 15))
     time.sleep(random.uniform(0, 0.5))
@@ -287,8 +288,8 @@ def kill_at_a_random_time(program, out):
 
 
 def kill_in_a_save(program, out, name):
-    """kill -9 for all processes while a file with this name is written. Returns whether it came in
-    time: the file was not finished."""
+    """Kills all processes (kill -9) while a file with this name is written. Returns whether this
+    was in time, so that the file was not finished."""
     part = (out / name).with_suffix(".part")
     content = checkpoints.fingerprint(out / "ckpt.pt")
     program.wait_until_it_trains()
@@ -304,7 +305,7 @@ def kill_in_a_save(program, out, name):
 
 
 def disturb(folder, command, out):
-    """Starts a command again and again, and ends it in five ways."""
+    """Starts a command repeatedly, and ends it in five ways."""
     def start():
         return Program(folder, *command, processes=2)
 
@@ -316,7 +317,7 @@ def disturb(folder, command, out):
         else:
             check(f"a kill came while {name} was written", False)
 
-    # One process alone, as by the kernel when the memory is full
+    # Kill only one process, as the kernel does when memory is full
     program = start()
     program.wait_until_it_trains()
     program.wait_for(lambda: reached(out, 25))
@@ -342,7 +343,7 @@ def disturb(folder, command, out):
 
 
 def compare_with_reference(folder, out, reference):
-    """Checks that the disturbed run is the undisturbed one."""
+    """Checks that the disturbed run equals the undisturbed one."""
     a, b = checkpoints.read(out / "ckpt.pt"), checkpoints.read(reference / "ckpt.pt")
     for part in ("model", "ema", "optimizer"):
         check(f"{part}: equal to the last bit", same(a[part], b[part]))
@@ -393,7 +394,7 @@ def change_flags(folder):
           saved == logged < STEPS)
     check("the step that is not finite is printed", "step 12 is skipped, it is not finite: L_fm nan" in said)
 
-    # From here on one process, without --fsdp, which a SIGTERM ends as well
+    # From here on, the run has one process, without --fsdp, which a SIGTERM ends as well
     command = ["facm.py", *student(folder, out), "--lr", "1e-4"]
     program = Program(folder, *command)
     program.wait_until_it_trains()

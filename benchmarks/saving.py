@@ -1,16 +1,17 @@
-"""For how long does a save stop training, and how much memory does it need?
+"""How long does saving a checkpoint stop training, and how much memory does it need?
 
     python benchmarks/saving.py
     python benchmarks/saving.py --width 384 --json saving.json
 
-A DiT with its average and AdamW's moments is saved in two ways. "now" is how a training script saves
-it: the state is copied, and a thread writes the copy while training continues. "in the loop" is how
-version 0.2 did it: every process puts the whole state together, and training waits until the first
-one has written it. Both are measured in one process, and in two processes with --fsdp.
+A DiT with its average and AdamW's moments is saved in two ways. "now" is the way of the training
+scripts: the state is copied, and a thread writes the copy while training continues. "in the loop"
+is the way of version 0.2: every process gathers the whole state, and training waits until the first
+process has written it. Both are measured in one process, and in two processes with --fsdp.
 
-A case is a program of its own. Seconds are the median of several saves: those in which training
-stands still, in the process that waits longest, and those until the file is complete. Memory is that
-of each process before the first save, and at most. It does not count what the system keeps of files.
+Each case runs in a separate program. Times are medians over several saves: the seconds for which
+training stops, in the process that waits longest, and the seconds until the file is complete.
+Memory is that of each process, before the first save and at its peak, without the file cache of the
+system.
 """
 
 import argparse
@@ -40,13 +41,13 @@ SAVES = 3                                  # of each case
 
 
 def memory(name):
-    """VmRSS or VmHWM of this process: its memory now, or at most, in bytes (Linux)."""
+    """VmRSS or VmHWM of this process: its current or its peak memory, in bytes (Linux)."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def reset_peak():
-    """Makes VmHWM the memory of now."""
+    """Resets VmHWM to the current memory."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -74,8 +75,8 @@ def begin_run(folder, width, fsdp, device, rank, world):
 
 
 def save_now(run):
-    """Saves as Run.save does. Returns the seconds for which training stops, and those until the file
-    is complete."""
+    """Saves as Run.save does. Returns the seconds for which training stops, and those until the
+    file is complete."""
     begun = time.perf_counter()
     run.start_writing(snapshot=False)
     stopped = time.perf_counter() - begun
@@ -84,7 +85,7 @@ def save_now(run):
 
 
 def whole(state):
-    """A nested dict in which what FSDP has sharded is put together, in every process."""
+    """A nested dict in which sharded tensors are gathered, in every process."""
     if isinstance(state, dict):
         return {name: whole(part) for name, part in state.items()}
     if hasattr(state, "full_tensor"):
@@ -94,7 +95,7 @@ def whole(state):
 
 def save_in_the_loop(run):
     """Saves as version 0.2 did (commit c576019). Returns the same as save_now. The other processes
-    wait in the next step, where their gradients meet."""
+    wait in the next step, where the gradients are averaged."""
     begun = time.perf_counter()
     checkpoint = whole(dict(
         model=run.net.state_dict(), ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict()))
@@ -146,7 +147,7 @@ def measure(way, width, fsdp):
 # All cases.
 
 def start(way, width, count):
-    """Measures a case in a program of its own, with so many processes. Returns its figures."""
+    """Measures a case in a separate program with `count` processes. Returns its figures."""
     launcher = [sys.executable]
     if count > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -167,9 +168,10 @@ def gib(sizes):
 def main():
     parser = flags.Parser(description="How long a save stops training.")
     parser.add_argument("--width", type=int, default=1088, help="width of the DiT, with 12 blocks")
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file as well")
-    parser.add_argument("--way", choices=WAYS, help="measure one case, in this process")
-    parser.add_argument("--fsdp", action="store_true", help="of the one case: shard over torchrun's processes")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
+    parser.add_argument("--way", choices=WAYS, help="measure one case in this process")
+    parser.add_argument("--fsdp", action="store_true", help="with --way: shard across the "
+                        "processes of torchrun")
     args = parser.parse_args()
     if args.way:
         measure(args.way, args.width, args.fsdp)

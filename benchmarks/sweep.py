@@ -1,14 +1,14 @@
-"""FID of every checkpoint of a run, and of several guidance scales: a table, a JSON file, a curve.
+"""FID of every checkpoint of a run, at several guidance scales: a table, a JSON file, a curve.
 
     python benchmarks/sweep.py runs/facm-imagenet_latents --ref VIRTUAL_imagenet256_labeled.npz --vae VAE --nfe 1 2 --n 5000
     python benchmarks/sweep.py runs/flow-cifar10 --ref cifar10 --nfe 50 --w 1 1.5 2 --is
     torchrun --nproc_per_node=8 benchmarks/sweep.py RUN --ref REF --samples 50000
 
-The checkpoints are step-*.pt, which --keep-every writes, and ckpt.pt. Sample i is drawn from (--seed,
-i), as by sample.py, so all rows have the same noise. RUN/sweep.json keeps the rows. The same command
-measures only what is missing there: checkpoints that are new or that have changed, and what is asked
-for anew. So it can be interrupted, and repeated while the run trains. A curve, RUN/sweep.png, is
-drawn if matplotlib is installed.
+The checkpoints are step-*.pt, which --keep-every writes, and ckpt.pt. Sample i is drawn from --seed
+and i, as in sample.py, so all rows have the same noise. RUN/sweep.json keeps the rows. The same
+command measures only rows that are missing there: those of new or changed checkpoints, and those
+that new flags add. So it can be interrupted, and repeated while the run trains. If matplotlib is
+installed, it also draws a curve, RUN/sweep.png.
 """
 
 import json
@@ -34,14 +34,16 @@ def parse_args():
     a("--ref", required=True, help="reference, as for fid.py")
     a("--nfe", type=flags.number(int, 1), nargs="+", default=[1, 2], help="numbers of function evaluations")
     a("--w", type=flags.number(float), nargs="+", default=[None], help="guidance scales, for a run of flow.py; 1 is none")
-    a("--cfg-interval", type=float, nargs=2, metavar=("T0", "T1"), help="guide from time T0 to T1, as sample.py does")
-    a("--sampler", help="as for sample.py (default: the method's)")
+    a("--cfg-interval", type=float, nargs=2, metavar=("T0", "T1"), help="guide from time T0 to T1, "
+      "as in sample.py")
+    a("--sampler", help="sampler, as for sample.py (default: the method's)")
     a("--n", "--samples", type=flags.number(int, 2), default=5000, help="samples for each row; torchrun needs the long "
       "name, because it reads --n as the beginning of its own flags")
-    a("--is", action="store_true", dest="score", help="the Inception Score as well")
-    a("--features", type=pathlib.Path, help="TorchScript network in place of Inception, such as DINOv2; it is executed")
+    a("--is", action="store_true", dest="score", help="also measure the Inception Score")
+    a("--features", type=pathlib.Path, help="TorchScript network instead of Inception, "
+      "such as DINOv2; the file is executed")
     a("--inception", type=pathlib.Path, help="Inception's weights, as for fid.py")
-    a("--vae", help="checkpoint of the autoencoder that makes images of latents")
+    a("--vae", help="checkpoint of the autoencoder that makes images from latents")
     a("--seed", type=int, default=0, help="seed of the samples")
     a("--out", type=pathlib.Path, help="NAME.json for the rows; NAME.png beside it is the curve (default: RUN/sweep.json)")
     a("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
@@ -55,11 +57,11 @@ def parse_args():
 
 
 # --------------------------------------------------------------------------------------------------
-# The rows: which there are, and which are finished.
+# The rows, and which of them are finished.
 
 def checkpoints_of(run):
-    """[(path, its checkpoint), ...] of a run folder, by their steps. Where a snapshot has the step of
-    ckpt.pt, it has the same weights, and ckpt.pt is left out."""
+    """[(path, its checkpoint), ...] of a run folder, in the order of their steps. If a snapshot has
+    the step of ckpt.pt, it has the same weights, and ckpt.pt is left out."""
     paths = sorted(run.glob("step-*.pt"))
     if (run / "ckpt.pt").exists():
         paths.append(run / "ckpt.pt")
@@ -73,14 +75,15 @@ def checkpoints_of(run):
 
 
 def content(path):
-    """A name for what a file holds; of a folder or a data set its own name, and None of None."""
+    """An identifier of a file's contents, the name of a folder or data set, or None for None."""
     if path is None or not os.path.isfile(path):
         return path and str(path)
     return f"{pathlib.Path(path).name} {checkpoints.fingerprint(path)}"
 
 
 def rows_asked_for(args, device):
-    """What identifies each row: a dict without figures. Raises ValueError for what cannot be swept."""
+    """The settings of each requested row, dicts without figures. Raises ValueError for flags that
+    do not fit the checkpoints."""
     common = dict(sampler=args.sampler, cfg_interval=args.cfg_interval, n=args.n, seed=args.seed, device=device.type,
                   ref=content(args.ref), vae=content(args.vae), features=content(args.features))
     rows = []
@@ -97,7 +100,7 @@ def rows_asked_for(args, device):
 
 
 def read_rows(path):
-    """The rows of a JSON file; none if there is no file. Raises ValueError if it is another file."""
+    """The rows of a JSON file; none if there is no file. Raises ValueError for other files."""
     if not path.exists():
         return []
     try:
@@ -134,8 +137,8 @@ def from_first_process(value, world):
 # The measurements.
 
 def sweep(args, device, rank, world):
-    """Measures the rows that are not finished, and writes each one at once. Returns all rows that were
-    asked for, with their figures."""
+    """Measures the rows that are not finished, and writes each one immediately. Returns all
+    requested rows, with their figures."""
     asked, kept, problem = [], [], None
     if rank == 0:                          # a run that trains may save between two processes' looks
         try:
@@ -170,8 +173,8 @@ def sweep(args, device, rank, world):
 
 
 def load(path, fingerprint, device, world):
-    """The network of a checkpoint, and the checkpoint. Raises ValueError, on all processes, if one of
-    them has read another file than the first, because the run has saved in between."""
+    """The network of a checkpoint, and the checkpoint. Raises ValueError, on all processes, if the
+    run has saved in the meantime, so that a process has read a different file than the first."""
     net, checkpoint = sample.load(path, device)
     problem = None
     if checkpoints.fingerprint(path) != fingerprint:
@@ -184,7 +187,7 @@ def load(path, fingerprint, device, world):
 # Table and curve.
 
 def name_of(row):
-    """NFE 2, or NFE 2, w 1.5."""
+    """The name of a row's settings, such as "NFE 2" or "NFE 2, w 1.5"."""
     name = f"NFE {row['nfe']}"
     if row["w"] is not None:
         name += f", w {row['w']:g}"
@@ -206,8 +209,8 @@ def print_table(rows):
 
 
 def draw_curve(path, rows):
-    """A panel for each figure: over the steps, or over the guidance scales of a single step. Prints a
-    note if matplotlib is missing."""
+    """Draws a panel for each figure: over the steps, or over the guidance scales of a single step.
+    Prints a note if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
