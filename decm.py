@@ -332,8 +332,8 @@ WEIGHTS = {
 
 def sample_t(times, normal, uniform, P_mean, P_std, segments):
     """Times in [0, 1] (line 3). normal, uniform: standard normal and uniform numbers [B]. paper:
-    from U(0, 1), but in 4.4 at the ends of N segments; here: the latter, because it has the better
-    FID in Table 3."""
+    from U(0, 1), but in 4.4 at the ends of N segments; here: the latter, because Table 3
+    favours it."""
     if times == "nseg":
         return (uniform * (segments + 1)).floor() / segments
     sigma = torch.exp(P_mean + P_std * normal)
