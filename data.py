@@ -814,9 +814,13 @@ def to_uint8(x):
 
 
 def save_grid(path, images, columns, scale=1, labels=()):
-    """Writes a PNG of uint8 images [N, H, W, C], C 1 or 3, with `columns` images in a row and each
-    pixel enlarged `scale` times. labels: a text for the left of each row. Raises OSError if the
-    file cannot be written."""
+    """Writes the sheet of images as a PNG. Raises OSError if the file cannot be written."""
+    grid(images, columns, scale, labels).save(path)
+
+
+def grid(images, columns, scale=1, labels=()):
+    """A sheet of uint8 images [N, H, W, C], C 1 or 3, with `columns` images in a row and each pixel
+    enlarged `scale` times. labels: a text for the left of each row. Returns a Pillow image."""
     images = np.asarray(images)
     n, h, w, c = images.shape
     rows = math.ceil(n / columns)
@@ -829,7 +833,7 @@ def save_grid(path, images, columns, scale=1, labels=()):
     sheet = Image.fromarray(sheet)
     if labels:
         sheet = beside_labels(sheet, labels, h * scale)
-    sheet.save(path)
+    return sheet
 
 
 def beside_labels(sheet, labels, height):

@@ -510,8 +510,8 @@ def train(args, run):
         # First update: L_CM and L_FM. Accumulate the gradient over the micro-batches. With the last
         # one, it is averaged over the processes
         figures = {}
-        losses = torch.zeros(2, device=device)
         if has_first_update:
+            losses = torch.zeros(2, device=device)
             for i, (x1, x0, t, y) in enumerate(batches):
                 models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
                 last = i == len(batches) - 1

@@ -170,9 +170,10 @@ PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
 # For --init with a teacher that flow.py trained on this data (ours): fewer steps, a curriculum in
-# which eps falls equally far, and lambda 0, because G.2 lowers lambda for fine-tuning
-for name in ("glyphs", "mnist"):
-    PRESETS[f"{name}_finetune"] = PRESETS[name] | dict(steps=1600, curriculum=200, lam=0.0)
+# which eps falls as far in them, and lambda 0, because G.2 lowers lambda for fine-tuning
+FINETUNE = dict(steps=1600, curriculum=200, lam=0.0)
+PRESETS["glyphs_finetune"] = PRESETS["glyphs"] | FINETUNE
+PRESETS["mnist_finetune"] = PRESETS["mnist"] | FINETUNE
 
 # What --row sets: the configurations of Tables 2, 3 and 10. A to F are CU, G to L are VU, and each
 # line adds a choice to the line before it. M is D with s-sampling (Table 10), which equals J.

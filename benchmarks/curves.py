@@ -88,11 +88,11 @@ def curves_of_distance(folder):
     return curves
 
 
-def print_table(folder, rows, window):
+def print_table(folder, rows, log):
     """Prints a run as a table in Markdown: losses and gradient norm, smoothed as in the picture,
     and distances. rows: the number of steps, which are equally spaced."""
     columns = {}                           # {head: {step: value}}
-    for name, (_, steps, values) in curves_of_log(folder, window).items():
+    for name, (_, steps, values) in log.items():
         columns[name] = dict(zip(steps, values))
     last = max(max(column) for column in columns.values())
     for label, steps, values in curves_of_distance(folder):
@@ -117,12 +117,14 @@ def main():
     p.add_argument("--smooth", type=int, default=5, help="lines of the log in each running mean")
     args = p.parse_args()
     folders.check_output(args.out)
+    logs = {}                              # {run folder: its curves_of_log}
     for folder in args.runs:
-        if not curves_of_log(folder, args.smooth):
+        logs[folder] = curves_of_log(folder, args.smooth)
+        if not logs[folder]:
             fail(f"{folder}: no log.jsonl with lines in it")
     if args.table:
         for folder in args.runs:
-            print_table(folder, args.table, args.smooth)
+            print_table(folder, args.table, logs[folder])
         return
     try:
         import matplotlib
@@ -134,7 +136,7 @@ def main():
     panels = {}                            # {title: [(label, steps, values), ...]}
     changes = []                           # [(step, text), ...]
     for folder in args.runs:
-        for name, curve in curves_of_log(folder, args.smooth).items():
+        for name, curve in logs[folder].items():
             panels.setdefault(name, []).append(curve)
         for title, evaluated in curves_of_fid(folder).items():
             panels.setdefault(title, []).extend(evaluated)

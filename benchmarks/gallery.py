@@ -81,8 +81,7 @@ def main():
     sheets = []
     for rows, titles in ((left, list(left)), (right, ())):
         images = [scaled(rows[label], args.size) if label in rows else white for label in left]
-        data.save_grid(args.out, np.concatenate(images), 10, labels=titles)
-        sheets.append(Image.open(args.out).convert("RGB"))
+        sheets.append(data.grid(np.concatenate(images), 10, labels=titles).convert("RGB"))
     gap = args.size // 2
     size = (sheets[0].width + gap + sheets[1].width, sheets[0].height)
     sheet = Image.new("RGB", size, "white")

@@ -50,13 +50,7 @@ def frames_of(folder):
 
 def draw_frame(step, rows, scale):
     """A picture of the rows {label: images}, with the training step below them."""
-    images = np.concatenate(list(rows.values()))
-    _, height, width, channels = images.shape
-    sheet = images.reshape(len(rows), 10, height, width, channels).swapaxes(1, 2)
-    sheet = sheet.reshape(len(rows) * height, 10 * width, channels)
-    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
-    sheet = Image.fromarray(sheet.squeeze()).convert("RGB")
-    sheet = data.beside_labels(sheet, list(rows), height * scale)
+    sheet = data.grid(np.concatenate(list(rows.values())), 10, scale, list(rows))
     page = Image.new("RGB", (sheet.width, sheet.height + 24), "white")
     page.paste(sheet, (0, 0))
     text = f"one step, after {step} training steps"

@@ -46,7 +46,7 @@ def test_the_table_of_a_run_has_means_of_the_log_and_the_last_distance(tmp_path,
     (run / "distance.jsonl").write_text("".join(
         json.dumps(dict(step=step, figures=figures | {"student, NFE 1": dict(recognised=1.0, distance=d)})) + "\n"
         for step, d in ((20, 5.0), (40, 2.5))))
-    curves.print_table(run, 2, 2)
+    curves.print_table(run, 2, curves.curves_of_log(run, 2))
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()]
     table = {head: (a, b) for head, a, b in zip(rows[0], rows[2], rows[3])}
     assert table == {"step": ("20", "40"), "L_cm": ("1.5", "3.5"), "L_n2n": ("10", "20"), "grad_norm": ("1", "1"),
