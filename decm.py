@@ -131,6 +131,8 @@ def parse_args():
          help="the losses to train with (Table 3 c to g)")
     flag("--vel-norm", float, 1e-9, metavar="ETA", help="length to which D is "
          "scaled (Table 3 h; default: D is not scaled)")
+    flag("--vel-clip", action="store_true", help="scale only those D that are longer than ETA "
+         "(not in the paper)")
     flag("--times", choices=["nseg", "arctan", "lognorm"], default="nseg", help="how t is drawn "
          "(Table 3 j to l)")
     flag("--segments", int, 1, default=64, help="N, the number of segments at whose ends t "
@@ -141,6 +143,8 @@ def parse_args():
     flag("--vpsi", choices=["model", "data"], default="model", help="where v_psi is "
          "evaluated: at f(x_r, r, t) (model) or at x_t (data)")
     flag("--r-max", float, default=0.02, help="r is uniform from 0 to R_MAX (r -> 0 in Eq. 12)")
+    flag("--r-fall", int, 1, metavar="STEPS", help="r is R_MAX at first, and falls linearly to 0 "
+         "in STEPS steps (not in the paper; default: r is drawn)")
     flag("--w1", choices=list(WEIGHTS), default="1", help="w_1(t) (Algorithm 1, line 10)")
     flag("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")
     flag("--power", float, 0, default=0.5, help="p of the adaptive weight (4.4)")
@@ -153,7 +157,8 @@ def parse_args():
         ("P-mean P-std", args.times != "nseg", "--times arctan or lognorm"),
         ("segments", args.times == "nseg", "--times nseg"),
         ("vel-norm", args.w != 1, "guidance, --w other than 1"),
-        ("freq lam gam vpsi r-max w2", "n2n" in args.objectives, "n2n among --objectives"),
+        ("vel-clip", args.vel_norm is not None, "--vel-norm ETA"),
+        ("freq lam gam vpsi r-max r-fall w2", "n2n" in args.objectives, "n2n among --objectives"),
         ("w1", "cd" in args.objectives, "cd among --objectives"),
         ("label-drop", args.teacher == "none", "--teacher none"))
     return args
@@ -164,7 +169,7 @@ def parse_args():
 # dimension 1; r, t, s [B] float; y [B] int64 or None. They need only torch and jvp.py.
 
 def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=1.0, eta=None,
-              y_null=None):
+              clip=False, y_null=None):
     """L_FM and L_CM, means over the batch, and the pair x_t, v (Algorithm 1, lines 4 to 14).
 
     net        F_theta, any callable net(x, t, s, y) with two times in [0, 1]; under DDP, the DDP
@@ -174,12 +179,13 @@ def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=
     teacher    F_tea, frozen: a callable teacher(x, t, None, y) that predicts the velocity; None if
                the network is trained from scratch
     w1         w_1(t), a key of WEIGHTS; p, c: see adaptive
-    w, eta, y_null   guidance of scale w, velocity normalisation, the null label (Eq. 18)
+    w, eta, clip, y_null   guidance, its velocity normalisation, the null label: guided_velocity
 
     Raises ValueError if w is not 1, and teacher, y or y_null is None.
     """
     xt = interpolate(x1, x0, t)                                                # line 4
-    v = flow_velocity(teacher, x1, x0, xt, t, y, w=w, eta=eta, y_null=y_null)  # lines 5, 6
+    v = flow_velocity(teacher, x1, x0, xt, t, y, w=w, eta=eta, clip=clip,      # lines 5, 6
+                      y_null=y_null)
     # A copy: before 2.15 torch.compile fails on the same tensor in two places
     one, s = torch.ones_like(t), t.clone()
     F_cm, dF_dt, F_fm = jvp(net, at=(xt, t, one, y), along=(v, 1, 0),          # line 8, Eq. 11
@@ -191,7 +197,7 @@ def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=
 
 
 def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5, w2="1",
-             vpsi="model", p=0.5, c=1e-3, w=1.0, eta=None, y_null=None):
+             vpsi="model", p=0.5, c=1e-3, w=1.0, eta=None, clip=False, y_null=None):
     """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27).
 
     xt, v      as decm_loss returns them; if they are None, L_FM is 0
@@ -202,7 +208,7 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
 
     For the other arguments, see decm_loss.
     """
-    guidance = dict(w=w, eta=eta, y_null=y_null)
+    guidance = dict(w=w, eta=eta, clip=clip, y_null=y_null)
     xr = interpolate(x1, x0, r)                                                # line 19
     v_r = torch.zeros_like(xr)             # with gam = 0 it has no part
     if gam != 0:
@@ -239,19 +245,20 @@ def interpolate(x1, x0, t):
     return (1 - t) * x0 + t * x1
 
 
-def flow_velocity(teacher, x1, x0, xt, t, y, *, w, eta, y_null):
+def flow_velocity(teacher, x1, x0, xt, t, y, *, w, eta, clip, y_null):
     """v at x_t: the teacher's, guided (Eq. 18), or, from scratch, that of the pair (x0, x1)."""
     if teacher is not None:
-        return guided_velocity(teacher, xt, t, y, w=w, eta=eta, y_null=y_null)
+        return guided_velocity(teacher, xt, t, y, w=w, eta=eta, clip=clip, y_null=y_null)
     if w != 1:
         raise ValueError("guidance (w other than 1) needs a teacher")
     return x1 - x0
 
 
 @torch.no_grad()
-def guided_velocity(teacher, xt, t, y, *, w, eta, y_null):
+def guided_velocity(teacher, xt, t, y, *, w, eta=None, clip=False, y_null=None):
     """The teacher's velocity at x_t, guided with scale w. eta: the length to which the difference D
     of each sample is scaled (velocity normalisation, Algorithm 1 line 6); None: D is not scaled.
+    clip: scale only those D that are longer than eta (not in the paper).
     """
     if w == 1:
         return teacher(xt, t, None, y)
@@ -262,7 +269,10 @@ def guided_velocity(teacher, xt, t, y, *, w, eta, y_null):
     D = v_cond - v_uncond
     if eta is not None:
         norm = D.square().sum(dim=tuple(range(1, D.dim())), keepdim=True).sqrt()
-        D = eta * D / norm.clamp_min(1e-8)
+        scale = eta / norm.clamp_min(1e-8)
+        if clip:
+            scale = scale.clamp_max(1)
+        D = scale * D
     return v_cond + (w - 1) * D                                        # Eq. 18
 
 
@@ -340,6 +350,18 @@ def sample_t(times, normal, uniform, P_mean, P_std, segments):
     if times == "arctan":
         return 1 - 2 / math.pi * torch.atan(sigma)
     return 1 / (1 + sigma)
+
+
+def sample_r(uniform, t, step, r_max, r_fall):
+    """The left ends r of the jumps from the noise (line 18), at most t, because no jump goes back
+    in time. paper: r goes to 0 in a way that is not given; here: uniform from 0 to r_max or, with
+    r_fall, r_max at first, which falls linearly to 0 in r_fall steps. uniform: random numbers [B].
+    """
+    if r_fall is None:
+        r = r_max * uniform
+    else:
+        r = torch.full_like(t, r_max * max(0, 1 - step / r_fall))
+    return torch.minimum(r, t)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,7 +517,7 @@ def train(args, run):
         drop_all, _, uniform, r_all = torch.rand((4, args.batch), generator=random, device=device)
         t_all = sample_t(args.times, normal, uniform, args.P_mean, args.P_std,           # line 3
                          args.segments)
-        r_all = torch.minimum(args.r_max * r_all, t_all)   # no jump goes back in time   # line 18
+        r_all = sample_r(r_all, t_all, step, args.r_max, args.r_fall)                    # line 18
 
         # The batch, in micro-batches. x_t and v of each one are kept for the second update
         if hasattr(net, "force_weight_norm"):
@@ -522,7 +544,8 @@ def train(args, run):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     L_fm, L_cm, xt_v = decm_loss(
                         model, jvp, x1, x0, t, y, teacher=teacher, w1=args.w1, p=args.power,
-                        c=args.c, w=args.w, eta=args.vel_norm, y_null=net.num_classes)
+                        c=args.c, w=args.w, eta=args.vel_norm, clip=args.vel_clip,
+                        y_null=net.num_classes)
                 seen.append(xt_v)
                 share = len(y) / (args.batch // world)
                 loss = (fm_weight * L_fm + cd_weight * L_cm) * share
@@ -554,7 +577,8 @@ def train(args, run):
                     L_fm, L_n2n = n2n_loss(
                         model, jvp, x1, x0, xt, v, r, t, y, teacher=teacher, lam=args.lam,
                         gam=args.gam, w2=args.w2, vpsi=args.vpsi, p=args.power, c=args.c,
-                        w=args.w, eta=args.vel_norm, y_null=net.num_classes)
+                        w=args.w, eta=args.vel_norm, clip=args.vel_clip,
+                        y_null=net.num_classes)
                 share = len(y) / (args.batch // world)
                 loss = (fm_weight * L_fm + L_n2n) * share
                 loss.backward()

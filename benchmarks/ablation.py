@@ -1,7 +1,7 @@
 """Rows of the papers' ablation tables on glyphs: equal steps, equal teacher, several seeds.
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
-    python benchmarks/ablation.py decm-samplers            # other samplers, for its last row
+    python benchmarks/ablation.py decm-samplers            # also: decm-options
     python benchmarks/ablation.py facm                     # also: teachers, stability, weights
     python benchmarks/ablation.py gcm                      # also: gcm-others
     python benchmarks/ablation.py decm --seeds 0 --steps 100
@@ -123,6 +123,20 @@ TABLES = {
         columns=[("euler", 4), ("euler", 8), ("euler", 16), ("cm", 4), ("cm", 8), ("cm", 16),
                  ("mix", 4), ("mix", 8), ("mix", 16)],
         rows=[Row("Table 4", N2N, (76.15, 8.26, 2.38, 1.56, 2.37, 3.72, 1.41, 1.51, 1.42))]),
+    # Rows (h) to (o); (i), (j) and (o) are the preset of glyphs. Four rows are not in the paper:
+    # they are what a later version is said to have
+    "decm-options": Table(
+        "decm.py", 800, [("cm", 1), ("cm", 2), ("mix", 4), ("euler", 50)], [
+            Row("(i), (j), (o)", "", (1.75, 1.30, 1.43, 1.35)),
+            Row("(h) velocity normalisation", "--vel-norm 3", (1.70, 1.33, 1.41, 1.26)),
+            Row("clipped", "--vel-norm 3 --vel-clip"),
+            Row("gamma 1", "--gam 1"),
+            Row("falling r", "--r-max 0.1 --r-fall 400"),
+            Row("all three", "--vel-norm 3 --vel-clip --gam 1 --r-max 0.1 --r-fall 400"),
+            Row("(k) arctan-norm", "--times arctan", (1.74, 1.36, 1.62, 1.45)),
+            Row("(l) log-norm", "--times lognorm", (1.83, 1.45, 1.67, 1.41)),
+            Row("(m)", "--freq 1", (1.72, 1.48, 1.77, 1.45)),
+            Row("(n)", "--freq 3", (1.70, 1.33, 1.41, 1.26))]),
     "gcm": Table(
         "gcm.py", 1000, TWO_STEPS, [
             Row("(A)", "--row A", (6.40, 4.28), teacher=None),
@@ -236,7 +250,8 @@ def train_all(table, steps, seeds, n, jobs):
             script = row.script or table.script
             for seed in seeds:
                 flags = f"{table.flags} --steps {steps} {row.flags} --seed {seed}".split()
-                words = [script.removesuffix(".py"), str(steps), f"seed{seed}", row.flags]
+                words = [script.removesuffix(".py"), str(steps), f"seed{seed}", table.flags,
+                         row.flags]
                 if row.teacher is not None:
                     flags += ["--teacher", str(folder_of("flow", row.teacher) / "ckpt.pt")]
                 if row.teacher:

@@ -189,6 +189,20 @@ def test_guidance_and_velocity_normalisation():
     even = decm.guided_velocity(teacher, x, t, y, w=1.75, eta=2.0, y_null=0)
     D = (even - ORACLE.expand(y.double())) / 0.75
     assert torch.allclose(D.square().sum((1, 2, 3)).sqrt(), torch.tensor([2.0, 2.0, 0.0]).double())
+    # The lengths of D are 3 sqrt(18), sqrt(18) and 0. A clip at 8 shortens the first and leaves the others as they are
+    clipped = decm.guided_velocity(teacher, x, t, y, w=1.75, eta=8.0, clip=True, y_null=0)
+    D = (clipped - ORACLE.expand(y.double())) / 0.75
+    assert torch.allclose(D.square().sum((1, 2, 3)).sqrt(), torch.tensor([8.0, 18 ** 0.5, 0.0]).double())
+    assert torch.equal(clipped[1:], plain[1:])
+
+
+def test_left_ends_of_the_jumps_from_the_noise():
+    """r is drawn below r_max, or falls linearly from r_max to 0, and never lies beyond t."""
+    uniform, t = torch.tensor([0.0, 0.5, 0.9]), torch.tensor([1.0, 1.0, 0.01])
+    assert torch.allclose(decm.sample_r(uniform, t, 7, 0.1, None), torch.tensor([0.0, 0.05, 0.01]))
+    for step, r in ((0, 0.1), (50, 0.05), (100, 0.0), (500, 0.0)):
+        expected = torch.tensor([r, r, min(r, 0.01)])
+        assert torch.allclose(decm.sample_r(uniform, t, step, 0.1, 100), expected)
 
 
 @pytest.mark.parametrize("teacher, labels, y_null", [
@@ -405,6 +419,7 @@ def test_the_student_starts_as_its_teacher(teacher, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [
     ["--objectives", "fm"], ["--objectives", "cd"], ["--objectives", "fm", "n2n"], ["--vel-norm", "5"],
     ["--times", "arctan"], ["--times", "lognorm"], ["--vpsi", "data", "--lam", "0.2"], ["--jvp", "fd"],
+    ["--vel-norm", "5", "--vel-clip", "--gam", "1", "--r-max", "0.1", "--r-fall", "2"],
     ["--precision", "bf16", "--batch", "2"], ["--w1", "1-t", "--w2", "1-sqrt", "--power", "1"], SCRATCH],
     ids=str)
 def test_every_option_trains(teacher, tmp_path, monkeypatch, flags):
@@ -467,7 +482,7 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
 
 def test_freeflows_predictor_is_n2n_alone():
     """FreeFlow's predictor, stated directly: from noise z, F(z, t) + t dF/dt = v(z + t F, t), where v is the teacher's. Its
-    gradient is that of n2n_loss at r = 0, lambda 1, gamma 0, to the bit, and no data have a part in it."""
+    gradient is that of n2n_loss at r = 0, lambda 1, gamma 0, and no data have a part in it."""
     _, z, _, t = draw()
     teacher = OracleNet(teacher=True)
 
@@ -533,14 +548,14 @@ def test_decms_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monke
     watch(monkeypatch, calls, torch, "_foreach_lerp_")
     watch(monkeypatch, calls, data.Dataset, "batch")
     call(monkeypatch, decm, *TINY, "--jvp", "fd", "--teacher", teacher, "--steps", 2, "--seed", 7, "--label-drop", 1,
-         "--w", 3, "--vel-norm", 5, "--times", "nseg", "--segments", 3, "--w1", "1-t", "--w2", "1-sqrt", "--lam", 0.2,
+         "--w", 3, "--vel-norm", 5, "--vel-clip", "--times", "nseg", "--segments", 3, "--w1", "1-t", "--w2", "1-sqrt", "--lam", 0.2,
          "--gam", 0.7, "--vpsi", "data", "--r-max", 0.1, "--freq", 2, "--P-mean", -1, "--P-std", 1.5, "--power", 0.7,
          "--c", 0.05, "--ema-sigma", 0.2, "--out", tmp_path / "run")
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 8), (7, 8, 8)]
     gamma = gamma_of(0.2)
     assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma + 1) for k in (1, 2)]
     assert [(a[0], *a[3:]) for a in calls["sample_t"]] == [("nseg", -1, 1.5, 3)] * 2
-    guidance = dict(y_null=10, w=3.0, eta=5.0)
+    guidance = dict(y_null=10, w=3.0, eta=5.0, clip=True)
     assert all(options == guidance and (a[3] < 10).all() for a, options in
                zip(calls["guided_velocity"], calls["guided_velocity options"]))
     for step in range(2):
