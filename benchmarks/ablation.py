@@ -3,7 +3,7 @@
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
     python benchmarks/ablation.py decm-samplers            # also: decm-options
     python benchmarks/ablation.py facm                     # also: teachers, stability, weights
-    python benchmarks/ablation.py gcm                      # also: gcm-others
+    python benchmarks/ablation.py gcm                      # also: gcm-others, gcm-options
     python benchmarks/ablation.py decm --seeds 0 --steps 100
 
 Every row is a run in runs/ablation, of the method's script or, for sCM and MeanFlow, of
@@ -165,6 +165,25 @@ TABLES = {
             Row("11: c", ECT + " --ht exp", (4.38, 3.09), teacher=None),
             Row("11: d", ECT + " --ht exp --ct exp", (4.38, 3.05), teacher=None),
             Row("11: e (E)", "--row E", (2.91, 2.20), teacher=None)]),
+    # Tables 7b to 7d, 7f, 7g, 7i and 7j, without the rows that are in "gcm". Table 7f is a figure,
+    # whose values are not in the text. The curriculum is the same fraction of the run as the paper's
+    "gcm-options": Table(
+        "gcm.py", 4000, TWO_STEPS, [
+            Row("7c: c(t) = 1000t", "--row B --ct 1000t", (8.59, 7.05), teacher=None),
+            Row("7d: curriculum", "--row K --curriculum 500", (3.12, 2.25), teacher=None),
+            Row("7f: nu = 1", "--row K --nu-s 1", teacher=None),
+            Row("7g: sine(1, 0.1)", "--row E --pt-ab 1 0.1", (2.94, 2.21), teacher=None),
+            Row("7g: cosh(1.5, 0)", "--row E --pt cosh --pt-ab 1.5 0", (2.93, 2.23), teacher=None),
+            Row("7g: sine(1, 0.001)", "--row E --pt-ab 1 0.001", (2.92, 2.20), teacher=None),
+            Row("7i: shared times", "--row K --group 2 --share-time --kernel-sigma inf",
+                (2.91, 2.16), teacher=None),
+            Row("7j: analytic", "--row K --jvp exact", (2.93, 2.18), teacher=None),
+            Row("7b: constant", "--row D --ht const", (4.62, 2.50), teacher=None),
+            Row("7b: quadratic increase", "--row D --ht quad-inc", (9.09, 3.08), teacher=None),
+            Row("7b: EDM's", "--row D --ht edm", (3.29, 2.24), teacher=None),
+            Row("7b: ECT's", "--row D --ht ect", (3.20, 2.27), teacher=None),
+            Row("7b: linear decrease", "--row D --ht linear", (3.08, 2.26), teacher=None),
+            Row("7b: quadratic convex", "--row D --ht quad-convex", (6.83, 2.75), teacher=None)]),
 }
 
 
