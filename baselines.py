@@ -257,12 +257,12 @@ def preview(net, noise, args):
 def check(args, net):
     """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use "
                          "--w 1")
     if args.objective == "scm" and args.w != 1 and args.teacher == "none":
-        raise ValueError("--objective scm from scratch knows no velocity to guide; use --w 1")
+        raise ValueError("--objective scm has no guidance from scratch; use --w 1")
     if args.objective == "ayf" and args.teacher == "none":
-        raise ValueError("--objective ayf distils a teacher; leave out --teacher none")
+        raise ValueError("--objective ayf needs a teacher; leave out --teacher none")
     if args.objective == "imf" and args.teacher != "none":
         raise ValueError("--objective imf trains from scratch, because with a teacher it is "
                          "MeanFlow; use --teacher none")

@@ -396,7 +396,7 @@ def sample_mix(net, noise, y, *, nfe, n_ode=None):
     if n_ode is None:
         n_ode = max(nfe // 2, nfe - 4)
     if not 0 <= n_ode < nfe:
-        raise ValueError(f"--n-ode {n_ode}: choose 0 to {nfe - 1}, one less than the NFE")
+        raise ValueError(f"--n-ode {n_ode}: use 0 to {nfe - 1}, which is one less than the NFE")
     xt = noise[0]
     for i in range(nfe):
         t = xt.new_full(xt.shape[:1], i / nfe)
@@ -440,14 +440,14 @@ def preview(net, noise, args):
 def check(args, net):
     """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use "
                          "--w 1")
     if args.w != 1 and args.teacher == "none":
-        raise ValueError(f"--w {args.w}: there is no guidance from scratch; use --w 1")
+        raise ValueError(f"--w {args.w}: guidance needs a teacher; use --w 1 with --teacher none")
     if args.lam + args.gam <= 0:
-        raise ValueError("--lam and --gam: their sum must be positive")
+        raise ValueError("the sum of --lam and --gam must be positive")
     if not 0 <= args.r_max < 1:
-        raise ValueError(f"--r-max {args.r_max}: choose 0 or more, below 1")
+        raise ValueError(f"--r-max {args.r_max}: use a number from 0 to below 1")
     if args.objectives == ["n2n"]:         # FreeFlow's predictor, with the flags in docs/decm.md
         if args.freq != 1:
             raise ValueError("--objectives n2n alone needs --freq 1, because the other steps would "

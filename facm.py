@@ -344,7 +344,7 @@ def preview(net, noise, args):
 def check(args, net):
     """Raises ValueError for flags that cannot be combined. net: the options of the network."""
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use "
                          "--w 1")
 
 
@@ -363,7 +363,8 @@ def train(args, run):
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
     if args.condition == "expanded" and not net.expandable:
-        raise ValueError("this network's time ends at 1; use --condition auxiliary")
+        raise ValueError("this network accepts times up to 1, but --condition expanded uses times "
+                         "up to 2; use --condition auxiliary")
     if teacher is not None:
         flow.load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)

@@ -122,7 +122,7 @@ def open_source(text, n=20_000, resolution=16, data_dir=None, part="fid"):
     if path.is_dir() or path.suffix == ".zip":
         return _open_images(text, imagefiles.Tree(path, labelled=False))
     if not path.exists():
-        raise ValueError(f"{text}: no such file or folder; data sets are glyphs, "
+        raise ValueError(f"{text}: there is no such file or folder; the data sets are glyphs, "
                          f"{', '.join(data.TORCHVISION)}")
     if path.suffix == ".npz":
         return _open_npz(text, imagefiles.open_zip(path))
@@ -156,7 +156,7 @@ def _open_images(name, tree):
         try:
             return np.asarray(imagefiles.read_image(tree.open(file)))
         except Exception as e:             # decoders raise almost anything on a damaged file
-            raise ValueError(f"{tree.path / file}: no readable image ({e})") from None
+            raise ValueError(f"{tree.path / file} is not a readable image ({e})") from None
 
     size = decode(files[0]).shape
     threads = ThreadPoolExecutor(min(8, os.cpu_count()))
@@ -165,8 +165,9 @@ def _open_images(name, tree):
         images = list(threads.map(decode, files[i:j]))
         for file, image in zip(files[i:j], images):
             if image.shape != size:
-                raise ValueError(f"{name}: {file} is {image.shape[1]}x{image.shape[0]}, but "
-                                 f"{files[0]} is {size[1]}x{size[0]}")
+                raise ValueError(f"{name}: all images need to have one size, but {file} has "
+                                 f"{image.shape[1]}x{image.shape[0]} pixels and {files[0]} has "
+                                 f"{size[1]}x{size[0]}")
         return np.stack(images)
     return Source(name, len(files), read)
 
@@ -179,7 +180,7 @@ def _open_npz(name, archive):
     if "mu" in keys and "sigma" in keys:
         statistics = _check_statistics(name, _read_statistics(name, keys))
     elif images is None:
-        raise ValueError(f"{name}: has {', '.join(keys)}; expected arr_0 or images, or mu and "
+        raise ValueError(f"{name} contains {', '.join(keys)}; expected arr_0 or images, or mu and "
                          "sigma")
     if images is None:
         return Source(name, statistics=statistics)
@@ -191,7 +192,7 @@ def _open_npz(name, archive):
     except DAMAGE as e:
         raise ValueError(f"{name}: {images} cannot be read ({e})") from None
     if fortran:
-        raise ValueError(f"{name}: {images} lies in Fortran's order; save "
+        raise ValueError(f"{name}: {images} is stored in Fortran order; save "
                          "numpy.ascontiguousarray(images)")
     kind = f"{dtype} {list(shape)}"
     if len(shape) == 3:                    # grey
@@ -234,7 +235,7 @@ def _read_torch(path):
         with torch.serialization.safe_globals(arrays):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path}: no readable statistics ({type(e).__name__})") from None
+        raise ValueError(f"{path} contains no readable statistics ({type(e).__name__})") from None
     return content if isinstance(content, dict) else {}
 
 
@@ -250,7 +251,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no NumPy array")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a NumPy array")
         return self.ALLOWED[f"{module}.{name}"]
 
 
@@ -261,11 +262,11 @@ def _read_pickle(path, part):
         with open(path, "rb") as file:
             content = ArrayUnpickler(file).load()
     except Exception as e:                 # unpickling raises almost anything on a damaged file
-        raise ValueError(f"{path}: no readable statistics ({e}); save mu and sigma to an npz by "
-                         "numpy.savez") from None
+        raise ValueError(f"{path} contains no readable statistics ({e}); save mu and sigma in an "
+                         "npz with numpy.savez") from None
     if not isinstance(content, dict) or not isinstance(content.get(part), dict):
-        raise ValueError(f"{path}: has no statistics {part}; Inception needs fid, and --features "
-                         "needs fd_dinov2, as in EDM2's files")
+        raise ValueError(f"{path} contains no statistics {part}; Inception needs the entry fid of "
+                         "EDM2's files, and --features the entry fd_dinov2")
     held = dict(content[part])
     if "num_images" in content:
         held["n"] = content["num_images"]
@@ -278,7 +279,7 @@ def _check_statistics(name, given):
     Raises ValueError, in one line with the name of the file, for values that no images can have.
     """
     if "mu" not in given or "sigma" not in given:
-        raise ValueError(f"{name}: no mu and sigma in it")
+        raise ValueError(f"{name} contains no mu and sigma")
     found = {}
     for mu, sigma in SIGMA.items():
         if mu in given and sigma in given:
@@ -286,7 +287,7 @@ def _check_statistics(name, given):
             found[sigma] = _as_float64(name, sigma, given[sigma])
             _check_moments(name, mu, found[mu], sigma, found[sigma])
         elif mu in given or sigma in given:
-            raise ValueError(f"{name}: {mu} and {sigma} belong together, but one is missing")
+            raise ValueError(f"{name} needs both {mu} and {sigma}, and one of them is missing")
     if "n" in given:
         n = _as_float64(name, "n", given["n"])
         if n.numel() != 1 or not 2 <= n.item() < LARGE:
@@ -304,7 +305,7 @@ def _as_float64(name, key, value):
     except (TypeError, ValueError, RuntimeError):          # bfloat16, lists of unequal lengths
         array = np.asarray(None)
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name}: {key} holds something else than real numbers")
+        raise ValueError(f"{name}: {key} contains something other than real numbers")
     return torch.from_numpy(array.astype(np.float64))
 
 
@@ -315,13 +316,13 @@ def _check_moments(name, mu, mean, sigma, covariance):
         raise ValueError(f"{name}: {mu} is {list(mean.shape)} and {sigma} is "
                          f"{list(covariance.shape)}; expected [D] and [D, D]")
     if not mean.isfinite().all() or not covariance.isfinite().all():
-        raise ValueError(f"{name}: {mu} or {sigma} is not finite")
+        raise ValueError(f"{name}: {mu} or {sigma} contains NaN or infinity")
     slack = ROUNDING * covariance.diagonal().abs().max() + 1e-300      # a covariance may be 0
     if (covariance - covariance.T).abs().max() > slack:
-        raise ValueError(f"{name}: {sigma} is not symmetric, so it is no covariance")
+        raise ValueError(f"{name}: {sigma} is not symmetric, so it is not a covariance")
     _, failed = torch.linalg.cholesky_ex(covariance + slack * torch.eye(d, dtype=torch.float64))
     if failed:
-        raise ValueError(f"{name}: {sigma} has negative eigenvalues, so it is no covariance")
+        raise ValueError(f"{name}: {sigma} has negative eigenvalues, so it is not a covariance")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -422,18 +423,20 @@ def load_inception(path=None, device="cpu"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as e:
-            raise ValueError(f"the Inception weights cannot be downloaded ({e}): put "
-                             f"{INCEPTION_URL} at {cached}, or give --inception FILE") from None
+            raise ValueError(f"the Inception weights cannot be downloaded ({e}); save "
+                             f"{INCEPTION_URL} as {cached}, or pass the file by --inception"
+                             ) from None
     if not path.is_file():
-        raise ValueError(f"--inception {path}: no such file; it is {INCEPTION_URL}")
+        raise ValueError(f"--inception {path}: there is no such file; download {INCEPTION_URL}")
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(INCEPTION_SHA256):
-        raise ValueError(f"{path}: damaged or another file, its sha256 does not begin with "
-                         f"{INCEPTION_SHA256}; the right one is {INCEPTION_URL}")
+        raise ValueError(f"{path} is damaged, or a different file: its sha256 does not begin with "
+                         f"{INCEPTION_SHA256}; download {INCEPTION_URL}")
     net = Inception()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise ValueError(f"{path}: not these weights ({str(e).splitlines()[0]})") from None
+        raise ValueError(f"{path} does not contain Inception's weights ({str(e).splitlines()[0]})"
+                         ) from None
     return fuse(net).to(device)
 
 
@@ -455,7 +458,7 @@ def load_features(path, device="cpu"):
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             net = torch.jit.load(path, map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f"{path}: no TorchScript file ({type(e).__name__})") from None
+        raise ValueError(f"{path} is not a TorchScript file ({type(e).__name__})") from None
 
     def extract(images):
         try:
@@ -499,8 +502,8 @@ def collect(source, extract, moments=("mu",), score=False, keep=0, width=None, b
     """
     n = source.count
     if n < max(2, world):
-        raise ValueError(f"{source.name}: {n} images are too few; a covariance needs 2 or more, "
-                         f"and each of {world} processes needs one")
+        raise ValueError(f"{source.name}: {n} images are too few; a covariance needs at least 2, "
+                         f"and each of {world} processes at least one")
     first = n * rank // world
     end = n * (rank + 1) // world
     keep = min(keep, n)
@@ -557,10 +560,10 @@ def to_float64(x):
 def check_features(name, features, width):
     """Raises ValueError if features [b, D] are not finite, or if D is not `width`."""
     if width not in (None, features.shape[1]):
-        raise ValueError(f"{name}: {features.shape[1]} features an image, but {width} in the "
-                         "statistics to compare with")
+        raise ValueError(f"{name} has {features.shape[1]} features for each image, but the "
+                         f"statistics to compare with have {width}")
     if not features.isfinite().all():
-        raise ValueError(f"{name}: the features of an image are not finite")
+        raise ValueError(f"{name}: the features of an image contain NaN or infinity")
 
 
 def add_moments(sums, mu, x):
@@ -624,9 +627,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     statistics = [torch.as_tensor(a, dtype=torch.float64, device="cpu") for a in statistics]
     mu1, sigma1, mu2, sigma2 = statistics
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
-        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features do not compare")
+        raise ValueError(f"statistics of {len(mu1)} features cannot be compared with statistics of "
+                         f"{len(mu2)}")
     if not all(a.isfinite().all() for a in statistics):
-        raise ValueError("the features' mean or covariance is not finite")
+        raise ValueError("the mean or the covariance of the features contains NaN or infinity")
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp_min(0).sqrt()            # sigma1 = root root^T
     cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root)
@@ -723,13 +727,13 @@ def kernel_distance(samples, reference, subsets=100, size=1000):
 def check_flags(args):
     """Raises ValueError for flags that cannot be combined, before anything is read."""
     if not args.ref and not args.score and not args.save_stats:
-        raise ValueError("--ref is needed, except for --is or --save-stats alone")
+        raise ValueError("--ref is missing; only --is and --save-stats work without it")
     if not args.ref and (args.pr or args.kid):
-        raise ValueError("--ref is needed for --pr and --kid")
+        raise ValueError("--pr and --kid need --ref")
     if not args.ref and args.sfid and not args.save_stats:
-        raise ValueError("--ref is needed for --sfid, except with --save-stats")
+        raise ValueError("--sfid needs --ref or --save-stats")
     if args.features and (args.sfid or args.score):
-        raise ValueError("--sfid and --is are measures of Inception; --features has neither")
+        raise ValueError("--sfid and --is need Inception; leave out --features, or these two")
     if args.features and args.inception:
         raise ValueError("--features replaces Inception; leave out --inception")
     if args.batch is not None and args.batch < 1:
@@ -737,12 +741,12 @@ def check_flags(args):
     if args.save_stats and args.save_stats.suffix != ".npz":
         raise ValueError(f"--save-stats {args.save_stats}: the name must end in .npz")
     if args.save_stats and args.json and args.save_stats.resolve() == args.json.resolve():
-        raise ValueError("--save-stats and --json name the same file; give two")
+        raise ValueError("--save-stats and --json name the same file; use two files")
     for flag, output in (("--save-stats", args.save_stats), ("--json", args.json)):
         for given in (args.samples, args.ref, args.features, args.inception):
             if output and given and same_file(output, given):
-                raise ValueError(f"{flag} {output} would overwrite {given}, which is read; take "
-                                 "another name")
+                raise ValueError(f"{flag} {output} would overwrite an input, {given}; use another "
+                                 "name")
 
 
 def same_file(a, b):
@@ -791,8 +795,8 @@ def plan_pass(args, source, is_reference):
         keep = KEPT_REFERENCE if is_reference else max(source.count, 1)
     plan = Plan(moments, score, keep)
     if any(plan) and not source.count:
-        raise ValueError(f"{source.name}: statistics alone, but the flags ask for "
-                         f"{', '.join(moments) or 'features'} of images")
+        raise ValueError(f"{source.name} contains only statistics, but these flags need images: "
+                         f"{', '.join(moments) or 'features'} must be computed")
     if args.pr and source.count <= NEIGHBOURS:
         raise ValueError(f"{source.name}: --pr needs more than {NEIGHBOURS} images on each side")
     return plan
@@ -811,11 +815,13 @@ def choose_network(args, sources, needs_network, device):
     for source in sources:
         held = source.statistics
         if held.get("features", name) != name:
-            raise ValueError(f"{source.name}: statistics of {held['features']}, not of {name}; "
-                             "both sides need one network, and --features FILE exchanges it")
+            raise ValueError(f"{source.name} has statistics of the features of {held['features']}, "
+                             f"not of {name}; both sides need the same network, which --features "
+                             "chooses")
         if needs_network and name == INCEPTION and "mu" in held and len(held["mu"]) != FEATURES:
-            raise ValueError(f"{source.name}: statistics of {len(held['mu'])} features, but "
-                             f"Inception has {FEATURES}; --features FILE exchanges the network")
+            raise ValueError(f"{source.name} has statistics of {len(held['mu'])} features, but "
+                             f"Inception has {FEATURES}; pass the network of these statistics by "
+                             "--features")
     if needs_network and not extract:
         extract, name = load_extractor(args, device)
     return extract, name
@@ -862,8 +868,8 @@ def measure(args, device, rank=0, world=1):
         if "mu" in plan.moments:           # otherwise mu and sigma are the file's, as in ADM
             side["features"] = name
         if rank == 0 and side.get("n", FEW) < FEW:
-            print(f"warning: {source.name}: figures from {side['n']} images, fewer than {FEW:,}, "
-                  "say little", file=sys.stderr)
+            print(f"warning: {source.name} has {side['n']} images; figures from fewer than {FEW:,} "
+                  "are not reliable", file=sys.stderr)
         sides.append(side)
     return sides, name
 
@@ -892,7 +898,7 @@ def compare(args, sides, name, device):
         figures[kid], figures[kid + " std"] = kernel_distance(*kept)
     for key, figure in figures.items():
         if not math.isfinite(figure):
-            raise ValueError(f"{key} is {figure}, because the network's outputs are not finite")
+            raise ValueError(f"{key} is {figure}, because the network returned NaN or infinity")
         figures[key] = figure + 0.0        # -0.0 becomes 0.0
     return figures
 

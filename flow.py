@@ -389,18 +389,19 @@ def default_teacher(args, dataset, run):
         finished = checkpoint["step"] >= checkpoint["args"]["steps"]
         own = argparse.Namespace(**vars(own) | checkpoint["args"])
         if checkpoint["method"] != METHOD:
-            raise ValueError(f"{path} is a run of {checkpoint['method']}.py and no teacher; use "
-                             "--teacher")
+            raise ValueError(f"{path} is a run of {checkpoint['method']}.py, which cannot be a "
+                             "teacher; name a run of flow.py by --teacher")
         different = weights.first_difference(own.net, data.fit_network_to(dataset, args.net))
         if different:
             key, held, expected = different
             raise ValueError(f"{path} has a network with {key}={held}, and this run {key}="
-                             f"{expected}; use --net {key}={held}, or train another teacher by "
+                             f"{expected}; use --net {key}={held}, or train another teacher with "
                              "flow.py --out and name it by --teacher")
         del checkpoint                     # Windows does not replace a file that is mapped
         if not (args.dry_run or args.skip_broken) and own.samples != args.samples:
             raise ValueError(f"{path} was trained on other data, {own.samples}, not "
-                             f"{args.samples}; use --teacher, or train one by flow.py --out")
+                             f"{args.samples}; name a teacher by --teacher, or train one with "
+                             "flow.py --out")
     else:
         for name in SHARED:
             setattr(own, name, getattr(args, name))

@@ -540,7 +540,8 @@ def sample(net, noise, y, *, nfe, restart, mid=(0.6,), sigma_d=0.5, times=None, 
         inner = [T_MAX + (T_MIN - T_MAX) * i / nfe for i in range(1, nfe)]
     at = [T_MAX, *inner, T_MIN]
     if len(inner) != nfe - 1 or any(a <= b for a, b in zip(at, at[1:])):
-        raise ValueError(f"--times: NFE {nfe} needs {nfe - 1} falling times, {T_MAX} to {T_MIN}")
+        raise ValueError(f"--times: NFE {nfe} needs {nfe - 1} times between {T_MAX} and {T_MIN}, "
+                         "in falling order")
     xt = sigma_d * noise[0]
     for i in range(nfe):
         end = T_MIN if restart else at[i + 1]
@@ -595,13 +596,13 @@ def check(args, net):
         if args.w != 1 or other_ends:
             raise ValueError("--variant CU needs --w 1, --equal 0, and --scheme gcm or ect")
     if args.w != 1 and (args.uncond or not net["num_classes"]):
-        raise ValueError(f"--w {args.w}: guidance needs labels, and classes in the network; use "
+        raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use "
                          "--w 1")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
-        raise ValueError("--pt-ab: a and b must differ")
+        raise ValueError("--pt-ab A B: A and B must differ")
     times = [T_MAX, *args.t_mid, T_MIN]
     if any(a <= b for a, b in zip(times, times[1:])):
-        raise ValueError(f"--t-mid: give falling times between {T_MAX} and {T_MIN}")
+        raise ValueError(f"--t-mid needs times between {T_MAX} and {T_MIN}, in falling order")
 
 
 def train(args, run):

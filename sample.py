@@ -106,13 +106,15 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     try:
         checkpoint = checkpoints.read(path)
     except ValueError as e:
-        raise ValueError(f"{e}; a public network needs --method: flow, facm, ...") from None
+        raise ValueError(f"{e}; for a public network, name its method: --method flow, facm, ..."
+                         ) from None
     if "net" not in checkpoint["args"]:
-        raise ValueError(f"{path} does not have the options of its network")
+        raise ValueError(f"{path} does not contain the options of its network")
     if checkpoint["method"] not in METHODS:
-        raise ValueError(f"{path}: no sampler for the method {checkpoint['method']!r}")
+        raise ValueError(f"{path}: there is no sampler for the method {checkpoint['method']!r}")
     if options or key:
-        raise ValueError(f"--net and --weights are for public files; {path} is one of ours")
+        raise ValueError("--net and --weights are for public files, but a training script of this "
+                         f"repository wrote {path}; leave them out")
     net = models.create(**checkpoint["args"]["net"])
     checkpoints.load_weights(net, checkpoint["model" if raw else "ema"], path)
     return net.to(device).eval(), checkpoint
@@ -122,9 +124,10 @@ def load_public(path, device, raw, method, options, key):
     """Like load, for a public file."""
     net = weights.load(path, method == "flow", key, **options).to(device)
     if raw:
-        raise ValueError(f"{path}: --raw is for checkpoints of the training scripts")
+        raise ValueError(f"{path} has only one kind of weights; leave out --raw, which is for "
+                         "checkpoints of the training scripts")
     if hasattr(net, "decode"):
-        raise ValueError(f"{path} is an autoencoder, which belongs to --vae")
+        raise ValueError(f"{path} is an autoencoder; pass it by --vae")
     args = dict(net=weights.options_from_shapes(net.state_dict()) | options)
     return net, dict(method=method, step=1, args=args)
 
@@ -146,14 +149,15 @@ def load_decoder(path, stats, checkpoint, device="cpu"):
     channels = checkpoint["args"]["net"]["in_channels"]
     if channels in (1, 3):
         if path or stats:
-            raise ValueError("--vae and --latent-stats are for latents; this network draws pixels")
+            raise ValueError("--vae and --latent-stats are for latents, but this network draws "
+                             "images; leave them out")
         return lambda x: x, 1, {}
     if not path:
-        raise ValueError(f"this network draws latents of {channels} channels; --vae CKPT, their "
-                         "autoencoder, makes images of them")
+        raise ValueError(f"this network draws latents of {channels} channels; pass their "
+                         "autoencoder by --vae FILE, which decodes them to images")
     vae = weights.load(path).to(device).requires_grad_(False)
     if not hasattr(vae, "decode") or vae.z_channels != channels:
-        raise ValueError(f"--vae {path}: no autoencoder with latents of {channels} channels")
+        raise ValueError(f"--vae {path} is not an autoencoder of latents with {channels} channels")
     mean, std = latent_statistics(stats, checkpoint["args"], vae, channels)
     mean, std = mean.to(device), std.to(device)
     tensors = vae.state_dict() | dict(mean=mean, std=std)
@@ -169,11 +173,12 @@ def latent_statistics(stats, args, vae, channels):
     place = stats or args.get("data_dir") or args.get("data")
     if place:
         if not os.path.exists(place):
-            raise ValueError(f"{place}, for the latents' statistics, is not there; see "
-                             "--latent-stats")
+            raise ValueError(f"{place}, which should contain the statistics of the latents, does "
+                             "not exist; pass them by --latent-stats")
         return data.read_stats(pathlib.Path(place), channels)
     if vae.scale == 1:
-        raise ValueError("--latent-stats is needed: the latents_stats.pt of the network's latents")
+        raise ValueError("this network needs --latent-stats FILE: the latents_stats.pt of the "
+                         "latents that it was trained on")
     return torch.zeros(()), torch.tensor(1 / vae.scale)
 
 
@@ -193,10 +198,11 @@ def choose_labels(labels, n, num_classes, seed, names=()):
             numbers = [int(word) for word in words]
         except ValueError:
             example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
-            raise ValueError(f"--labels {labels}: give all, random, or a list of one kind such as "
-                             f"{example}") from None
+            raise ValueError(f"--labels {labels}: use all, random, or a list of numbers or of "
+                             f"names, such as {example}") from None
     if min(numbers) < 0 or max(numbers) >= num_classes:
-        raise ValueError(f"--labels {labels}: the checkpoint has {num_classes} classes, from 0 on")
+        raise ValueError(f"--labels {labels}: the network has {num_classes} classes, which are "
+                         "numbered from 0")
     return torch.tensor(numbers)[torch.arange(n) % len(numbers)]
 
 
@@ -230,11 +236,13 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
     except (ModuleNotFoundError, KeyError) as e:
         raise ValueError(f"{method}.py cannot sample this checkpoint: {e}") from None
     if name not in samplers:
-        raise ValueError(f"--sampler {name}: {role} has {', '.join(samplers)}")
+        raise ValueError(f"--sampler {name} does not exist for {role}; use one of "
+                         f"{', '.join(samplers)}")
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if key not in inspect.signature(samplers[name]).parameters:
-            raise ValueError(f"--{key.replace('_', '-')} is no option of {name} for {role}")
+            raise ValueError(f"--{key.replace('_', '-')} is not an option of the sampler {name} of "
+                             f"{role}")
     if flow:
         check_flow_options(net, checkpoint, name, nfe, given)
     options = fits[name] | given
@@ -246,15 +254,18 @@ def check_flow_options(net, checkpoint, name, nfe, given):
     """Raises ValueError for options of flow matching that this network cannot use."""
     cfg, (start, end) = given.get("cfg", 1), given.get("cfg_interval", (0, 1))
     if cfg != 1 and not net.num_classes:
-        raise ValueError("--cfg: guidance needs a network with classes")
+        raise ValueError("--cfg needs a network with classes, and this one has none")
     if not math.isfinite(cfg) or not 0 <= start <= end <= 1:
         raise ValueError("--cfg must be finite, and --cfg-interval T0 T1 needs 0 <= T0 <= T1 <= 1")
     if cfg == 1 and ("cfg_interval" in given or "cfg_channels" in given):
-        raise ValueError("--cfg-interval and --cfg-channels say where --cfg guides; give --cfg")
+        raise ValueError("--cfg-interval and --cfg-channels have no effect without guidance; add "
+                         "--cfg")
     if given.get("cfg_channels", 1) > checkpoint["args"]["net"]["in_channels"]:
-        raise ValueError(f"--cfg-channels {given['cfg_channels']}: more than the network has")
+        raise ValueError(f"--cfg-channels {given['cfg_channels']}: the network has only "
+                         f"{checkpoint['args']['net']['in_channels']} channels")
     if name == "heun" and nfe % 2 == 0:
-        raise ValueError(f"NFE {nfe}: heun needs an odd number, two in a step and one in the last")
+        raise ValueError(f"the sampler heun needs an odd NFE, not {nfe}: it evaluates the network "
+                         "twice in each step and once in the last")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,7 +352,7 @@ def begin(folder, settings, shape, rank, npz):
     if note.exists():
         check_settings(note, settings)
     elif existed and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
-        raise ValueError(f"{folder} is not of this command; use another --out")
+        raise ValueError(f"{folder} exists, and this command did not create it; use another --out")
     processes.barrier()
     if rank == 0 and not note.exists():
         if not existed:
@@ -368,7 +379,7 @@ def check_settings(note, settings):
     for key, value in settings.items():
         if old.get(key) != value:
             raise ValueError(f"{folder} was begun with {key} {old.get(key)}, not {value}; use "
-                             "another --out, or remove it")
+                             "another --out, or remove that folder")
 
 
 def write_at(path, place, content):
@@ -399,7 +410,7 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     batch = math.ceil(batch / ROWS) * ROWS
     folder = out.with_name(out.name + ".partial") if npz else out
     if npz and out.exists() and imagefiles.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
-        raise ValueError(f"{out} is there, and does not hold samples; use another --out")
+        raise ValueError(f"{out} exists and does not contain samples; use another --out")
     done = begin(folder, settings, (n, size, size, 3), rank, npz)
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
     processes.barrier()                    # all have seen what is done before that changes
@@ -461,14 +472,15 @@ def check_args(args, nfes, out):
     if args.cfg_channels is not None and args.cfg_channels < 1:
         fail("--cfg-channels must be at least 1")
     if args.grid and out.suffix != ".png":
-        fail(f"--out {out}: --grid needs a file NAME.png")
+        fail(f"--out {out}: --grid draws into a file; use NAME.png")
     if out.suffix in (".png", ".npz") and out.is_dir():
-        fail(f"--out {out} is a folder; give a file NAME.png or NAME.npz, or another folder")
+        fail(f"--out {out} is a folder with the name of a file; use NAME.png, NAME.npz or another "
+             "folder")
     images = (".png", ".npz", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".zip")
     if out.suffix.lower() in images and out.suffix not in (".png", ".npz"):
-        fail(f"--out {out}: there is no such format; give NAME.png, NAME.npz or a folder")
+        fail(f"--out {out}: this format cannot be written; use NAME.png, NAME.npz or a folder")
     if args.shift is not None and not 1e-3 <= args.shift <= 1e3:
-        fail(f"--shift {args.shift}: give a positive number, 0.001 to 1000; 1 is none")
+        fail(f"--shift {args.shift}: use a number from 0.001 to 1000; 1 does not shift the times")
 
 
 def save_png(out, args, net, checkpoint, nfes, labels, decode, given):
@@ -528,7 +540,8 @@ def main():
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f"{e}; what is written stays, and the same command continues", always=True)
+        fail(f"{e}; the samples that were written are kept, and the same command continues",
+             always=True)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

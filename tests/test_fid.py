@@ -89,11 +89,11 @@ def test_no_figure_is_a_negative_zero(monkeypatch):
 def test_distance_refuses_what_is_no_number_and_other_shapes():
     mu, sigma = np.zeros(3), np.eye(3)
     for bad in (np.nan, np.inf):
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(ValueError, match="NaN or infinity"):
             fid.frechet_distance(mu, sigma, mu + bad, sigma)
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(ValueError, match="NaN or infinity"):
             fid.frechet_distance(mu, sigma + bad, mu, sigma)
-    with pytest.raises(ValueError, match="3 and of 4"):
+    with pytest.raises(ValueError, match="3 features cannot be compared with statistics of 4"):
         fid.frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
 
 
@@ -292,7 +292,7 @@ def test_outputs_that_are_not_finite_are_refused(which):
     bad = torch.full((9, 5), torch.nan)
     outputs = dict(features=torch.zeros(9, 5), logits=torch.zeros(9, 5)) | {which: bad}
     args = argparse.Namespace(ref=None, sfid=False, score=True, pr=False, kid=False)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         found = fid.collect(source, lambda x: (outputs["features"], None, outputs["logits"]), (), score=True, keep=9)
         fid.compare(args, [found], fid.INCEPTION, "cpu")
 
@@ -399,7 +399,7 @@ def net_of(path):
 def test_every_form_of_the_same_images(files, net, tmp_path, monkeypatch, capsys, name):
     flags = ["--ref", files / "b.npz", "--features", net, "--batch", 7]
     expected = figures(monkeypatch, tmp_path, files / "few.npz", *flags)
-    assert "few.npz: figures from 30 images, fewer than 2,048" in capsys.readouterr().err
+    assert "few.npz has 30 images; figures from fewer than 2,048" in capsys.readouterr().err
     assert figures(monkeypatch, tmp_path, files / name, *flags) == pytest.approx(expected, rel=1e-6)
 
 
@@ -546,8 +546,8 @@ BAD_STATISTICS = {
     "negative definite": (lambda s: s | dict(sigma=-s["sigma"]), "negative eigenvalues"),
     "one negative eigenvalue": (lambda s: s | dict(sigma=s["sigma"] - np.diag([0] * 23 + [1])), "negative eigenvalues"),
     "a correlation above 1": (lambda s: s | dict(sigma=np.eye(24) + np.eye(24)[::-1] * 2), "negative eigenvalues"),
-    "NaN in mu": (lambda s: s | dict(mu=s["mu"] * np.nan), "not finite"),
-    "infinity in sigma": (lambda s: s | dict(sigma=s["sigma"] + np.inf), "not finite"),
+    "NaN in mu": (lambda s: s | dict(mu=s["mu"] * np.nan), "NaN or infinity"),
+    "infinity in sigma": (lambda s: s | dict(sigma=s["sigma"] + np.inf), "NaN or infinity"),
     "mu and sigma of two sizes": (lambda s: s | dict(sigma=np.eye(25)), "[24] and sigma is [25, 25]"),
     "mu with two dimensions": (lambda s: s | dict(mu=s["mu"][None]), "[1, 24]"),
     "mu a number": (lambda s: dict(mu=0.0, sigma=1.0), "expected [D] and [D, D]"),
@@ -556,8 +556,8 @@ BAD_STATISTICS = {
     "complex": (lambda s: s | dict(sigma=s["sigma"] + 0j), "real numbers"),
     "text": (lambda s: s | dict(mu=np.array(["1"] * 24)), "real numbers"),
     "truth": (lambda s: s | dict(mu=np.ones(24, bool)), "real numbers"),
-    "spatial mean alone": (lambda s: s | dict(mu_s=np.zeros(3)), "belong together"),
-    "spatial covariance alone": (lambda s: s | dict(sigma_s=np.eye(3)), "belong together"),
+    "spatial mean alone": (lambda s: s | dict(mu_s=np.zeros(3)), "needs both"),
+    "spatial covariance alone": (lambda s: s | dict(sigma_s=np.eye(3)), "needs both"),
     "spatial covariance unsymmetric": (lambda s: s | dict(mu_s=np.zeros(2), sigma_s=[[1, 2], [0, 1]]), "sigma_s is not sym"),
     "no images": (lambda s: s | dict(n=0), "number of images"),
     "infinitely many": (lambda s: s | dict(n=np.inf), "number of images"),
@@ -730,8 +730,8 @@ def test_bad_files_end_in_one_line_that_names_them(net, files, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "--ref is needed"),
-    (["--kid", "--save-stats", "x.npz"], "--ref is needed"),
+    ([], "--ref is missing"),
+    (["--kid", "--save-stats", "x.npz"], "--pr and --kid need --ref"),
     (["--ref", "nowhere.npz"], "nowhere.npz"),
     (["--ref", "cats"], "cats"),
     (["--ref", "glyphs:x"], "glyphs:x"),
@@ -742,7 +742,7 @@ def test_bad_files_end_in_one_line_that_names_them(net, files, tmp_path, monkeyp
     (["--ref", "glyphs", "--is"], "--is"),
     (["--ref", "glyphs", "--sfid"], "--sfid"),
     (["--ref", "glyphs", "--features", "nowhere.pt"], "nowhere.pt"),
-    (["--ref", "STATISTICS", "--pr"], "features of images"),
+    (["--ref", "STATISTICS", "--pr"], "features must be computed"),
     (["--ref", "glyphs", "--clip"], "--clip"),
     (["--ref", "glyphs", "--json", "/proc/x.json"], "/proc/x.json"),
     (["--ref", "glyphs", "--save-stats", "/proc/x.npz"], "/proc/x.npz"),
@@ -934,7 +934,7 @@ def test_features_that_are_no_numbers(files, tmp_path, monkeypatch, capsys):
             return x.float().flatten(1)[:, :3] * float("nan")
     script(Nothing(), tmp_path / "net.pt")
     call_flags = [files / "a.npz", "--ref", files / "a.npz", "--features", tmp_path / "net.pt", "--device", "cpu"]
-    assert "finite" in refused(monkeypatch, capsys, fid, *call_flags)
+    assert "NaN or infinity" in refused(monkeypatch, capsys, fid, *call_flags)
 
 
 def test_inception_that_can_not_be_had(files, weights, tmp_path, monkeypatch, capsys):
@@ -972,7 +972,7 @@ def test_statistics_that_do_not_compare_are_told_once(tmp_path):
     processes = popen_two(tmp_path / "a.npz", "--ref", tmp_path / "b.npz", "--device", "cpu", script="fid.py")
     told = "".join(process.communicate()[1] for process in processes)
     assert [process.returncode for process in processes] == [2, 2]
-    assert told == "error: statistics of 3 and of 4 features do not compare\n"
+    assert told == "error: statistics of 3 features cannot be compared with statistics of 4\n"
 
 
 def test_the_constants_of_adm_and_torch_fidelity():

@@ -375,7 +375,7 @@ def test_a_run_of_another_method_is_no_default_teacher(tmp_path, monkeypatch, ca
     pathlib.Path("runs/flow-glyphs").mkdir(parents=True)
     checkpoints.save(pathlib.Path("runs/flow-glyphs/ckpt.pt"), held | dict(method="decm"))
     said = refused(monkeypatch, capsys, decm, *TINY, "--out", tmp_path / "run")
-    assert "is a run of decm.py and no teacher; use --teacher" in said
+    assert "is a run of decm.py, which cannot be a teacher; name a run of flow.py by --teacher" in said
 
 
 def test_two_processes_train_the_default_teacher_once(tmp_path, monkeypatch):

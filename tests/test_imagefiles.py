@@ -661,7 +661,7 @@ def test_class_names_are_told_and_kept(tmp_path, monkeypatch, capsys):
     say_once.cache_clear()
     train(monkeypatch, "--data", path, "--out", tmp_path / "run", "--steps", 1)
     assert f"{path}: 6 images, 2 classes: cat ... dog" in capsys.readouterr().err
-    for labels, word in (("dog,cat,dog", None), ("dog,cat,1", "list of one kind such as 3,3,7 or cat,dog"),
+    for labels, word in (("dog,cat,dog", None), ("dog,cat,1", "a list of numbers or of names, such as 3,3,7 or cat,dog"),
                          ("cow", "such as 3,3,7 or cat,dog")):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(tmp_path / "run"), "--nfe", "1", "--n", "3", "--device", "cpu",
                                           "--labels", labels, "--out", str(tmp_path / "x.npz")])

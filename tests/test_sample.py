@@ -403,7 +403,7 @@ def test_other_settings_are_not_mixed_in(trained, tmp_path, monkeypatch, capsys,
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(sample, "write_at", full)
         call(patch, sample, *flags)
-    assert "error: the disk is full; what is written stays" in capsys.readouterr().err
+    assert "error: the disk is full; the samples that were written are kept" in capsys.readouterr().err
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert "another --out" in refused(monkeypatch, capsys, sample, *flags, *change)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -449,13 +449,13 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     (["--labels", "cat"], "cat"),
     (["--cfg", "2"], "teacher"),
     (["--shift", "2"], "--shift"),
-    (["--shift", "0"], "positive"),
+    (["--shift", "0"], "0.001 to 1000"),
     (["--cfg-interval", "0", "0.5"], "--cfg-interval"),
     (["--method", "decm"], "second time"),
     (["--times", "0.5"], "--times"),
     (["--n-ode", "1"], "--n-ode"),
     (["--sampler", "heun"], "heun"),
-    (["--vae", "vae.pt"], "pixels"),
+    (["--vae", "vae.pt"], "draws images"),
     (["--net", "heads=2"], "--net and --weights are for public files"),
     (["--net", "heads"], "KEY=VALUE"),
     (["--method", "flux"], "flux"),
@@ -472,8 +472,8 @@ def test_bad_flags_of_a_teacher_and_of_the_output(trained, tmp_path, monkeypatch
                          (["--out", tmp_path / "x.npz", "--times", "0.5"], "--times"),
                          (["--out", tmp_path / "x.npz", "--grid", 1], "NAME.png"),
                          (["--out", tmp_path / "x.npz", "--cfg", "nan"], "finite"),
-                         (["--out", tmp_path / "x.npz", "--cfg-interval", 0, 0.5], "give --cfg"),
-                         (["--out", tmp_path / "x.npz", "--cfg-channels", 1], "give --cfg"),
+                         (["--out", tmp_path / "x.npz", "--cfg-interval", 0, 0.5], "add --cfg"),
+                         (["--out", tmp_path / "x.npz", "--cfg-channels", 1], "add --cfg"),
                          (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-interval", 0.8, 0.2], "T0 <= T1"),
                          (["--out", tmp_path / "x.npz", "--cfg", 2, "--cfg-channels", 4], "--cfg-channels 4"),
                          (["--out", trained / "ckpt.pt"], "another --out"),
@@ -559,8 +559,8 @@ def test_a_folder_that_was_only_just_begun_is_ours(trained, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--cfg-channels", "0"], "at least 1"), (["--shift", "1e300"], "0.001 to 1000"), (["--out", "x.JPG"], "no such format"),
-    (["--out", "x.PNG"], "no such format")], ids=str)
+    (["--cfg-channels", "0"], "at least 1"), (["--shift", "1e300"], "0.001 to 1000"), (["--out", "x.JPG"], "format cannot be written"),
+    (["--out", "x.PNG"], "format cannot be written")], ids=str)
 def test_more_senseless_flags(trained, tmp_path, monkeypatch, capsys, flags, words):
     flags = ["--ckpt", trained / "teacher.pt", "--out", tmp_path / "x.npz", *flags]
     assert words in refused(monkeypatch, capsys, sample, *flags)

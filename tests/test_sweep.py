@@ -214,8 +214,8 @@ def test_time_for_figures_is_none_of_training(tmp_path, asked, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--ref nowhere.npz", "nowhere.npz: no such file or folder"), ("--ref small.pt", "small.pt: no readable statistics"),
-    ("--ref other.npz", "24 features an image, but 3 in the statistics"), ("--features ref.npz", "ref.npz: no TorchScript file"),
+    ("--ref nowhere.npz", "nowhere.npz: there is no such file or folder"), ("--ref small.pt", "small.pt contains no readable statistics"),
+    ("--ref other.npz", "24 features for each image, but the statistics to compare with have 3"), ("--features ref.npz", "ref.npz is not a TorchScript file"),
     ("--vae small.pt", "--vae has no effect here: it needs latents"), ("--eval-nfe 0", "--eval-nfe 0"), ("--eval-n 1", "--eval-n 1"),
     ("--inception w.pth", "--features replaces Inception")])
 def test_mistakes_end_in_one_line_before_training(net, ref, tmp_path, monkeypatch, capsys, flags, words):
@@ -277,7 +277,7 @@ def test_figures_of_latents_are_those_of_their_images(latents, net, ref, tmp_pat
     assert evaluations(tmp_path / "run")[-1]["fd"] == {"NFE 2": pytest.approx(expected, abs=1e-4)}
 
 
-@pytest.mark.parametrize("file, words", [("nowhere.pt", "nowhere.pt"), ("run.pt", "no autoencoder"), ("text.pt", "text.pt")])
+@pytest.mark.parametrize("file, words", [("nowhere.pt", "nowhere.pt"), ("run.pt", "not an autoencoder"), ("text.pt", "text.pt")])
 def test_a_wrong_autoencoder_is_one_line(latents, watched, tmp_path, monkeypatch, capsys, file, words):
     shutil.copy(watched / "ckpt.pt", "run.pt")
     pathlib.Path("text.pt").write_text("no checkpoint")
@@ -411,8 +411,8 @@ def test_the_inception_score_is_a_column_if_asked_for(run, glyphs, tmp_path, mon
 
 @pytest.mark.parametrize("flags, words", [
     ("nowhere --ref ref.npz", "nowhere: no such run folder"), ("empty --ref ref.npz", "neither ckpt.pt nor step-*.pt"),
-    ("broken --ref ref.npz", "broken/ckpt.pt is "), ("run --ref nowhere.npz --features small.pt", "nowhere.npz: no such file"),
-    ("run --ref ref.npz --features small.pt --vae small.pt", "this network draws pixels"), ("run --ref ref.npz --out x.txt", "must end in .json"),
+    ("broken --ref ref.npz", "broken/ckpt.pt is "), ("run --ref nowhere.npz --features small.pt", "nowhere.npz: there is no such file"),
+    ("run --ref ref.npz --features small.pt --vae small.pt", "this network draws images"), ("run --ref ref.npz --out x.txt", "must end in .json"),
     ("run --ref ref.npz --features small.pt --out text.json", "text.json does not hold rows"), ("run --ref ref.npz --n 1", "--n"),
     ("run --ref ref.npz --is --features small.pt", "--is and --inception"), ("run --ref ref.npz --nfe 0", "--nfe 0")])
 def test_mistakes_of_a_sweep_end_in_one_line(watched, net, ref, monkeypatch, capsys, flags, words):
