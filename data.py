@@ -747,8 +747,7 @@ def load_for(args):
     with a number for each channel, or None. Raises ValueError as `load` does.
     """
     if args.dry_run:
-        from common.dryrun import NoData
-        return NoData(args)
+        return Zeros(args)
     if args.uncond and "num-classes" in args.given:
         raise ValueError(f"--num-classes {args.num_classes}: the labels are left out by --uncond, "
                          f"or by the preset {args.preset}; use --no-uncond to use them")
@@ -769,6 +768,25 @@ def load_for(args):
         args.latent_stats = dict(mean=dataset.mean.flatten().tolist(),
                                  std=dataset.std.flatten().tolist())
     return dataset
+
+
+class Zeros:
+    """Zeros in the shape of the preset's data, for --dry-run, which needs no data."""
+
+    def __init__(self, args):
+        grey = args.preset == "mnist"
+        side = args.resolution or (28 if grey else 32)
+        self.shape = (1 if grey else 3, side, side)
+        if args.preset == "imagenet_latents":              # of the VA-VAE, or of the SD-VAE
+            light = args.net["name"].startswith("LightningDiT")
+            self.shape = (32, 16, 16) if light else (4, 32, 32)
+        classes = 1000 if args.preset.startswith("imagenet") else 10
+        self.num_classes = 0 if args.uncond else args.num_classes or classes
+
+    def batch(self, seed, first, batch, rows=slice(None)):
+        """Images float32 [b, C, H, W] and labels int64 [b] of a slice of a batch."""
+        n = len(range(batch)[rows])
+        return torch.zeros((n, *self.shape)), torch.zeros(n, dtype=torch.int64)
 
 
 def say_what_is_there(name, dataset):

@@ -76,25 +76,6 @@ def size(tensors):
     return sum(a.numel() * a.element_size() for a in tensors)
 
 
-class NoData:
-    """Replaces a data set by zeros in the shape of the preset's data."""
-
-    def __init__(self, args):
-        grey = args.preset == "mnist"
-        side = args.resolution or (28 if grey else 32)
-        self.shape = (1 if grey else 3, side, side)
-        if args.preset == "imagenet_latents":              # of the VA-VAE, or of the SD-VAE
-            light = args.net["name"].startswith("LightningDiT")
-            self.shape = (32, 16, 16) if light else (4, 32, 32)
-        classes = 1000 if args.preset.startswith("imagenet") else 10
-        self.num_classes = 0 if args.uncond else args.num_classes or classes
-
-    def batch(self, seed, first, batch, rows=slice(None)):
-        """Images float32 [b, C, H, W] and labels int64 [b] of a slice of a batch."""
-        n = len(range(batch)[rows])
-        return torch.zeros((n, *self.shape)), torch.zeros(n, dtype=torch.int64)
-
-
 class DryRun(Run):
     """A run of one step with one micro-batch in one process. It has no run folder, and measures
     memory and work."""
