@@ -3,7 +3,8 @@ import pathlib
 import signal
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, and for child processes: sums depend on it to the last bit
+# Set before torch is imported, and for child processes, because the last bits of sums depend on it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def signals_are_as_before():
-    """A training run takes SIGINT and SIGTERM; the test after it has them as pytest has."""
+    """Restores the handlers of SIGINT and SIGTERM after each test, because training runs replace them."""
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     for number, handler in before:
@@ -38,13 +39,13 @@ def signals_are_as_before():
 
 @pytest.fixture(autouse=True)
 def a_folder_of_its_own(tmp_path_factory, monkeypatch):
-    """Runs write into runs/ of the working folder, such as the default teacher."""
+    """Gives each test an empty working folder, because runs such as the default teacher write into runs/."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """The checkpoint of a small teacher: 6 steps of flow.py."""
+    """The checkpoint of a small teacher, which flow.py has trained for 6 steps."""
     from test_training import FLOW, call
 
     import flow
@@ -56,4 +57,4 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def random_numbers_do_not_depend_on_the_tests_before():
-    torch.manual_seed(123)                 # 0 is what the tests' own generators begin with
+    torch.manual_seed(123)                 # not 0, which is the seed of generators in the tests

@@ -1,8 +1,9 @@
 """Weights and inputs by formula, so that golden numbers of public code need no stored weights.
 
 Value i of the tensor named n is u = 2 s / 2^53 - 1 in [-1, 1), where s is the upper 53 bits of splitmix64 (Steele et
-al. 2014) at i + 2^32 crc32(n), both unsigned 64 bit. A matrix or kernel is u sqrt(3 / fan_in), fan_in being the product
-of all its dimensions but the first; a vector is 0.1 u, plus 1 where the name ends in "weight". Inputs are sqrt(3) u.
+al. 2014) at i + 2^32 crc32(n), both unsigned 64 bit. A matrix or kernel is u sqrt(3 / fan_in), where fan_in is the
+product of all its dimensions but the first. A vector is 0.1 u, plus 1 if the name ends in "weight". Inputs are
+sqrt(3) u.
 """
 
 import zlib
@@ -12,7 +13,7 @@ import torch
 
 
 def uniform(name, shape):
-    """float64 in [-1, 1), from the name and the position alone."""
+    """Numbers in [-1, 1) as float64, which depend only on the name and the position."""
     with np.errstate(over="ignore"):
         z = np.arange(int(np.prod(shape)), dtype=np.uint64) + np.uint64(zlib.crc32(name.encode()) << 32)
         z += np.uint64(0x9E3779B97F4A7C15)
@@ -23,10 +24,10 @@ def uniform(name, shape):
 
 
 def fill(net, rename=lambda name: name):
-    """Sets the trained parameters of net; rename: its names -> the names of the formula."""
+    """Sets the trained parameters of net by formula. rename maps its names to those of the formula."""
     for name, p in net.named_parameters():
         if not p.requires_grad:
-            continue                                       # fixed tables: the network's own are part of the test
+            continue                                       # fixed tables keep their values, which are tested
         u = uniform(rename(name), p.shape)
         if p.dim() > 1:
             u *= (3 / np.prod(p.shape[1:])) ** 0.5

@@ -6,7 +6,7 @@ import torch
 
 
 def mutant(source, old, new):
-    """The module that the source is with the one place `old` replaced by `new`."""
+    """The module of the source in which the only occurrence of `old` is replaced by `new`."""
     assert source.count(old) == 1, "the mutated line has changed; adapt the test"
     module = types.ModuleType("mutant")
     exec(compile(source.replace(old, new), "mutant", "exec"), module.__dict__)
@@ -18,8 +18,7 @@ SHAPES = [(16, 6), (16, 3, 4), (16, 2, 3, 3), (16, 2, 2, 2, 2), (16, 1, 4, 4)]
 
 
 def fused(net):
-    """net that can also be called with tangent=(dx, dt, ds), and then returns its value and the derivative, as the
-    networks of models.py do."""
+    """Wraps net so that a call with tangent=(dx, dt, ds) returns value and derivative, as in models.py."""
     def call(x, t, s=None, y=None, tangent=None):
         if tangent is None:
             return net(x, t, s, y)
@@ -33,8 +32,8 @@ def fused(net):
 
 
 class Beside:
-    """A network at the distance theta, a trained number, from an exact one: its output plus theta times a wave in x.
-    It has no attributes but that one."""
+    """A network whose output is that of an exact network plus theta cos(2 x), where theta is a trained number. It has
+    none of the attributes of models.py's networks."""
 
     def __init__(self, exact, theta=0.0):
         self.exact = exact
@@ -45,7 +44,7 @@ class Beside:
 
 
 def loss_and_gradient(loss_of, exact, theta=0.0):
-    """The value of loss_of(net), and its derivative with respect to theta, for the network beside the exact one."""
+    """The value of loss_of(net) and its derivative with respect to theta, where net is Beside(exact, theta)."""
     net = Beside(exact, theta)
     loss = loss_of(fused(net))
     gradient, = torch.autograd.grad(loss, net.theta)
@@ -53,7 +52,7 @@ def loss_and_gradient(loss_of, exact, theta=0.0):
 
 
 class Gaussian:
-    """x_t has mean m(t) = t mu and standard deviation S(t); all maps act on each element alone, in any shape."""
+    """x_t has mean m(t) = t mu and standard deviation S(t). All maps are elementwise and accept any shape."""
 
     def __init__(self, mu=0.7, sd=0.4):
         self.mu, self.sd = mu, sd
@@ -89,13 +88,13 @@ class Gaussian:
 
     @staticmethod
     def expand(t, x=None):
-        """Times [B] with as many dimensions as x, or 4; a number stays as it is."""
+        """Times [B] with as many dimensions as x, or 4 without x. A number is returned unchanged."""
         if not torch.is_tensor(t) or t.ndim != 1:
             return t
         return t.reshape(-1, *[1] * ((4 if x is None else x.ndim) - 1))
 
     def draw(self, batch, seed=0, shape=(2, 3, 3)):
-        """x1, x0 [B, *shape] and t [B], float64."""
+        """Draws x1, x0 [B, *shape] and t [B] in float64."""
         g = torch.Generator().manual_seed(seed)
         x1, x0 = torch.randn((2, batch, *shape), generator=g, dtype=torch.float64)
         t = 0.02 + 0.96 * torch.rand(batch, generator=g, dtype=torch.float64)

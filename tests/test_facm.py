@@ -1,4 +1,4 @@
-"""facm.py against closed forms: the Gaussian oracle in any shape, mutants of the source, guidance, samplers."""
+"""Tests of facm.py against closed forms: the Gaussian oracle in any shape, mutants, guidance and samplers."""
 
 import math
 import pathlib
@@ -33,14 +33,14 @@ class OracleNet:
             fm, flow_t = s == t, t
         else:
             fm, flow_t = t > 1, torch.where(t > 1, 2 - t, t)
-        # Where one branch is asked for, the other's singularity at t=1 must not leak into its derivative.
+        # The singularity of the average velocity at t=1 must not leak into the derivative of the velocity.
         safe = torch.where(fm, torch.full_like(flow_t, 0.5), flow_t)
         cm = ORACLE.average_velocity(x, safe, torch.ones_like(safe))
         return torch.where(ORACLE.expand(fm, x), ORACLE.velocity(x, flow_t), cm)
 
 
 def losses(module, condition="expanded", mode="exact"):
-    """L_FM and L_CM of the oracle network, float64; alpha = beta = 1, so that nothing is weighed down."""
+    """L_FM and L_CM of the oracle network in float64, with alpha = beta = 1, so that no time has a small weight."""
     x1, x0, t = ORACLE.draw(64)
     return module.facm_loss(fused(OracleNet(condition)), JVP[mode], x1, x0, t, torch.full((len(t),), 1),
                             teacher=OracleNet(teacher=True), condition=condition, alpha="1", beta="1", y_null=Y_NULL)
@@ -63,14 +63,14 @@ LINE = "at=(xt, *c_cm, y), along=(v, 1, 0)"
 
 @pytest.mark.parametrize("old, new, hurt", [
     ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v - (1 - t) * dF_dt)", "cm"),       # sign of (1-t) dF/dt
-    ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v + t * dF_dt)", "cm"),             # its factor
-    (LINE, "at=(xt, *c_cm, y), along=(v, -1, 0)", "cm"),                                  # time tangent's sign
+    ("g = F_cm - (v + (1 - t) * dF_dt)", "g = F_cm - (v + t * dF_dt)", "cm"),             # factor of dF/dt
+    (LINE, "at=(xt, *c_cm, y), along=(v, -1, 0)", "cm"),                                  # sign of the time tangent
     (LINE, "at=(xt, *c_cm, y), along=(v, 0, 0)", "cm"),                                   # time tangent left out
     (LINE, "at=(xt, *c_cm, y), along=(-v, 1, 0)", "cm"),                                  # direction of the flow
-    ("also=(xt, *c_fm, y)", "also=(xt, *c_cm, y)", "fm"),                                 # the anchor's condition
+    ("also=(xt, *c_fm, y)", "also=(xt, *c_cm, y)", "fm"),                                 # condition of the anchor
     ("return (t, None), (2 - t, None)", "return (2 - t, None), (t, None)", "both"),       # conditions swapped
     ("return (t, None), (2 - t, None)", "return (t, None), (1 + t, None)", "fm"),         # 2-t misread
-    ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another point, still exact
+    ("return (1 - t) * x0 + t * x1", "return t * x0 + (1 - t) * x1", "none"),             # another exact point
 ])
 def test_mutants_are_caught(old, new, hurt):
     for mode in ("exact", "fused"):
@@ -80,12 +80,12 @@ def test_mutants_are_caught(old, new, hurt):
 
 
 def test_from_scratch_the_target_is_right_on_average():
-    """Without a teacher v = x_1 - x_0 is only the mean of the posterior: E[v_tar | x_t] must be F."""
+    """Without a teacher, v = x_1 - x_0 is right only on average over the posterior, so E[v_tar | x_t] must equal F."""
     _, _, t = ORACLE.draw(64)
     xt = ORACLE.mu * ORACLE.expand(t) + torch.randn(64, 2, 3, 3, dtype=torch.float64)
     mean = ORACLE.posterior_mean(xt, t)
     targets = []
-    for offset in (-0.1, 0.1):                     # two points of the posterior whose mean is the posterior's
+    for offset in (-0.1, 0.1):                     # two values of x_1 whose mean is the posterior mean
         x1 = mean + offset
         x0 = (xt - ORACLE.expand(t) * x1) / (1 - ORACLE.expand(t))
         net = OracleNet()
@@ -118,7 +118,7 @@ def test_guidance_extrapolates_from_t_low_on_and_never_for_the_null_label():
     v = facm.guided_velocity(net, x, t, (t, None), y, w=1.75, t_low=0.125, y_null=0)
     assert v[:, 0, 0, 0].tolist() == [3, 5.25, 5.25, 0]                # w * 3 = 5.25 where guided
     v = facm.flow_velocity(net, None, x + 2, x, x, t, (2 - t, None), y, w=1.75, t_low=0.125, y_null=0)
-    assert v[:, 0, 0, 0].tolist() == [2, 3.5, 3.5, 2]                  # from scratch x_1 - x_0 = 2 takes v_cond's place
+    assert v[:, 0, 0, 0].tolist() == [2, 3.5, 3.5, 2]                  # from scratch x_1 - x_0 = 2 replaces v_cond
 
 
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
@@ -149,7 +149,7 @@ def test_guidance_needs_labels_and_the_null_label(teacher, labels, y_null):
 
 
 def test_relaxation_and_clamp():
-    """Eq. 13: v_tar = (1-alpha) F + alpha T(F), as long as |F - T(F)| <= 1; beyond, the step is alpha."""
+    """Eq. 13: v_tar = (1-alpha) F + alpha T(F) if |F - T(F)| <= 1. Otherwise v_tar differs from F by alpha."""
     F_cm, v, dF_dt = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (0.5, 0.3, 0.4))
     t, alpha = torch.tensor([[0.25], [0.6]], dtype=torch.float64)
     T = 0.3 + 0.75 * 0.4
@@ -200,7 +200,7 @@ def test_sampled_times_follow_eq_20():
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
 @pytest.mark.parametrize("nfe", [1, 2, 5])
 def test_sampler_reaches_the_data(nfe, condition):
-    """With the exact network every step maps to t=1 exactly: the result is the flow map of the last point."""
+    """With the exact network every step maps to t=1 exactly, so the result is the flow map of the last point."""
     noise = torch.randn(nfe, 16, 2, 3, 3, dtype=torch.float64)
     xt = noise[0]
     for i in range(nfe):
@@ -232,15 +232,15 @@ def test_the_flow_begins_with_noise_and_ends_with_data(module):
 
 
 def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():
-    """With v = dF/dt = 0 the target is (1 - alpha) F, and its gradient alpha beta F / sqrt(e + c)."""
+    """With v = dF/dt = 0 the target is (1 - alpha) F, and the gradient is alpha beta F / sqrt(e + c)."""
     F = torch.tensor([0.3, -0.2], dtype=torch.float64).reshape(1, 1, 1, 2).requires_grad_()
     zero, t = torch.zeros_like(F), torch.tensor([0.36], dtype=torch.float64)
 
-    def still(net, at, along, also):                                   # F and no derivative
+    def still(net, at, along, also):                                   # F with a derivative of zero
         return F, zero, F.detach()
     for options, alpha, beta in ((dict(alpha="cos", beta="1-t^p", p=0.5), math.cos(0.18 * math.pi), 0.4),
                                  (dict(alpha="1-t^p", beta="1", p=2.0), 1 - 0.36 ** 2, 1.0),
-                                 (dict(), 0.4, math.cos(0.18 * math.pi))):        # the paper's
+                                 (dict(), 0.4, math.cos(0.18 * math.pi))):        # the paper's values
         F.grad = None
         _, L_cm = facm.facm_loss(None, still, zero, zero, t, None, c=1e-3, teacher=lambda *_: zero, **options)
         root = math.sqrt(alpha ** 2 * 0.065 + 1e-3)
@@ -251,7 +251,7 @@ def test_alpha_relaxes_the_target_and_beta_weighs_the_loss():
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
 def test_a_teacher_without_attributes_is_asked_at_t_and_at_no_second_time(w):
-    """Also by a student with a second time; with guidance both labels are in one pass."""
+    """The teacher gets no second time even if the student has one. With guidance, one pass has both labels."""
     seen = []
 
     def teacher(x, t, s, y):
@@ -269,7 +269,7 @@ def test_a_teacher_without_attributes_is_asked_at_t_and_at_no_second_time(w):
 
 
 def test_the_loss_takes_any_callable_without_labels():
-    """y = None, and neither network nor teacher has an attribute."""
+    """y may be None, and network and teacher may be plain functions."""
     x1, x0, t = ORACLE.draw(8)
 
     def net(x, t, s, y):
@@ -287,7 +287,7 @@ def test_in_any_shape_the_exact_jump_is_the_minimum(shape, condition, mode):
     y = torch.ones(shape[0], dtype=torch.int64)
     for term in (0, 1):
         def loss(net):
-            # With w = 2 and a teacher that has the same velocity for all labels guidance changes nothing.
+            # The teacher has the same velocity for all labels, so guidance with w = 2 changes nothing.
             return facm.facm_loss(net, JVP[mode], x1, x0, t, y, teacher=OracleNet(teacher=True), condition=condition,
                                   w=2.0, y_null=Y_NULL)[term]
         value, gradient = loss_and_gradient(loss, OracleNet(condition))

@@ -1,4 +1,4 @@
-"""fid.py: closed forms, the public Inception classes, every kind of file, processes, mistakes."""
+"""Tests of fid.py: closed forms, the public Inception classes, all kinds of files, processes and user errors."""
 
 import argparse
 import hashlib
@@ -58,7 +58,7 @@ def test_distance_agrees_with_a_matrix_square_root(d):
 
 
 def test_distance_of_covariances_without_full_rank(capsys):
-    """Ten features that 4 and 3 images leave in a plane each: exact, and said."""
+    """Covariances of 4 and 3 images have ranks 3 and 2 of 10. The distance is exact, and a note is printed."""
     a, b = (np.cov(uniform(name, (n, 10)), rowvar=False) for name, n in (("a", 4), ("b", 3)))
     capsys.readouterr()
     distance = fid.frechet_distance(np.zeros(10), a, np.zeros(10), b)
@@ -101,9 +101,9 @@ def test_distance_refuses_what_is_no_number_and_other_shapes():
 # Inception.
 
 def public_inception():
-    """Inception by formula: also running_mean 0.1 u and running_var 0.5 + 0.25 u, u that of their names.
+    """Inception with weights by formula; running_mean is 0.1 u and running_var is 0.5 + 0.25 u, see formula.py.
 
-    A variance around a half makes up for what the ReLUs take, so that depth does not drown the input.
+    The variance of about a half compensates for the ReLUs, so that deep features still depend on the input.
     """
     net = fill(fid.Inception())
     for name, buffer in net.named_buffers():
@@ -115,7 +115,7 @@ def public_inception():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of Inception's weights by formula, without batch counters, as torch-fidelity's conversion writes it."""
+    """A file of Inception's weights by formula, without batch counters as in torch-fidelity's conversion."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save({k: v for k, v in public_inception().state_dict().items() if not k.endswith("batches_tracked")}, path)
     return path
@@ -123,7 +123,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inception(weights):
-    """Inception from that file, whose hash is taken for the right one."""
+    """Inception loaded from that file, whose hash is set as the expected one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fid, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
         return fid.load_inception(weights)
@@ -132,7 +132,7 @@ def inception(weights):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [32, 256, 299])
 def test_inception_is_the_public_classes(inception, size):
-    """pytorch-fid's class was fed TF1's resize written out in NumPy, torch-fidelity's the bytes themselves."""
+    """In the stored runs NumPy resized pytorch-fid's input as TF1 does, and torch-fidelity's input was the bytes."""
     images = np.rint(127.5 + 127.5 * uniform(f"images{size}", (2, 3, size, size))).astype(np.uint8)
     pool, spatial, logits = inception(torch.from_numpy(images))
     for name in ("inception-pytorch-fid", "inception-torch-fidelity"):
@@ -141,7 +141,7 @@ def test_inception_is_the_public_classes(inception, size):
         assert_equal(stored, logits, f"logits{size}")
         if f"spatial{size}" in stored["outputs"]:
             assert_equal(stored, spatial, f"spatial{size}")
-    assert pool[0].sub(pool[1]).abs().max() > 1e-3 * pool.abs().max()      # the input is not drowned
+    assert pool[0].sub(pool[1]).abs().max() > 1e-3 * pool.abs().max()      # features depend on the input
 
 
 @pytest.mark.parametrize("name", ["inception-pytorch-fid", "inception-torch-fidelity"])
@@ -190,9 +190,9 @@ def test_precision_and_recall_as_written_out():
 
 @pytest.mark.parametrize("offset", [0, 10, 1000])
 def test_exact_copies_are_at_distance_0(offset):
-    """Ten copies of each image: all neighbourhoods are points, and all images lie in them.
+    """Each image occurs ten times, so each neighbourhood is a single point, and the copies lie in it.
 
-    A matrix product leaves copies apart, and by another rounding in each block of rows.
+    A matrix product gives copies a small distance, which depends on the block of rows.
     """
     points = offset + torch.from_numpy(uniform("points", (50, 24)))
     copies = points.repeat(10, 1)[torch.randperm(500)]
@@ -204,7 +204,7 @@ def test_exact_copies_are_at_distance_0(offset):
 
 
 def test_images_that_differ_are_no_copies():
-    """The distances are those of differences, down to what float32 features tell apart."""
+    """The distances equal those computed from differences, and only exact copies have distance 0."""
     a = torch.from_numpy(uniform("a", (40, 30)))
     b = torch.cat([a[:10], a[:10] + 1e-4 * torch.from_numpy(uniform("b", (10, 30))), a.flip(1)])
     exact = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
@@ -228,7 +228,7 @@ def test_kernel_distance_as_written_out():
 
 
 def test_inception_score_as_written_out(monkeypatch):
-    """Seven images in parts of 3, 3 and 1, batches across the parts' ends."""
+    """Seven images form parts of 3, 3 and 1. A batch may cross the end of a part."""
     monkeypatch.setattr(fid, "SCORE_PART", 3)
     logits = torch.from_numpy(3 * uniform("logits", (7, 5)))
     images = np.arange(7, dtype=np.uint8).reshape(7, 1, 1, 1)
@@ -254,7 +254,7 @@ def test_sums_are_mean_and_covariance_and_kept_rows_are_spread_evenly():
 
 
 class OnApple(torch.Tensor):
-    """A tensor that says it lies on Apple's GPU, and has no float64 there."""
+    """A tensor that reports Apple's GPU as its device and cannot be converted to float64 there."""
 
     @property
     def device(self):
@@ -287,7 +287,7 @@ def test_sums_are_made_on_the_cpu_where_the_device_has_no_float64():
 
 @pytest.mark.parametrize("which", ["features", "logits"])
 def test_outputs_that_are_not_finite_are_refused(which):
-    """Also in measures that have no covariance: the Inception Score, precision and recall, KID."""
+    """NaN raises an error even if no covariance is computed, as for the Inception Score, precision or KID."""
     source = fid.Source("some", 9, lambda i, j: np.zeros((j - i, 4, 4, 3), np.uint8))
     bad = torch.full((9, 5), torch.nan)
     outputs = dict(features=torch.zeros(9, 5), logits=torch.zeros(9, 5)) | {which: bad}
@@ -301,7 +301,7 @@ def test_outputs_that_are_not_finite_are_refused(which):
 # The program.
 
 class Small(torch.nn.Module):
-    """uint8 [N, 3, H, W] -> [N, 24]."""
+    """A small network that maps uint8 [N, 3, H, W] to features [N, 24]."""
 
     def __init__(self):
         super().__init__()
@@ -326,13 +326,13 @@ def net(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    """2,100 glyphs and 2,100 others, uint8 [N, 12, 12, 3]."""
+    """Two different sets of 2,100 glyphs, each uint8 [N, 12, 12, 3]."""
     return [data.glyphs(2100, 12, seed)[0] for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def files(images, tmp_path_factory):
-    """Two npz files of 2,100 images, and 30 of them in every form."""
+    """A folder with two npz files of 2,100 images, and with 30 of these images in every form."""
     out = tmp_path_factory.mktemp("files")
     for name, these in zip("ab", images):
         np.savez(out / f"{name}.npz", arr_0=these, arr_1=np.arange(len(these)))
@@ -351,7 +351,7 @@ def files(images, tmp_path_factory):
 
 
 def figures(monkeypatch, tmp_path, *flags):
-    """The figures of a call, in the order of its table."""
+    """Runs fid.py and returns its figures in the order of the table that it prints."""
     call(monkeypatch, fid, *flags, "--device", "cpu", "--json", tmp_path / "figures.json")
     return json.loads((tmp_path / "figures.json").read_text())["figures"]
 
@@ -407,7 +407,7 @@ def test_images_come_in_any_piece(files, images):
     for name in ("few.npz", "few-images.npz", "glyphs:0"):
         source = fid.open_source(str(files / name) if "." in name else name, n=30, resolution=12)
         assert source.count == 30
-        for i, j in ((12, 30), (3, 5), (0, 30)):                       # also backwards
+        for i, j in ((12, 30), (3, 5), (0, 30)):                       # not only in order
             assert np.array_equal(source.read(i, j), images[0][i:j])
 
 
@@ -431,7 +431,7 @@ class Convolution(torch.nn.Module):
 
 
 def grey_forms(folder, count):
-    """The same grey pictures as files of every kind, and before them as RGB pictures in an npz."""
+    """Writes the same grey images in files of every kind. The first file is an npz that has them as RGB images."""
     grey = np.rint(127.5 + 127.5 * uniform("grey", (count, 12, 12))).astype(np.uint8)
     rgb = grey[..., None].repeat(3, axis=3)
     np.savez(folder / "rgb.npz", arr_0=rgb)
@@ -452,7 +452,7 @@ def grey_forms(folder, count):
 
 
 def test_grey_images_are_judged_as_rgb(files, tmp_path, monkeypatch):
-    """To the last digit, as samples and as the reference."""
+    """The figures of grey and of RGB images are equal to the last digit, both as samples and as the reference."""
     net = script(fill(Convolution()), tmp_path / "net.pt")
     names = grey_forms(tmp_path, 40)
     for place in ("samples", "ref"):
@@ -473,7 +473,7 @@ def test_inception_judges_grey_images_as_rgb(inception, tmp_path):
 
 
 def test_statistics_of_every_kind(files, net, tmp_path, monkeypatch, capsys):
-    """Ours, pytorch-fid's and EDM's, ADM's, torch-fidelity's with tensors and with NumPy arrays."""
+    """Statistics may come from --save-stats, pytorch-fid, EDM, ADM, or torch-fidelity with tensors or NumPy arrays."""
     base = figures(monkeypatch, tmp_path, files / "a.npz", "--ref", files / "b.npz", "--features", net)[NAME]
     call(monkeypatch, fid, files / "b.npz", "--features", net, "--save-stats", tmp_path / "deep" / "ours.npz",
          "--device", "cpu")
@@ -503,10 +503,10 @@ def moments(d, n=50):
 
 @pytest.mark.parametrize("protocol, numpy_name", [(3, b"numpy.core."), (3, b"numpy._core."), (4, None), (5, None)])
 def test_edm2_statistics(files, net, tmp_path, monkeypatch, protocol, numpy_name):
-    """fid for Inception, fd_dinov2 for --features; by several protocols, and of NumPy before and since 2."""
+    """EDM2's files hold fid for Inception and fd_dinov2 for --features. Several pickle protocols can be read."""
     dinov2, inception = moments(24), moments(30)
     content = pickle.dumps(dict(num_images=np.int64(2500), fid=inception, fd_dinov2=dinov2), protocol)
-    if numpy_name:                         # protocol 3 has no length before a name
+    if numpy_name:                         # protocol 3 stores names without their lengths
         content = content.replace(b"numpy._core.", numpy_name).replace(b"numpy.core.", numpy_name)
     (tmp_path / "edm2.pkl").write_bytes(content)
     for part, expected in (("fid", inception), ("fd_dinov2", dinov2)):
@@ -523,7 +523,7 @@ def test_edm2_statistics(files, net, tmp_path, monkeypatch, protocol, numpy_name
 
 
 def test_statistics_keep_their_network_unknown(net, tmp_path, monkeypatch):
-    """What --save-stats copies from a file without a name compares with any network of that width."""
+    """If statistics do not name their network, their copy can be compared with any network of that width."""
     np.savez(tmp_path / "plain.npz", **moments(24))
     call(monkeypatch, fid, tmp_path / "plain.npz", "--save-stats", tmp_path / "copy.npz", "--device", "cpu")
     found = figures(monkeypatch, tmp_path, tmp_path / "copy.npz", "--ref", tmp_path / "plain.npz")
@@ -577,7 +577,7 @@ def test_what_no_images_can_have_is_refused(net, files, tmp_path, monkeypatch, c
             content["num_images"] = statistics.pop("n")
         path.write_bytes(pickle.dumps(content))
     elif kind in ("complex", "text", "truth"):
-        words = "bad.pt"                   # torch.load admits no such array
+        words = "bad.pt"                   # torch.load refuses such arrays
         torch.save(statistics, path)
     else:
         torch.save({key: torch.as_tensor(np.array(value)) for key, value in statistics.items()}, path)
@@ -586,7 +586,7 @@ def test_what_no_images_can_have_is_refused(net, files, tmp_path, monkeypatch, c
 
 
 class Evil:
-    """Pickled, it is a call of a function of its own choice."""
+    """An object whose pickle calls the given function when it is read."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -612,7 +612,7 @@ def test_a_pickle_executes_nothing(tmp_path, monkeypatch, capsys, content, words
 
 
 def test_all_measures_of_inception(weights, inception, tmp_path, monkeypatch, capsys):
-    """On few images, and with a distance that needs no eigenvalues: those of 2,048 features take seconds."""
+    """The images are few and the distance needs no eigenvalues, because those of 2,048 features take seconds."""
     monkeypatch.setattr(fid, "INCEPTION_SHA256", "")
     monkeypatch.setattr(fid, "frechet_distance", lambda mu1, sigma1, mu2, sigma2: float(
         sum((torch.as_tensor(p) - torch.as_tensor(q)).abs().sum() for p, q in ((mu1, mu2), (sigma1, sigma2)))))
@@ -642,7 +642,7 @@ def save(path, images, **others):
 # Mistakes.
 
 def spoil(folder, kind):
-    """A source with a mistake, and what its line must name."""
+    """Writes a source with an error. Returns its path and a word that the error message must contain."""
     good, path = data.glyphs(6, 12)[0], folder / "bad.npz"
     d = 24
     if kind in ("broken image", "cut image", "mixed sizes", "deep image", "empty"):
@@ -684,7 +684,7 @@ def spoil(folder, kind):
     elif kind == "features":
         np.savez(path, mu=np.zeros(d), sigma=np.eye(d), features=fid.INCEPTION)
     elif kind == "half":
-        save(path, good[:1], mu=np.zeros(d))               # and without sigma no statistics
+        save(path, good[:1], mu=np.zeros(d))               # without sigma these are not statistics
     elif kind == "text":
         path = folder / "bad.txt"
         path.write_text("text")
@@ -755,9 +755,10 @@ def test_bad_flags_end_in_one_line(net, files, tmp_path, monkeypatch, capsys, fl
     assert words in refused(monkeypatch, capsys, fid, files / "few.npz", *flags)
 
 
-# What each flag does in each mode: "yes", it changes what it says, or a word of the line that refuses it, or "-", it is
-# part of the mode. The modes: images against images by Inception and by --features; images against statistics;
-# statistics against statistics; --is alone; --save-stats alone. (--device says where the network runs, in all.)
+# What each flag does in each mode: "yes" means that it changes the result, "-" that it is part of the mode, and another
+# word that it is refused by a message with this word. The modes are images against images by Inception and by
+# --features, images against statistics, statistics against statistics, --is alone, and --save-stats alone. --device
+# works in all modes.
 MODES = dict(inception="few.npz --ref b.npz", features="few.npz --ref b.npz --features small.pt",
              half="few.npz --ref plain.npz", statistics="plain.npz --ref plain.npz", score="few.npz --is",
              save="few.npz --save-stats saved.npz")
@@ -784,7 +785,7 @@ CASES = [(row[0], mode, expected) for row in ROWS for mode, expected in zip(HEAD
 
 @pytest.fixture
 def stand_in(files, net, tmp_path, monkeypatch):
-    """A network of 24 features in Inception's place, in a folder with the files of the table. What was asked of it."""
+    """Replaces Inception by a network of 24 features, whose calls it records, in a folder with the table's files."""
     asked = dict(batches=[], weights=[])
 
     def load(path, device):
@@ -808,7 +809,7 @@ def stand_in(files, net, tmp_path, monkeypatch):
 
 
 def outcome(monkeypatch, asked, words):
-    """All that a call leaves: figures, names, files, what was asked of the network."""
+    """Runs fid.py and returns all results: the report, the saved arrays' names, and how the network was called."""
     for written in ("saved.npz", "more.npz", "out.json"):
         pathlib.Path(written).unlink(missing_ok=True)
     for list_ in asked.values():
@@ -821,7 +822,7 @@ def outcome(monkeypatch, asked, words):
 
 def test_the_table_has_every_flag(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fid.py", "--help"])
-    monkeypatch.setenv("COLUMNS", "1000")  # no flag is cut in two
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no flag is split over two lines
     with pytest.raises(SystemExit):
         fid.parse_args()
     flags = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out.split("options:")[1]))
@@ -890,7 +891,7 @@ def test_a_width_that_is_not_inceptions_is_refused_before_a_download(files, tmp_
 
 
 def test_the_export_of_dinov2_makes_a_network_for_features(files, tmp_path, monkeypatch):
-    """The code of docs/evaluation.md, with a stand-in for the network that it downloads."""
+    """Runs the code of docs/evaluation.md with a stand-in for the network that it downloads."""
     class StandIn(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -966,7 +967,7 @@ def test_a_mistake_in_the_part_of_the_second_process_is_told_once(net, tmp_path)
 
 
 def test_statistics_that_do_not_compare_are_told_once(tmp_path):
-    """The mistake is found by process 0 alone, after the pass over the images."""
+    """Only process 0 compares the statistics, but both processes end with exit code 2."""
     for name, d in (("a", 3), ("b", 4)):
         np.savez(tmp_path / f"{name}.npz", mu=np.zeros(d), sigma=np.eye(d))
     processes = popen_two(tmp_path / "a.npz", "--ref", tmp_path / "b.npz", "--device", "cpu", script="fid.py")

@@ -1,7 +1,7 @@
-"""Networks against the public classes whose layout they take: names, shapes, and numbers of the public code.
+"""Tests of the networks against the public classes whose layout they follow: names, shapes and outputs.
 
-golden/NAME.json: outputs of the public class, computed by its own code with the weights and inputs of formula.py;
-golden/NAME.keys: its state_dict's names and shapes. The options of our network are inferred from those alone.
+golden/NAME.json has outputs of the public class, which its code computed with the weights and inputs of formula.py.
+golden/NAME.keys has the names and shapes of its state_dict. The options of our network are inferred from those alone.
 """
 
 import json
@@ -18,14 +18,14 @@ GOLDEN = pathlib.Path(__file__).with_name("golden")
 
 
 def golden(name):
-    """The stored run of a public class, and its names and shapes as tensors without content."""
+    """The stored run of a public class, and its names and shapes as tensors on the meta device."""
     lines = (line.split(" ") for line in (GOLDEN / f"{name}.keys").read_text().splitlines())
     shapes = {key: torch.empty([int(n) for n in size.split(",") if n], device="meta") for key, size in lines}
     return json.loads((GOLDEN / f"{name}.json").read_text()), shapes
 
 
 def build(shapes, prefix="", **options):
-    """Our network for these weights, filled by formula under the public names, which must be ours to the letter."""
+    """Our network for these shapes, with weights by formula. Its names and shapes must be exactly the public ones."""
     net = models.create(**(weights.options_from_shapes({k.removeprefix(prefix): w for k, w in shapes.items()}) | options))
     assert {prefix + k: v.shape for k, v in net.state_dict().items()} == {k: w.shape for k, w in shapes.items()}
     return fill(net, lambda name: prefix + name)
@@ -55,7 +55,7 @@ def case(name, public, *args):
     case("facm-auxiliary", "FACM-LightningDiT", 8, 6, [0.3, 0.7])])
 def test_transformer_is_the_public_class(name, size, channels, t):
     stored, shapes = golden(name)
-    net = build(shapes, **(dict(heads=4) if name == "dit-small" else {}))      # without RoPE no shape tells the heads
+    net = build(shapes, **(dict(heads=4) if name == "dit-small" else {}))      # here no shape depends on the heads
     s = torch.tensor([1.0, 0.7]) if net.second_time else None
     assert_equal(stored, net(normal_like("x", (2, channels, size, size)), torch.tensor(t), s, torch.tensor([3, 5])))
 
@@ -75,7 +75,7 @@ def test_unet_is_the_public_class(name, size):
 
 @torch.no_grad()
 def test_velocity_is_that_of_the_public_edm_denoiser():
-    """D(x; sigma) of EDMPrecond, from the velocity at x_t = t x, sigma = (1-t) / t: D = x_t + (1-t) v."""
+    """EDMPrecond's D(x; sigma) is x_t + (1-t) v, with x_t = t x, sigma = (1-t) / t and v the velocity at x_t."""
     stored, shapes = golden("edm-precond")
     net = build(shapes, prefix="model.")
     sigma = torch.tensor([0.2, 20.0])

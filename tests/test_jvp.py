@@ -1,5 +1,6 @@
-"""jvp.py: value and derivative from one pass, beside torch.func.jvp: the networks of models.py, mutants, what wraps a network,
-the three ways, single operations, what is refused, and networks that are not ours."""
+"""Tests of jvp.py. Value and derivative from one pass are compared with torch.func.jvp for the networks of models.py,
+wrapped networks, single operations and networks from elsewhere. Mutants of the source and refused operations are
+tested as well."""
 
 import copy
 import os
@@ -32,7 +33,7 @@ EVERYTHING = [*VARIANTS, dict(adaptive_scale=True, pixelnorm=True), dict(augment
 
 
 def build(options, dtype=torch.float32):
-    """A small network without a parameter that is zero, and (x, t, s, y) with a direction of the first three."""
+    """A small network without zero parameters, its inputs (x, t, s, y), and a direction (dx, dt, ds)."""
     torch.manual_seed(0)
     net = models.create(**(SMALL[options.get("name", "DDPM++")] | options)).to(dtype)
     for p in net.parameters():
@@ -43,7 +44,7 @@ def build(options, dtype=torch.float32):
 
 
 def reference(net, args, direction, *more):
-    """The same from PyTorch's forward mode, with the dropout of seed 1."""
+    """Value and derivative from PyTorch's forward mode, with dropout of seed 1."""
     moving = [i for i in range(3) if args[i] is not None and direction[i] is not None]
 
     def f(*moved):
@@ -81,7 +82,7 @@ def test_value_derivative_and_gradient(options):
         assert tangent.dtype == dtype and not tangent.requires_grad
     models.seed_dropout(net, 1, rows=3)
     plain = net(*args, *more)
-    assert torch.equal(value, plain)                                       # dropout's mask, too
+    assert torch.equal(value, plain)                                       # with the same dropout mask
     pairs = zip(gradients(net, value.square().sum()), gradients(net, plain.square().sum()), strict=True)
     assert all(torch.allclose(a, b) for a, b in pairs)
 
@@ -128,7 +129,7 @@ def test_bfloat16_leaves_the_time_path_alone(name):
 @pytest.mark.parametrize("options", [dict(mult=(1,), blocks=0), dict(name="LightningDiT", depth=1, qknorm=True),
                                      dict(name="EDM2", mult=(1,), blocks=0)], ids=str)
 def test_a_compiled_network_equals_the_eager_one(options):
-    """Traced as for any compiler; aot_eager leaves out only the generation of machine code."""
+    """aot_eager traces the network as any backend does, and leaves out only the generation of machine code."""
     net, args, direction = build(options)
     torch._dynamo.reset()
     passes = [fused(f, args, direction) for f in (net, torch.compile(net, backend="aot_eager", fullgraph=True))]
@@ -140,7 +141,7 @@ def test_a_compiled_network_equals_the_eager_one(options):
 @pytest.mark.parametrize("options", [dict(name="DiT", second_time=True), dict(blocks=1, dropout=0.3),
                                      dict(name="EDM2", second_time=True, dropout=0.3)], ids=str)
 def test_checkpointed_blocks_give_the_same(options):
-    """--grad-checkpoint: what a block keeps for the backward pass is less, its result is not another."""
+    """With --grad-checkpoint less is kept for the backward pass, and the results are the same."""
     def kept(*args):
         count = []
         with torch.autograd.graph.saved_tensors_hooks(lambda a: count.append(a.numel()) or a, lambda a: a):
@@ -158,7 +159,7 @@ def test_checkpointed_blocks_give_the_same(options):
 
 
 def one_of_two(rank, folder):
-    """A process with every second sample; its gradients are to be those of all samples in one process."""
+    """Runs as one of two processes, with every second sample. Its gradients must be those of all samples."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.set_num_threads(1)
     for name in ("DDPM++", "LightningDiT"):
@@ -171,8 +172,8 @@ def one_of_two(rank, folder):
             wrapped = DistributedDataParallel(net)
         else:
             mesh = init_device_mesh("cpu", (2,))
-            net.to(memory_format=torch.contiguous_format)                  # it takes no other
-            for block in net.blocks:                                       # its hooks see Duals come and go
+            net.to(memory_format=torch.contiguous_format)                  # fully_shard needs this
+            for block in net.blocks:                                       # its hooks receive Duals
                 fully_shard(block, mesh=mesh)
             wrapped = fully_shard(net, mesh=mesh)
         value, tangent = wrapped(x[rank::2], t[rank::2], tangent=(dx[rank::2], 1 + t[rank::2], None))
@@ -182,7 +183,7 @@ def one_of_two(rank, folder):
             assert (a - b).norm() < 1e-5 * (b.norm() + 1e-3), name
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)                            # gloo's threads now and then abort at Python's end
+    os._exit(0)                            # gloo's threads sometimes abort when Python exits
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -194,7 +195,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 @pytest.mark.parametrize("options", [dict(), dict(name="LightningDiT", second_time=True), dict(dropout=0.3)], ids=str)
 def test_three_ways_agree(options):
-    """F to the last bits, dF to the error of a difference; F_other is the output of a pass of its own."""
+    """F is equal up to rounding, dF up to the error of the difference, and F_other is that of a separate pass."""
     net, (x, t, s, y), (dx, _, _) = build(options, torch.float64)
     for other in [(x + 1, t / 2, s, y), (x * 2, t, s, y)]:
         models.seed_dropout(net, 5, rows=3)
@@ -229,7 +230,7 @@ def test_mutants_of_the_ways_are_caught(old, new):
 
 @pytest.mark.parametrize("name", ["fused", "exact", "fd"])
 def test_each_way_has_ddps_gradient(tmp_path, name):
-    """Through DDP's wrapper, three steps of two pieces: only F has a graph, so that DDP averages once a step."""
+    """Three steps of two micro-batches have the same gradients with and without DDP, because dF has no graph."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
         net, (x, t, s, y), (dx, _, _) = build(dict(name="DiT", second_time=True))
@@ -249,7 +250,7 @@ def test_each_way_has_ddps_gradient(tmp_path, name):
 
 
 def test_a_compiled_derivative_is_the_eager_one(monkeypatch):
-    """`exact` compiles its derivative alone: the network that it is called with is compiled already."""
+    """`exact` compiles only its derivative, because the network that it receives is compiled already."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager"))
     net, at, (dx, _, _) = build(dict(name="LightningDiT", depth=1, second_time=True))
@@ -261,7 +262,7 @@ def test_a_compiled_derivative_is_the_eager_one(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Single operations. x is a Dual [2, 4, 6] of float64, or of the shape that ends the name.
+# Single operations. x is a Dual of float64 with the shape at the end of the name, or else [2, 4, 6].
 
 def numbers(*shape):
     return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
@@ -352,13 +353,13 @@ OPERATIONS = {
 
 
 def moving_parts(result):
-    """The parts of a result that have a tangent, or would have one."""
+    """The parts of a result that have a tangent, or would have one if the argument were a Dual."""
     parts = tree_leaves(result, is_leaf=lambda part: isinstance(part, Dual))
     return [a for a in parts if isinstance(a, (Dual, torch.Tensor)) and (a.dtype.is_floating_point or a.dtype.is_complex)]
 
 
 def point_and_direction(name):
-    """x and dx for an operation, of the shape that ends its name, or [2, 4, 6]."""
+    """x and dx for an operation, with the shape at the end of its name, or else [2, 4, 6]."""
     shape = re.search(r" \[(\d.*)\]$", name)
     shape = (2, 4, 6) if shape is None else tuple(map(int, shape[1].split(", ")))
     return torch.randn((2, *shape), dtype=torch.float64)
@@ -366,7 +367,7 @@ def point_and_direction(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation(name):
-    """Value and gradient are those of the plain operation to the bit, the tangent is that of torch.func.jvp."""
+    """Value and gradient equal those of the plain operation to the last bit, and the tangent that of torch.func.jvp."""
     operation, (x, dx) = OPERATIONS[name], point_and_direction(name)
     x.requires_grad_()
     result = operation(Dual(x, dx))
@@ -434,7 +435,7 @@ def test_an_operation_is_refused_in_one_sentence(sentence, name):
     with pytest.raises(NotImplementedError) as caught:
         REFUSED[sentence][name](Dual(x, torch.ones_like(x)))
     assert str(caught.value) == sentence.format(name)
-    assert torch.equal(x, before) or name == "embedding"           # that one shows only while it runs
+    assert torch.equal(x, before) or name == "embedding"           # it is detected only while it runs
 
 
 def test_batch_normalisation_is_refused_before_its_statistics_change():
@@ -452,7 +453,7 @@ def test_other_errors_are_pytorchs_own():
 
 
 def test_the_page_names_what_has_a_rule_and_what_falls_back(monkeypatch):
-    """The table of docs/jvp.md; "fallback" are the operations above that have no rule for any arguments."""
+    """The table of docs/jvp.md must be complete. Its row "fallback" has the operations above that have no rule."""
     fallen, fall_back = set(), jvp._fall_back
 
     def recorded(func, *args):
@@ -475,7 +476,7 @@ def test_the_page_names_what_has_a_rule_and_what_falls_back(monkeypatch):
 # Networks that are not ours.
 
 class Foreign(torch.nn.Module):
-    """A network that knows nothing of this project: affine normalisations, softmax by hand, ReLU, views."""
+    """A network without code of this project. It has affine normalisations, a softmax by hand, ReLU and views."""
 
     def __init__(self):
         super().__init__()
@@ -496,7 +497,7 @@ class Foreign(torch.nn.Module):
 
 
 class AnyShape(nn.Module):
-    """A network of points x [B, 4, ...] with any number of further dimensions, up to three."""
+    """A network for points x [B, 4, ...] with up to three further dimensions."""
 
     def __init__(self, dimensions):
         super().__init__()
@@ -529,7 +530,7 @@ def test_the_three_ways_in_any_shape(shape):
 
 
 class Wave(nn.Module):
-    """A small convolutional network of signals x [B, 2, T]: GroupNorm, gated linear units, a skip, an operator in place."""
+    """A small convolutional network for signals x [B, 2, T] with GroupNorm, GLU, a skip and an in-place operator."""
 
     def __init__(self):
         super().__init__()
@@ -549,7 +550,7 @@ class Wave(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A little transformer of PyTorch's own layers on tokens x [B, N, 8], each with another attention."""
+    """A small transformer for tokens x [B, N, 8], made of PyTorch's layers, which differ in how they use attention."""
 
     def __init__(self):
         super().__init__()
@@ -609,7 +610,7 @@ def test_a_compiled_network_with_the_fallback(network, shape):
 
 
 def test_compiled_code_does_not_confuse_methods():
-    """torch.compile does not check which method of a tensor a function was compiled for, see _compiled_only_inside."""
+    """torch.compile does not check for which method of a tensor a function was compiled; see _compiled_only_inside."""
     torch._dynamo.reset()
     net = with_tangent(lambda x, t, s, y: (w.float() + x).abs().sqrt().expm1().sin().sqrt())
     x, t, dx = torch.rand(4, 6), torch.rand(4), torch.randn(4, 6)
@@ -634,7 +635,7 @@ def test_a_network_of_ones_own_takes_a_tangent(careful):
 
 
 def test_a_rule_can_be_added(monkeypatch):
-    """An operation without a rule and without a forward mode is named, and a rule for it is used."""
+    """The error names an operation that has neither a rule nor a forward mode. A rule that is added for it is used."""
     net = with_tangent(lambda x, t, s, y: torch.cdist(x, x.detach() + 1))
     x, t, dx = torch.randn(2, 3, 4).double(), torch.rand(2).double(), torch.randn(2, 3, 4).double()
     with pytest.raises(NotImplementedError, match="cdist"):

@@ -1,5 +1,5 @@
-"""The networks: derivatives in three ways, options that change nothing until trained, randomness, precision, and that whatever
-is built also runs."""
+"""Tests of the networks: derivatives computed in three ways, options that change nothing before training, randomness
+and precision. Every network that can be built must also run."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ SMALL = {"DDPM++": UNET, "NCSN++": UNET | dict(name="NCSN++"), "DiT": DIT, "Ligh
 
 
 def build(name="DDPM++", **options):
-    """A small network with weights that are not near zero anywhere, so that every path counts."""
+    """A small network with noise added to its weights, so that every path affects the output."""
     torch.manual_seed(0)
     net = models.create(**(SMALL[name] | options))
     for p in net.parameters():
@@ -58,7 +58,7 @@ def test_derivative_exact_and_difference_and_float64(options):
     for network in (net, net64):
         models.seed_dropout(network, 3, rows=len(x))
     exact = forward_mode(net, (x, t, s, y), (v, 1, 0))
-    # NCSN++'s features and DDPM's 1000 times vary so fast that only a smaller step sees the derivative.
+    # NCSN++'s features and DDPM's 1000 times vary so fast that the difference needs a smaller step.
     h = 1e-4 if options.get("name") == "NCSN++" or options.get("prediction") else 5e-3
     difference = fd(net, (x, t, s, y), (v, 1, 0), h=h)[1]
     exact64 = forward_mode(net64, (x64, t64, s64, y), (v64, 1, 0))
@@ -91,14 +91,14 @@ def test_dropout_is_the_same_in_every_pass_and_off_in_eval():
         if isinstance(layer, models.Dropout):
             layer.register_forward_hook(lambda layer, x, h: kept.append(h != 0))
     net(x, t)
-    both = in_one_pass(net, (x, t, None, None), (x, t, None, None))        # one mask in a joint pass too
+    both = in_one_pass(net, (x, t, None, None), (x, t, None, None))        # a joint pass uses the same mask
     alone, joint = kept[:len(kept) // 2], kept[len(kept) // 2:]
     assert alone and all(torch.equal(torch.cat([a, a]), b) for a, b in zip(alone, joint))
-    assert all((half - out).abs().max() < 1e-6 * out.abs().max() for half in both)     # but for rounding
+    assert all((half - out).abs().max() < 1e-6 * out.abs().max() for half in both)     # up to rounding
     double = net(x.contiguous(memory_format=torch.channels_last), t)
-    assert torch.allclose(double, out, atol=1e-5)                          # whatever the memory's layout
+    assert torch.allclose(double, out, atol=1e-5)                          # in any memory layout
     plain = build()
-    models.seed_dropout(plain, 7, rows=2)                                  # nothing to seed: any number of rows
+    models.seed_dropout(plain, 7, rows=2)                                  # without dropout, rows has no effect
     assert torch.equal(plain(x, t), build()(x, t))
     net.eval()
     state = torch.get_rng_state()
@@ -107,14 +107,14 @@ def test_dropout_is_the_same_in_every_pass_and_off_in_eval():
 
 
 def layers_with_masks(seed, p=0.3, rows=4):
-    """Two layers of Dropout, seeded."""
+    """Two Dropout layers with a seed."""
     layers = torch.nn.ModuleList([models.Dropout(p), models.Dropout(p)])
     models.seed_dropout(layers, seed, rows)
     return layers
 
 
 def masks(layers, x):
-    """What each layer keeps of x, which has no zeros."""
+    """Which elements of x each layer keeps; x must not contain zeros."""
     return torch.stack([layer(x) != 0 for layer in layers])
 
 
@@ -124,7 +124,7 @@ ONES = torch.ones(4, 8, 5, 5)
 def test_a_mask_follows_from_seed_layer_and_place():
     layers = layers_with_masks(7)
     one = masks(layers, ONES)
-    torch.manual_seed(1)                                                   # PyTorch's random state has no say
+    torch.manual_seed(1)                                                   # PyTorch's random state has no effect
     assert torch.equal(one, masks(layers, ONES))
     assert torch.equal(one, masks(layers_with_masks(7), ONES))
     assert not torch.equal(one[0], one[1])
@@ -164,7 +164,7 @@ def test_without_a_seed_every_pass_has_a_mask_of_its_own():
     first, second = masks([layer], ONES), masks([layer], ONES)
     assert not torch.equal(first, second)
     torch.manual_seed(0)
-    assert torch.equal(first, masks([layer], ONES))                        # which PyTorch's random state gives
+    assert torch.equal(first, masks([layer], ONES))                        # it depends on PyTorch's random state
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -177,7 +177,7 @@ def test_a_seeded_mask_keeps_its_share(p):
 
 
 def test_compiled_masks_are_those_of_eager_code():
-    """And a new seed is no reason to compile anew."""
+    """Compiled code uses the masks of eager code, and a new seed does not cause a recompilation."""
     layer, net = models.Dropout(0.5), build(dropout=0.5)
     x, t, *_ = inputs(net)
     torch._dynamo.reset()
@@ -204,7 +204,7 @@ def test_weights_follow_from_the_seed(name):
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert not all(torch.equal(one[k], other[k]) for k in one)
     torch.manual_seed(7)
-    drawn = models.create(**SMALL[name]).state_dict()                      # no seed: PyTorch's random state
+    drawn = models.create(**SMALL[name]).state_dict()                      # without a seed it is PyTorch's random state
     assert all(torch.equal(one[k], drawn[k]) for k in one) and not torch.equal(state, torch.get_rng_state())
 
 
@@ -245,7 +245,7 @@ def test_null_label_is_no_label(name):
 
 
 def test_preconditioning_is_the_velocity_of_a_gaussian_denoiser():
-    """With U = 0, c_skip x is the exact velocity of data N(0, sigma_data^2); c_out has the residual's size."""
+    """If the U-Net's output is 0, the network is c_skip x, the exact velocity of data N(0, sigma_data^2)."""
     net = build(sigma_data=0.5)
     for p in (net.dec["8x8_aux_conv"].weight, net.dec["8x8_aux_conv"].bias):
         p.data.zero_()
@@ -274,7 +274,7 @@ def test_time_path_is_float32_under_autocast(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_compiled_function_that_contains_the_derivative_equals_the_eager_one(name):
-    """Traced as for any compiler; aot_eager leaves out only the generation of machine code."""
+    """aot_eager traces the function as any backend does, and leaves out only the generation of machine code."""
     net = build(name, num_classes=4)
     x, t, s, y, v = inputs(net)
     eager = forward_mode(net, (x, t, s, y), (v, 1, 0))
@@ -284,7 +284,7 @@ def test_a_compiled_function_that_contains_the_derivative_equals_the_eager_one(n
 
 
 def test_the_derivative_of_an_edm_network_is_right_at_the_noise_end():
-    """Where a central difference asks for times below 0, which are as noisy as 0."""
+    """Near t = 0 the central difference uses times below 0, where the noise level is the same as at 0."""
     net = build(edm_time=True).double()
     x, _, s, y, v = inputs(net, dtype=torch.float64)
     t = torch.tensor([0.0, 1e-3, 4e-3]).double()
@@ -303,7 +303,7 @@ def test_pixel_norm_makes_the_modulations_mean_square_one():
     grown = copy.deepcopy(layer)
     grown.adaLN_modulation[1].weight.data.mul_(7)
     grown.adaLN_modulation[1].bias.data.mul_(7)
-    assert torch.allclose(grown(h, emb), layer(h, emb), atol=1e-4)         # the modulation's size is taken out
+    assert torch.allclose(grown(h, emb), layer(h, emb), atol=1e-4)         # the size of the modulation has no effect
     free = build("DiT").final_layer
     free.adaLN_modulation[1].weight.data.mul_(7)
     assert not torch.allclose(free(h, emb), build("DiT").final_layer(h, emb), atol=1e-4)
@@ -319,7 +319,7 @@ def test_a_noise_predictor_gives_the_velocity_of_the_linear_flow():
     net.embed = lambda k, s, y: k
 
     def ideal(x, k):
-        """E[x_0 | x] at DDPM's times k, linear in ln sigma in between."""
+        """E[x_0 | x] at DDPM's times k. Between them ln sigma is interpolated linearly."""
         log_sigma = ((1 - alpha_bar) / alpha_bar).log() / 2
         low = k.long().clamp(0, 998)
         sigma = (log_sigma[low] + (k - low) * (log_sigma[low + 1] - log_sigma[low])).exp()[:, None, None, None]
@@ -374,7 +374,7 @@ def test_an_adaptive_block_without_modulation_is_the_plain_one():
 def test_pixel_norm_takes_out_the_size_of_every_scale_and_shift():
     dit, unet = build("DiT", pixelnorm=True), build(adaptive_scale=True, pixelnorm=True)
     block, plain = copy.deepcopy(dit.blocks[0]), dit.blocks[0]
-    for part in (0, 1, 3, 4):                                          # gates, 2 and 5, are left as they are
+    for part in (0, 1, 3, 4):                                          # the gates, 2 and 5, are not normalised
         for p in block.adaLN_modulation[1].parameters():
             p.data[32 * part:32 * part + 32] *= 7
     h, emb = torch.randn(3, 16, 32), torch.randn(3, 32)
@@ -393,7 +393,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 
 def test_a_unet_begins_as_edms():
-    """Xavier-uniform times the gain of its place; biases are zero."""
+    """Weights are Xavier-uniform times the gain of their layer, and biases are zero."""
     torch.manual_seed(0)
     net = models.create("DDPM++", input_size=8, in_channels=3, width=64, mult=(1, 2), blocks=1, attention=(8,),
                         num_classes=4)
@@ -408,7 +408,7 @@ def test_a_unet_begins_as_edms():
 
 @pytest.mark.parametrize("name", ["DiT", "LightningDiT"])
 def test_a_dit_begins_as_published(name):
-    """Blocks that are the identity and an output of zero (adaLN-Zero); embeddings with deviation 0.02."""
+    """Blocks are the identity and the output is zero (adaLN-Zero). Embeddings have the standard deviation 0.02."""
     torch.manual_seed(0)
     net = models.create(**SMALL[name] | dict(num_classes=1000, width=64))
     x, h, emb = torch.randn(2, 3, 8, 8), torch.randn(2, 16, 64), torch.randn(2, 64)
@@ -441,7 +441,7 @@ def test_expandable():
 
 
 def test_without_augmentation_its_labels_are_zero():
-    """And their weight gets a gradient, without which DDP stops."""
+    """The weight of the augmentation labels still gets a gradient, because DDP needs one for every weight."""
     net = build(augment_dim=9)
     x, t, s, y, _ = inputs(net)
     out = net(x, t)
@@ -466,7 +466,7 @@ SECOND = [dict(name=name) for name in SMALL] + [dict(edm_time=True), dict(name="
 
 @pytest.mark.parametrize("options", SECOND, ids=str)
 def test_without_a_second_time_it_is_the_first(options):
-    """F(x, t, t): the value, its gradient, and its derivative, in which s moves with t."""
+    """If s is None, the network computes F(x, t, t), and in its derivative s moves with t."""
     net = build(**options, num_classes=4, second_time=True).double()
     x, t, s, y, v = inputs(net, dtype=torch.float64)
     value = net(x, t, None, y)
@@ -476,7 +476,7 @@ def test_without_a_second_time_it_is_the_first(options):
     assert (moving - still).abs().max() > 1e-6 * moving.abs().max()
     for derivative in (forward_mode(net, (x, t, None, y), (v, 1, 0)),
                        net(x, t, None, y, tangent=(v, torch.ones_like(t), None))[1],
-                       net(x, t, None, y, tangent=(v, torch.ones_like(t), torch.full_like(t, 7)))[1]):     # without effect
+                       net(x, t, None, y, tangent=(v, torch.ones_like(t), torch.full_like(t, 7)))[1]):     # no effect
         assert (derivative - moving).abs().max() < 1e-10 * moving.abs().max()
 
 
@@ -486,7 +486,7 @@ def test_without_a_second_time_it_is_the_first(options):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")], ids=str)
 def test_networks_of_fake_tensors(name, device, monkeypatch):
-    """Shapes and memory layouts of the real ones; Module.to, which fails on fake parameters, is not called."""
+    """Fake networks have the shapes and strides of real ones. Module.to, which fails on fake parameters, is not called."""
     def refuse(*args, **options):
         raise AssertionError("Module.to")
 
@@ -574,7 +574,7 @@ def test_names_and_types_that_expand_refuses():
 VAE = dict(name="AutoencoderKL", z_channels=4, mult=(1, 2), width=32, blocks=1, attention=(1,))
 BASES = SMALL | dict(AutoencoderKL=VAE)
 
-# Of each option some values that can be and some that cannot
+# For each option some valid and some invalid values
 UNETS = dict(
     input_size=[8, 1, 2, 3, 4, 6, 12, 0, -8], in_channels=[3, 1, 0], num_classes=[0, 1, 4, -1],
     width=[8, 2, 3, 4, 5, 6, 12, 20, 32, 36, 0, -4], mult=[(1, 2), (1,), (2, 1), (1, 1, 1), (3,), 2, [], (0, 1), (1, -1)],
@@ -596,7 +596,7 @@ CHOICES["NCSN++"], CHOICES["LightningDiT"] = CHOICES["DDPM++"], CHOICES["DiT"]
 
 
 def run(net, options):
-    """Values, and derivatives, of a network at both ends of the time, which have to be finite."""
+    """Asserts that a network's values and derivatives at t = 0 and t = 1 have the right shapes and are finite."""
     for p in net.parameters():
         p.data.add_(0.05)
     if isinstance(net, models.AutoencoderKL):
@@ -611,7 +611,7 @@ def run(net, options):
 
 
 def single_and_drawn(name, draws=60):
-    """Options of a small network with each choice alone, then with several choices at random."""
+    """Yields the options of small networks: first with each choice alone, then with several random choices."""
     for key, values in CHOICES[name].items():
         for value in values:
             yield BASES[name] | {key: value}
@@ -670,7 +670,7 @@ def test_a_missing_option_is_named():
 # Precision of a noise predictor.
 
 def test_a_noise_predictor_is_float32_under_autocast():
-    """Value, derivative and gradient are those without autocast, to the bit; an input of half precision gives half precision."""
+    """Results equal those without autocast to the last bit, and the output has the precision of the input."""
     net = build("DiT", prediction="noise", num_classes=4)
     x, _, s, y, v = inputs(net)
     t = torch.tensor([0.0, 0.01, 0.6])
@@ -692,7 +692,7 @@ def test_a_noise_predictor_is_float32_under_autocast():
 
 
 def test_in_bfloat16_a_noise_predictor_would_be_wrong():
-    """What autocast would do, inside: the error grows as 1 / t. A velocity network keeps its precision."""
+    """Autocast inside the network would make the error of the velocity grow as 1 / t for small t."""
     net = build("DiT", prediction="noise")
     x, *_ = inputs(net)
     t = torch.tensor([0.0, 0.01, 0.6])

@@ -1,6 +1,6 @@
-"""The losses against those of FACM's authors: golden/facm-losses.json holds the numbers of their code.
+"""Tests of the losses against the code of FACM's authors, whose numbers are in golden/facm-losses.json.
 
-Weights, inputs and times are those of formula.py; the file says in its provenance how their code was run.
+Weights, inputs and times are those of formula.py. The field "provenance" of the file describes how their code was run.
 """
 
 import json
@@ -22,7 +22,7 @@ NULL = OPTIONS["num_classes"]
 
 
 def build(case, prefix=""):
-    """Our network with the options of theirs, filled by formula."""
+    """Our network with the options of the authors' network and weights by formula."""
     net = models.create(
         "DiT", input_size=OPTIONS["input_size"], patch=OPTIONS["patch_size"], in_channels=OPTIONS["in_channels"],
         width=OPTIONS["hidden_size"], depth=OPTIONS["depth"], heads=OPTIONS["num_heads"], num_classes=NULL,
@@ -33,7 +33,7 @@ def build(case, prefix=""):
 
 
 def loss_terms(case, net, jvp):
-    """The terms of our loss by name, and for sCM the coefficients phi with phi_0 = a, which is a at every time."""
+    """The terms of our loss by name, and for sCM the coefficients phi = (a, 0, 0), which give a at every time."""
     shape = (CONFIG["batch"], OPTIONS["in_channels"], OPTIONS["input_size"], OPTIONS["input_size"])
     x1, x0, y = normal_like("x1", shape), normal_like("x0", shape), torch.tensor(CONFIG["labels"])
     t, t2 = (torch.from_numpy(0.5 + case["spread"] * uniform(name, shape[:1])).float() for name in ("t1", "t2"))

@@ -1,4 +1,4 @@
-"""Processes and folders on machines that are not a laptop: left-over variables, file systems without locks, ports, signals."""
+"""Tests of processes and folders on clusters: left-over variables, file systems without locks, and ports in use."""
 
 import errno
 import socket
@@ -15,7 +15,7 @@ from common.messages import fail, say_once
 @pytest.mark.parametrize("left_over", [dict(LOCAL_RANK="1"), dict(LOCAL_RANK="-1"), dict(RANK="3"), dict(WORLD_SIZE="8"),
                                        dict(WORLD_SIZE=""), dict(LOCAL_RANK="1", WORLD_SIZE="2"), dict(MASTER_ADDR="host", RANK="1")], ids=str)
 def test_one_variable_of_torchrun_alone_means_nothing(tmp_path, monkeypatch, capsys, left_over):
-    """The run is one process, and its errors are not mute."""
+    """The run consists of one process, which prints its errors."""
     for name in torchrun.NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in left_over.items():
@@ -40,7 +40,7 @@ def test_one_process_of_a_machine_speaks(monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
 def test_a_file_system_without_locks_is_said_once_and_the_run_continues(tmp_path, monkeypatch, capsys, number):
-    """As Lustre and some NFS have it."""
+    """Lustre and some NFS file systems do not support locks."""
     fcntl = pytest.importorskip("fcntl")
 
     def no_locks(file, operation):
@@ -67,7 +67,7 @@ def test_a_lock_that_another_program_holds_is_respected(tmp_path, monkeypatch, n
 
 
 def test_a_refused_run_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
-    """Neither its own nor those above it that it has made; what was there before stays."""
+    """The run removes the folders that it created, and keeps those that existed before."""
     (tmp_path / "mine").mkdir()
     refused(monkeypatch, capsys, flow, *FLOW, "--resolution", 15, "--out", tmp_path / "mine/a/b/run")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]

@@ -1,4 +1,4 @@
-"""examples/sd3_decm.py on a tiny random model of diffusers' own class."""
+"""Tests of examples/sd3_decm.py and examples/text_to_image.py with a tiny random model of diffusers' class."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ TINY = dict(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_
 
 
 def build(trained=False):
-    """A student with its teacher, images, captions and the null caption. trained: nothing is zero any more."""
+    """A student, its teacher, images, captions and the null caption. With trained=True no trained weight is zero."""
     torch.manual_seed(0)
     student = sd3_decm.add_lora(SD3Transformer2DModel(**TINY), 2)
     if trained:
@@ -40,7 +40,7 @@ T, S = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.5, 0.9, 1.0])
 
 
 def test_signs_and_times():
-    """diffusers has the data at sigma 0 and its output is noise - data; decm.py has them at t = 1, and data - noise."""
+    """diffusers has data at sigma 0 and predicts noise - data; decm.py has data at t = 1 and predicts data - noise."""
     torch.manual_seed(0)
     model = SD3Transformer2DModel(**TINY)
     _, _, x, y, _ = build()
@@ -62,7 +62,7 @@ def test_the_student_begins_as_the_teacher():
         assert torch.equal(student(x, T, s, y), teacher(x, T, None, y))
     student, teacher, x, y, _ = build(trained=True)
     assert not torch.allclose(student(x, T, S, y), teacher(x, T, None, y), atol=1e-2)
-    assert not torch.allclose(student(x, T, S, y), student(x, T, T, y), atol=1e-3)     # it sees the second time
+    assert not torch.allclose(student(x, T, S, y), student(x, T, T, y), atol=1e-3)     # the second time has an effect
 
 
 def test_a_text_is_a_y():
@@ -128,7 +128,7 @@ def test_a_difference_is_no_derivative_here(monkeypatch, capsys):
 
 @torch.no_grad()
 def test_a_step_keeps_the_times_of_decm(monkeypatch):
-    """N2N begins at r <= t, also for t = 0, and has the x_t and v that the first loss had. Seed and step change the draws."""
+    """N2N has r <= t, even for t = 0, and the x_t and v of the first loss. Another seed or step changes the draws."""
     student, teacher, x, y, null = build()
     x, y = x[:1].expand(512, -1, -1, -1), y[torch.zeros(512, dtype=torch.int64)]
     seen = []
@@ -176,7 +176,7 @@ def test_training_moves_lora_and_the_second_time_alone(way):
     student, teacher, x, y, null = build()
     before = {k: p.clone() for k, p in student.named_parameters()}
     optimizer = torch.optim.AdamW(sd3_decm.trained(student).values(), lr=1e-3)
-    for step in range(2):                  # N2N in the first
+    for step in range(2):                  # the first includes N2N
         loss = sd3_decm.losses(student, teacher, x, y, null, step, 0, w=2.0, freq=2, way=way)
         assert loss.isfinite()
         loss.backward()
@@ -188,7 +188,7 @@ def test_training_moves_lora_and_the_second_time_alone(way):
 
 
 def test_the_velocity_of_a_fixed_batch_is_learned():
-    """The jumps' losses compare the network with itself and need not fall; the velocity's must."""
+    """The losses of the jumps compare the network with itself and need not fall, but the loss of the velocity must."""
     student, _, x, y, _ = build()
     optimizer, found, x0 = torch.optim.AdamW(sd3_decm.trained(student).values(), lr=1e-2), [], torch.randn_like(x)
     for _ in range(20):
@@ -212,7 +212,7 @@ def test_what_is_saved_draws_the_same(tmp_path):
 
 
 def half_of_the_batch(rank, folder):
-    """A process with its rows of the batch, in parts (FSDP): the gradients of LoRA are those of one process."""
+    """Runs as one of two processes with FSDP and half of the rows. Its LoRA gradients must be those of all rows."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
@@ -233,7 +233,7 @@ def half_of_the_batch(rank, folder):
             assert (p.grad.full_tensor() - expected[name]).norm() < 1e-5 * (expected[name].norm() + 1e-3), name
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)                            # gloo's threads now and then abort at Python's end
+    os._exit(0)                            # gloo's threads sometimes abort when Python exits
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):

@@ -1,4 +1,5 @@
-"""Training runs as programs: resume, kill, processes, failures. A small network on 12x12 glyphs."""
+"""Tests of whole training runs: resuming, killed runs, several processes and failures. Most of them train a small
+network on 12x12 glyphs."""
 
 import copy
 import json
@@ -41,7 +42,7 @@ SCRATCH = ["--teacher", "none", "--w", "1"]
 
 
 def call(monkeypatch, module, *argv):
-    """module.main() in this process, with signal handlers put back afterwards."""
+    """Calls module.main() in this process and restores the signal handlers afterwards."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     try:
@@ -57,7 +58,7 @@ def popen(*argv, script="facm.py", **env):
 
 
 def popen_two(*argv, script):
-    """The script in two processes, as torchrun starts them, but without torchrun's own seconds."""
+    """Starts the script in two processes, as torchrun does, but without the seconds that torchrun itself takes."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -66,14 +67,14 @@ def popen_two(*argv, script):
 
 
 def run_two(*argv, script="facm.py"):
-    """The script in two processes, to its end."""
+    """Runs the script in two processes to its end, and asserts that both succeed."""
     for process in popen_two(*argv, script=script):
         said = process.communicate()[1]
         assert process.returncode == 0, said
 
 
 def torchrun(*argv, script="facm.py"):
-    """The same by torchrun, as a user would."""
+    """Runs the script in two processes by torchrun, as a user does."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launch, str(ROOT / script), *map(str, argv)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -85,7 +86,7 @@ def rows(out):
 
 
 def learning_rates(monkeypatch, optimizer):
-    """A list to which every step of such an optimiser appends its rate."""
+    """Returns a list to which every step of an optimiser of this class appends its learning rate."""
     rates, honest = [], optimizer.step
 
     def step(self, *inputs):
@@ -105,7 +106,7 @@ def wait_for_step(process, out, step):
 
 
 def kill_and_rerun(*command, step, out, script="facm.py"):
-    """The run `out`, killed by kill -9 at that step or a little later, then run again to its end."""
+    """Kills the run in `out` by kill -9 at that step or shortly after, then runs the same command again to its end."""
     process = popen(*command, script=script)
     wait_for_step(process, out, step)
     process.kill()
@@ -116,7 +117,7 @@ def kill_and_rerun(*command, step, out, script="facm.py"):
 
 
 def same(a, b):
-    """Equal to the last bit: nested dicts and lists of tensors and plain values."""
+    """Whether two nested dicts or lists of tensors and plain values are equal to the last bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -134,7 +135,7 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, teacher):
-    """An uninterrupted run of 6 steps of facm.py."""
+    """The folder of an uninterrupted run of facm.py with 6 steps."""
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         call(patch, facm, *TINY, "--teacher", teacher, "--steps", 6, "--save-every", 4, "--out", out)
@@ -154,7 +155,7 @@ def test_a_run_leaves_what_it_promises(finished, teacher):
 
 @pytest.mark.parametrize("script", ["flow.py", "facm.py"])
 def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, teacher, tmp_path, script):
-    """Killed at a random step, with a checkpoint every 4 steps, then run again."""
+    """A run is killed at a random step, and the same command is run again. It saves a checkpoint every 4 steps."""
     command = [*FLOW, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
     if script == "facm.py":
         command += ["--jvp", "exact", "--teacher", teacher]
@@ -163,7 +164,7 @@ def test_kill_9_and_rerun_is_the_uninterrupted_run(finished, teacher, tmp_path, 
 
 
 def test_resume_is_exact_from_every_step(finished, teacher, tmp_path, monkeypatch):
-    """Stopped after 1, 2, 3, ... steps: --steps grows, all else stays."""
+    """A run stops after every step and resumes with a larger --steps. The weights are equal to the last bit."""
     for steps in range(1, 7):
         call(monkeypatch, facm, *TINY, "--teacher", teacher, "--steps", steps, "--save-every", 4, "--out", tmp_path / "run")
     assert_same_run(finished, tmp_path / "run")
@@ -172,7 +173,7 @@ def test_resume_is_exact_from_every_step(finished, teacher, tmp_path, monkeypatc
 # The teacher of a student
 
 def test_without_a_teacher_the_default_one_is_trained_first(finished, teacher, tmp_path, monkeypatch, capsys):
-    """From nothing to the student: it is the run of flow.py, then the run with that teacher, to the last bit."""
+    """Without --teacher, facm.py trains the teacher as flow.py does, and then the student, equal to the last bit."""
     monkeypatch.setitem(flow.PRESETS, "glyphs", flow.PRESETS["glyphs"] | dict(steps=6, batch=8, warmup=2, lr_final=1.0))
     say_once.cache_clear()
     command = [*TINY, "--steps", 6, "--save-every", 4, "--out", tmp_path / "run"]
@@ -184,13 +185,13 @@ def test_without_a_teacher_the_default_one_is_trained_first(finished, teacher, t
     a, b = checkpoints.read(tmp_path / "run/ckpt.pt"), checkpoints.read(finished / "ckpt.pt")
     assert all(same(a[part], b[part]) for part in ("model", "ema", "step"))
     before = pathlib.Path("runs/flow-glyphs/ckpt.pt").read_bytes()
-    call(monkeypatch, decm, *TINY, "--steps", 1, "--out", tmp_path / "decm")       # the teacher is there
+    call(monkeypatch, decm, *TINY, "--steps", 1, "--out", tmp_path / "decm")       # the teacher exists already
     assert pathlib.Path("runs/flow-glyphs/ckpt.pt").read_bytes() == before
     assert "trained first" not in capsys.readouterr().err
 
 
 def test_an_unfinished_default_teacher_is_resumed_with_its_own_flags(finished, teacher, tmp_path, monkeypatch):
-    """flow.py was stopped after 2 of 6 steps. The student's flags say nothing of its rate and steps."""
+    """flow.py was stopped after about 2 of 6 steps. facm.py resumes it with the flags of that run, not with its own."""
     folder = pathlib.Path("runs/flow-glyphs")
     process = popen(*FLOW, "--steps", 6, "--save-every", 4, script="flow.py", STOP_AFTER="2")
     wait_for_step(process, folder, 2)
@@ -235,20 +236,20 @@ def test_a_default_teacher_of_other_data_is_refused(teacher, tmp_path, monkeypat
 
 
 def test_a_run_is_not_resumed_with_another_teacher(finished, teacher, tmp_path, monkeypatch, capsys):
-    """The file has the same name, and another content."""
+    """A file with the same name but other weights is refused, and the same file under another name is accepted."""
     shutil.copytree(finished, tmp_path / "run")
     checkpoint = checkpoints.read(teacher)
     checkpoint["ema"]["map_layer0.weight"] = checkpoint["ema"]["map_layer0.weight"] + 1
     checkpoints.save(tmp_path / "ckpt.pt", checkpoint)
     command = [*TINY, "--steps", 7, "--save-every", 4, "--out", tmp_path / "run"]
     assert "was begun with teacher_id" in refused(monkeypatch, capsys, facm, *command, "--teacher", tmp_path / "ckpt.pt")
-    shutil.copy(teacher, tmp_path / "moved.pt")                        # another name, the same content
+    shutil.copy(teacher, tmp_path / "moved.pt")                        # another name with the same content
     call(monkeypatch, facm, *command, "--teacher", tmp_path / "moved.pt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_exits(tmp_path, number):
-    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)             # which nohup lets all children ignore
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)             # nohup makes all children ignore it
     process = popen(*FLOW, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path / "run", script="flow.py")
     signal.signal(signal.SIGHUP, handler)
     wait_for_step(process, tmp_path / "run", 2)
@@ -259,7 +260,7 @@ def test_a_signal_saves_and_exits(tmp_path, number):
 
 
 def perturb(monkeypatch):
-    """Networks begin with weights of no zeros, so that each of them has its part in the gradient."""
+    """Makes networks start without zero weights, so that all of their weights affect the gradient."""
     create = models.create
 
     def perturbed(**options):
@@ -309,7 +310,7 @@ def test_a_process_that_is_done_waits_for_the_others(tmp_path, monkeypatch):
     (flow, [], 2), (facm, SCRATCH, 2), (decm, [*SCRATCH, "--freq", 2], 3), (baselines, SCRATCH, 2), (gcm, [], 2)],
     ids=["flow", "facm", "decm", "baselines", "gcm"])
 def test_micro_batches_are_averaged_over_the_processes_once_an_update(tmp_path, monkeypatch, script, flags, updates):
-    """DDP, in one process that takes itself for the first of two: not with every piece of --micro-batch."""
+    """DDP averages once per update, not once per micro-batch. One process stands in for the first of two."""
     averaged = []
 
     def hook(state, bucket):
@@ -334,7 +335,7 @@ def test_micro_batches_are_averaged_over_the_processes_once_an_update(tmp_path, 
     (facm, "--teacher none --w 1 --condition auxiliary"), (decm, "--teacher none --w 1"),
     (gcm, "--optimizer AdamW --betas 0.9 0.99")], ids=["facm", "decm", "gcm"])
 def test_compiled_under_ddp_the_fused_gradient_is_the_eager_one(tmp_path, monkeypatch, script, flags):
-    """Dynamo's cuts at the borders of DDP's buckets, of which there are several here, would lose a part of it."""
+    """The model has several DDP buckets. If Dynamo split the graph at their borders, gradients would be lost."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="aot_eager"))
 
@@ -356,7 +357,7 @@ def test_compiled_under_ddp_the_fused_gradient_is_the_eager_one(tmp_path, monkey
 
 
 def test_shards_give_the_gradient_and_checkpoints_of_one_process(teacher, tmp_path, monkeypatch):
-    """--fsdp in two processes; its checkpoint is resumed in one process, and back, as if nothing had been sharded."""
+    """A run with --fsdp in two processes resumes in one process, and again in two. The gradients are those of one."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY] + ["--jvp", "fused", "--teacher", teacher]
     one, two = tmp_path / "one", tmp_path / "two"
     for number, flags in enumerate((["--steps", 1], ["--steps", 2], ["--steps", 3, "--micro-batch", 2])):
@@ -370,17 +371,17 @@ def test_shards_give_the_gradient_and_checkpoints_of_one_process(teacher, tmp_pa
         a, b = (checkpoints.read(out / "ckpt.pt") for out in (one, two))
         assert a["optimizer"].keys() == b["optimizer"].keys() and a["model"].keys() == b["model"].keys()
         for part in ("model", "ema"):
-            # Adam's step is a gradient's sign at first: what rounds otherwise near 0 moves by lr.
+            # Adam's first steps are lr times the gradient's sign, so rounding near 0 may move a weight by lr.
             assert max((a[part][k] - b[part][k]).abs().max() for k in a[part]) < 2e-4, (number, part)
 
 
 def test_sharded_a_run_goes_from_its_teacher_to_the_method(tmp_path, monkeypatch):
-    """--fsdp from nothing: the default teacher, in a sharded network, and the student without a stop."""
+    """A run with --fsdp first resumes the unfinished default teacher, and then trains the student, both sharded."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in FLOW]
     call(monkeypatch, flow, *common, "--steps", 1, "--out", tmp_path / "flow")
     call(monkeypatch, facm, *common, "--jvp", "fused", "--steps", 1, "--teacher", tmp_path / "flow", "--out", tmp_path / "one")
     run_two(*common, "--steps", 2, "--save-every", 1, "--out", "runs/flow-glyphs", script="flow.py")
-    checkpoint = checkpoints.read("runs/flow-glyphs/ckpt.pt")          # as if it had been stopped after one step
+    checkpoint = checkpoints.read("runs/flow-glyphs/ckpt.pt")          # as if it had stopped after one step
     one = checkpoints.read(tmp_path / "flow/ckpt.pt")
     checkpoints.save(pathlib.Path("runs/flow-glyphs/ckpt.pt"), one | dict(args=checkpoint["args"]))
     run_two(*common, "--jvp", "fused", "--steps", 1, "--fsdp", "--out", tmp_path / "two")
@@ -389,7 +390,7 @@ def test_sharded_a_run_goes_from_its_teacher_to_the_method(tmp_path, monkeypatch
 
 
 def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
-    """The state of a channels-last weight, saved contiguous (FSDP's, or torch 2.11's), and the next step."""
+    """The state of a channels-last weight may be saved as contiguous, as by FSDP. The next step is the same."""
     def steps(state=None):
         weight = torch.nn.Parameter(torch.arange(36.0).reshape(1, 4, 3, 3).to(memory_format=torch.channels_last))
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
@@ -408,7 +409,7 @@ def test_a_resumed_optimizer_pairs_state_and_parameter_whatever_their_layout():
 
 @pytest.mark.parametrize("flags", [[], ["--condition", "auxiliary", "--precision", "bf16"]], ids=str)
 def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
-    """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
+    """The two ways to compute dF/dt give the same gradient in training from scratch with guidance and dropout."""
     perturb(monkeypatch)
     for jvp in ("fused", "exact"):
         call(monkeypatch, facm, *TINY, "--teacher", "none", "--steps", 1, *flags, "--jvp", jvp, "--out", tmp_path / jvp)
@@ -417,7 +418,7 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch, flags):
 
 
 def break_losses(monkeypatch, broken):
-    """facm.norm_l2 is NaN in these steps of a run; returns the calls' list."""
+    """Makes facm.norm_l2 return NaN in these steps of a run. Returns a list with one entry per call."""
     honest, calls = facm.norm_l2, []
 
     def norm_l2(F_cm, v_tar, c):
@@ -428,7 +429,7 @@ def break_losses(monkeypatch, broken):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(teacher, tmp_path, monkeypatch, capsys):
-    """Steps 1 and 3 of 6: neither optimiser nor average moves, the log counts them, and all the rest is finite."""
+    """A step with NaN does not change the weights or their average. The log counts it, and has only finite numbers."""
     command = [*TINY, "--teacher", teacher, "--save-every", 1]
     for steps in (1, 2):
         break_losses(monkeypatch, {1})
@@ -447,7 +448,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(teacher, tmp_path, mon
 
 
 def test_many_steps_in_a_row_that_are_not_finite_end_the_run(teacher, tmp_path, monkeypatch, capsys):
-    """Twenty; nineteen do not. The checkpoint before is kept, and the same command resumes."""
+    """Twenty steps with NaN in a row end the run, but nineteen do not. The same command then resumes it."""
     command = [*TINY, "--teacher", teacher, "--steps", 50, "--save-every", 4, "--log-every", 100, "--out", tmp_path / "run"]
     break_losses(monkeypatch, {*range(2, 21), *range(22, 42)})
     with pytest.raises(SystemExit) as end:
@@ -476,7 +477,7 @@ def test_every_option_trains(tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("condition", ["expanded", "auxiliary"])
 def test_distils_a_given_teacher(teacher, tmp_path, monkeypatch, condition):
-    """The student starts as the teacher, also with a second time that the teacher has not."""
+    """The student starts with the teacher's weights, even if it has a second time and the teacher does not."""
     out = tmp_path / "run"
     call(monkeypatch, facm, *TINY, "--teacher", teacher, "--condition", condition, "--steps", 1, "--lr", "1e-12", "--out", out)
     student, weights = checkpoints.read(out / "ckpt.pt"), checkpoints.read(teacher)
@@ -489,7 +490,7 @@ def test_distils_a_given_teacher(teacher, tmp_path, monkeypatch, condition):
     (dict(name="LightningDiT", second_time=True), "auxiliary"), (dict(name="LightningDiT"), "expanded"),
     (dict(name="DiT", learn_sigma=True, heads=4, prediction="noise"), "auxiliary")], ids=str)
 def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, condition):
-    """A file with nothing but weights, in the layout of LightningDiT, FACM's release, or facebookresearch/DiT."""
+    """The teacher is a file of weights in the layout of LightningDiT, FACM's release, or facebookresearch/DiT."""
     size = dict(patch=4, width=32, depth=1, heads=4)
     net = models.create(**(dict(input_size=12, in_channels=3, num_classes=10) | size | options))
     torch.save(dict(model={"module." + k: v for k, v in net.state_dict().items()}), tmp_path / "public.pt")
@@ -505,7 +506,7 @@ def test_distils_a_public_checkpoint(tmp_path, monkeypatch, capsys, options, con
 
 @pytest.mark.parametrize("given", ["time_scale=8.0", "sigma_data=0.6", "width=8", "pixelnorm=False"])
 def test_a_network_other_than_the_teachers_is_refused(teacher, tmp_path, monkeypatch, capsys, given):
-    """Also where names and shapes fit, but the student would not begin as the teacher."""
+    """--net is refused even if names and shapes fit, because the student would not start as its teacher."""
     command = [*TINY, "--teacher", teacher, "--out", tmp_path / "run"]
     other = given.replace("8.0", "4.0").replace("0.6", "0.3").replace("False", "True").replace("8", "16")
     command.insert(command.index("dropout=0.2") + 1, other)
@@ -514,7 +515,7 @@ def test_a_network_other_than_the_teachers_is_refused(teacher, tmp_path, monkeyp
 
 
 def test_a_students_network_is_the_teachers(tmp_path, monkeypatch):
-    """The teacher's width is not the preset's, and the student need not repeat it. Dropout is the student's own."""
+    """The student takes its width from the teacher's file, not from the preset. Its dropout is set by --net."""
     call(monkeypatch, flow, *FLOW, "--steps", 1, "--out", tmp_path / "flow")
     command = [flag for flag in TINY if flag not in ("--net", "width=8", "mult=1,1", "blocks=1", "dropout=0.2")]
     call(monkeypatch, facm, *command, "--teacher", tmp_path / "flow", "--steps", 1, "--net", "dropout=0.1", "--out", tmp_path / "run")
@@ -578,7 +579,7 @@ def test_the_learning_rate_rises_and_falls(tmp_path, monkeypatch, capsys, module
     call(monkeypatch, module, *command, "--steps", 4)
     assert rates == [1.0, 1.75, 1.5, 1.25]
     capsys.readouterr()
-    assert "steps" in refused(monkeypatch, capsys, module, *command, "--steps", 5)   # it would bend the schedule
+    assert "steps" in refused(monkeypatch, capsys, module, *command, "--steps", 5)   # it would change the schedule
 
 
 def test_fresh_keeps_the_old_run(finished, tmp_path, monkeypatch, capsys):
@@ -592,7 +593,7 @@ def test_fresh_keeps_the_old_run(finished, tmp_path, monkeypatch, capsys):
 
 
 def test_fresh_on_a_link_keeps_the_link(tmp_path, monkeypatch):
-    """The run lies on another disk, say, and so does the new one; the old one is beside it."""
+    """If --out is a link, for example to another disk, the old and the new run are both where it points to."""
     (tmp_path / "disk/run").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk/run")
     for _ in range(2):
@@ -603,7 +604,7 @@ def test_fresh_on_a_link_keeps_the_link(tmp_path, monkeypatch):
 
 
 def refused(monkeypatch, capsys, module, *argv):
-    """The one line that a user's mistake ends in."""
+    """Asserts that the program ends with exit code 2 and one error line, and returns that line."""
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, module, *argv)
     captured = capsys.readouterr()
@@ -700,7 +701,7 @@ def test_trains_on_cuda(tmp_path, monkeypatch, flags):
 
 
 def watch(monkeypatch, calls, owner, *names):
-    """Notes the arguments of these functions in calls[name], one tuple a call."""
+    """Records the arguments of these functions in calls[name] and calls["NAME options"], with one entry per call."""
     for name in names:
         def spy(*args, name=name, honest=getattr(owner, name), **options):
             calls.setdefault(name, []).append(args)
@@ -710,7 +711,7 @@ def watch(monkeypatch, calls, owner, *names):
 
 
 def test_the_loops_give_the_methods_what_the_flags_say(tmp_path, monkeypatch):
-    """Two steps of flow.py and of facm.py: images, noise, times, labels, guidance, weights, EMA, seeds and optimiser."""
+    """Two steps of flow.py and facm.py use the images, noise, times, labels and options that the flags ask for."""
     calls = {}
     watch(monkeypatch, calls, flow, "flow_loss")
     watch(monkeypatch, calls, facm, "facm_loss")
@@ -724,7 +725,7 @@ def test_the_loops_give_the_methods_what_the_flags_say(tmp_path, monkeypatch):
     assert [a[1:4] for a in calls["batch"]] == [(7, 0, 16), (7, 16, 16), (7, 0, 8), (7, 8, 8)]
     gamma = gamma_of(0.2)
     assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma + 1) for k in (1, 2, 1, 2)]
-    assert len({a[1] for a in calls["seed_dropout"]}) == 2             # of two steps, in either run
+    assert len({a[1] for a in calls["seed_dropout"]}) == 2             # one per step, the same in both runs
     assert [options["rows"] for options in calls["seed_dropout options"]] == [16, 16, 8, 8]
     for step in range(2):
         for n, stage, P, name in ((16, "flow_loss", (0.5, 1), "flow"), (8, "facm_loss", (-1, 1.5), "facm")):
@@ -735,7 +736,7 @@ def test_the_loops_give_the_methods_what_the_flags_say(tmp_path, monkeypatch):
             assert torch.equal(noise, x0) and torch.equal(t, facm.sample_t(normal, *P))
             if name == "flow":
                 assert (y == 10).all()                                 # --label-drop 1
-                assert 0 < options["mixed"].sum() < 16                 # 2 - t for some
+                assert 0 < options["mixed"].sum() < 16                 # some samples use 2 - t
             else:
                 assert (y < 10).all() and (options["w"], options["t_low"], options["y_null"]) == (3.0, 0.25, 10)
                 assert (options["alpha"], options["beta"], options["p"]) == ("cos", "1-t^p", 0.3)
@@ -795,7 +796,7 @@ def test_only_a_velocity_can_be_a_teacher(finished, tmp_path, monkeypatch, capsy
 
 
 def test_checkpoints_of_earlier_versions_are_read(teacher, tmp_path, monkeypatch, capsys):
-    """Theirs had two stages in a run: a teacher.pt of facm.py is a velocity, and their ckpt.pt is not."""
+    """A run of an earlier facm.py had two stages. Its teacher.pt is a velocity network, and its ckpt.pt is not."""
     checkpoint = checkpoints.read(teacher) | dict(method="facm", step=6)
     for name, pretrain in (("teacher", 6), ("ckpt", 3)):
         args = checkpoint["args"] | dict(pretrain=pretrain, t_low=0.125, teacher=None)
@@ -829,7 +830,7 @@ def test_steps_may_change_unless_the_rate_depends_on_them(tmp_path, monkeypatch,
 
 def test_previews_that_cannot_be_written_are_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/previews").touch()                                # no folder
+    (tmp_path / "run/previews").touch()                                # not a folder
     say_once.cache_clear()
     call(monkeypatch, flow, *FLOW, "--preview-every", 1, "--steps", 3, "--out", tmp_path / "run")
     assert capsys.readouterr().err.count("no previews (File exists); the run continues") == 1
@@ -875,7 +876,7 @@ def test_a_presets_value_without_effect_is_none_of_the_users_flags(monkeypatch, 
 
 
 def test_without_labels_a_network_that_has_classes_sees_the_null_label(teacher, tmp_path, monkeypatch, capsys):
-    """--uncond, with a teacher of ten classes."""
+    """With --uncond and a teacher of ten classes, every sample has the label 10, and guidance is refused."""
     calls = {}
     watch(monkeypatch, calls, facm, "facm_loss")
     command = [*TINY, "--teacher", teacher, "--uncond", "--steps", 1, "--out", tmp_path / "run"]
@@ -886,7 +887,7 @@ def test_without_labels_a_network_that_has_classes_sees_the_null_label(teacher, 
 
 @pytest.mark.parametrize("held, given, key", [({}, ["width=16"], "width=8"), (dict(pixelnorm=True), [], "pixelnorm=True")], ids=str)
 def test_a_default_teacher_with_another_network_is_refused(teacher, tmp_path, monkeypatch, capsys, held, given, key):
-    """Also where the student does not name the option in which they differ."""
+    """The teacher is refused even if the student's flags do not name the option that differs."""
     checkpoint = checkpoints.read(teacher)
     checkpoint["args"]["net"] |= held
     pathlib.Path("runs/flow-glyphs").mkdir(parents=True)
@@ -898,7 +899,7 @@ def test_a_default_teacher_with_another_network_is_refused(teacher, tmp_path, mo
 
 
 def test_a_rate_may_change_at_a_resume_and_the_log_says_so(tmp_path, monkeypatch, capsys):
-    """Twice; the record is then enough to run it again: the same bits, whatever else happened in between."""
+    """Flags change at two resumes. The log records this, and the same commands give the same weights again."""
     out = tmp_path / "run"
     changes = [["--lr", "1e-3"], ["--lr", "1e-4", "--clip", 0.5], ["--lr", "1e-4", "--clip", 0.5, "--warmup", 0, "--precision", "bf16"]]
     for name in ("run", "again"):
@@ -916,7 +917,7 @@ def test_a_rate_may_change_at_a_resume_and_the_log_says_so(tmp_path, monkeypatch
 
 
 def test_snapshots_are_kept_and_sampled(tmp_path, monkeypatch):
-    """Every 2 of 5 steps, whatever --save-every says; they have no optimiser, and are teachers as well."""
+    """Snapshots do not depend on --save-every. They have no optimiser state, and can be sampled or used as teachers."""
     out = tmp_path / "run"
     call(monkeypatch, flow, *FLOW, "--steps", 5, "--keep-every", 2, "--save-every", 3, "--out", out)
     assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt.pt", "step-0000002.pt", "step-0000004.pt"]
@@ -931,7 +932,7 @@ def test_snapshots_are_kept_and_sampled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_kill_in_a_save_loses_no_snapshot_and_leaves_no_half_file(tmp_path, monkeypatch, killed):
-    """While the snapshot of step 2 is written, and while the checkpoint is."""
+    """The run is killed while it writes the snapshot or the checkpoint of step 2. The same command completes it."""
     honest, names, out = checkpoints.save, [], tmp_path / "run"
 
     def save(path, checkpoint):
@@ -945,7 +946,7 @@ def test_a_kill_in_a_save_loses_no_snapshot_and_leaves_no_half_file(tmp_path, mo
         patch.setattr(checkpoints, "save", save)
         call(patch, flow, *command)
     assert len(list(out.glob("*.part"))) == 1
-    (out / "step-0000003.part").write_bytes(b"half")                   # of a start with another --keep-every
+    (out / "step-0000003.part").write_bytes(b"half")                   # left by a run with another --keep-every
     call(monkeypatch, flow, *command)
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "step-0000002.pt", "step-0000004.pt", "log.jsonl", "previews"}
     assert all(checkpoints.read(path)["step"] in (2, 4) for path in out.glob("*.pt"))
@@ -953,7 +954,7 @@ def test_a_kill_in_a_save_loses_no_snapshot_and_leaves_no_half_file(tmp_path, mo
 
 @pytest.mark.parametrize("latents", [False, True], ids=["pixels", "latents"])
 def test_the_command_that_a_run_prints_at_its_end_can_be_run(tmp_path, monkeypatch, capsys, latents):
-    """Also in a folder whose name has a space, and with the autoencoder that the run was given."""
+    """The command works for a folder whose name has a space, and for latents with the autoencoder of the run."""
     out, words = tmp_path / "a run", []
     if latents:
         write_shards(tmp_path / "z")
@@ -967,7 +968,7 @@ def test_the_command_that_a_run_prints_at_its_end_can_be_run(tmp_path, monkeypat
 
 
 def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """Writing takes half a second here; three steps are made meanwhile, and the next save waits."""
+    """Writing takes half a second here. At least three steps run meanwhile, and the next save waits."""
     honest, times = checkpoints.save, []
 
     def slow(path, checkpoint):
@@ -991,7 +992,7 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch)
 
 
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
-    """The thread's error comes out of it, and the checkpoint before is kept."""
+    """The error of the writing thread ends the run, and the previous checkpoint is kept."""
     honest, calls = torch.save, []
 
     def full(checkpoint, file):

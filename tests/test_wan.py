@@ -1,4 +1,4 @@
-"""examples/wan_facm.py on a tiny random model of diffusers' own class."""
+"""Tests of examples/wan_facm.py with a tiny random model of diffusers' class."""
 
 import json
 import os
@@ -32,11 +32,12 @@ def build():
 
 @torch.no_grad()
 def test_signs_times_and_the_attention():
-    """diffusers has the data at time 0 and its output is noise - data; ours, with our attention, is minus that at 1000 (1 - t)."""
+    """diffusers has the data at time 0 and its output is noise - data. Velocity, which has another implementation of
+    attention, returns minus that output at the time 1000 (1 - t)."""
     student, _, x, y, _ = build()
     model = WanTransformer3DModel(**TINY)
     model.load_state_dict(student.transformer.state_dict())
-    for t in (T, 2 - T):                   # the anchor is a negative time
+    for t in (T, 2 - T):                   # 2 - t is a negative timestep
         theirs = model(hidden_states=x[:, :, None], timestep=1000 * (1 - t), encoder_hidden_states=y.tokens).sample[:, :, 0]
         assert (student(x, t, None, y) + theirs).norm() < 1e-5 * theirs.norm()
     assert not torch.allclose(student(x, T, None, y), student(x, 2 - T, None, y), atol=1e-4)
@@ -49,11 +50,11 @@ def test_the_derivative_in_one_pass_is_the_exact_one():
     for a, b in zip(*ways.values()):
         assert (a - b).norm() < 1e-5 * b.norm()
     still = jvp.fused(student, at=(x, T, None, y), along=(dx, 0, 0))[1]
-    assert (still - ways["exact"][1]).norm() > 0.01 * still.norm()     # the time's tangent counts
+    assert (still - ways["exact"][1]).norm() > 0.01 * still.norm()     # the tangent of t has an effect
 
 
 def test_a_difference_is_no_derivative_here(monkeypatch, capsys):
-    """The error of fd is about as large as the derivative, so the program does not offer it; nor exact to several processes."""
+    """The error of fd is as large as the derivative, so the program refuses fd. Several processes cannot use exact."""
     student, _, x, y, _ = build()
     (_, exact), (_, difference) = (jvp.JVP[way](student, at=(x, T, None, y), along=(torch.randn_like(x), 1, 0)) for way in ("exact", "fd"))
     assert (exact - difference).norm() > 0.5 * exact.norm()
@@ -74,7 +75,7 @@ def test_the_output_is_float32_whatever_computes_it():
 
 @torch.no_grad()
 def test_each_expert_has_its_times():
-    """diffusers' WanPipeline: transformer at timesteps of the boundary and above, transformer_2 below."""
+    """As in diffusers' WanPipeline, transformer has the timesteps from the boundary on, transformer_2 the others."""
     noisy, _, _, _, null = build()
     clean = wan_facm.Velocity(WanTransformer3DModel(**TINY))
     x, y = torch.randn(5, 16, 8, 8), torch.full_like(wan_facm.Text(torch.randn(5, 7, 10)), null)
@@ -83,7 +84,7 @@ def test_each_expert_has_its_times():
     assert torch.equal(v[:3], noisy(x, t, None, y)[:3]) and torch.equal(v[3:], clean(x, t, None, y)[3:])
     assert not torch.allclose(noisy(x, t, None, y), clean(x, t, None, y), atol=0.1)
     drawn = facm.sample_t(torch.randn(100_000), P_mean=-0.8, P_std=1.6)
-    assert 0.925 < (1000 * (1 - drawn) < 875).float().mean() < 0.94    # "93%" of the docstring
+    assert 0.925 < (1000 * (1 - drawn) < 875).float().mean() < 0.94    # the 93% in the docstring of wan_facm.py
 
 def test_the_derivative_in_one_pass_with_checkpointing():
     (student, _, x, y, _), (parts, *_) = build(), build()
@@ -108,7 +109,7 @@ def test_training_moves_the_student_alone(way):
 
 
 def test_the_velocity_of_a_fixed_batch_is_learned():
-    """The consistency loss compares the network with itself and need not fall; the velocity's must."""
+    """The consistency loss compares the network with itself and need not fall, but the loss of the velocity must."""
     student, _, x, y, _ = build()
     optimizer, found, x0 = torch.optim.AdamW(student.parameters(), lr=3e-3), [], torch.randn_like(x)
     for _ in range(40):
@@ -129,7 +130,7 @@ def test_the_guidance_takes_the_null_caption():
 
 
 def train_tiny(tmp_path, monkeypatch, steps, boundary_ratio=None):
-    """The program itself, from a folder of diffusers' and a folder that encode would have written."""
+    """Runs the program with a model folder as diffusers saves it and a data folder as encode writes it."""
     torch.manual_seed(0)
     WanTransformer3DModel(**TINY).save_pretrained(tmp_path / "model/transformer")
     index = dict(_class_name="WanPipeline", transformer=["diffusers", "WanTransformer3DModel"])
@@ -161,7 +162,7 @@ def test_the_program_trains_and_diffusers_reads_what_it_saved(tmp_path, monkeypa
 
 
 def test_the_teacher_of_a_model_with_two_experts_is_both(tmp_path, monkeypatch):
-    """The program finds the second expert and its boundary in the model's own files, and begins with the first."""
+    """The program finds both experts and the boundary in the model's files. The student starts as the first."""
     seen = []
     honest = wan_facm.loss
 
@@ -176,13 +177,13 @@ def test_the_teacher_of_a_model_with_two_experts_is_both(tmp_path, monkeypatch):
     for net, place in ((teacher.noisy, "transformer"), (teacher.clean, "transformer_2"), (student, "transformer")):
         held = WanTransformer3DModel.from_pretrained(tmp_path / "model" / place)
         for a, b in zip(net.transformer.parameters(), held.parameters()):
-            assert (a - b).norm() < 0.01 * b.norm() + 0.1              # bfloat16, or one step
+            assert (a - b).norm() < 0.01 * b.norm() + 0.1              # from bfloat16 or one step
     assert not any(p.requires_grad for p in teacher.parameters())
     assert wan_facm.boundary_of(tmp_path / "model") == 875
 
 
 def half_of_the_batch(rank, folder):
-    """A process with its rows of the batch, in parts (FSDP): its gradients are those of one process with all rows."""
+    """Runs as one of two processes with FSDP and half of the rows. Its gradients must be those of all rows."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.set_num_threads(1)
     (student, _, x, y, _), (parts, *_) = build(), build()
@@ -197,7 +198,7 @@ def half_of_the_batch(rank, folder):
     wan_facm.save(parts, folder / "saved")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)                            # gloo's threads now and then abort at Python's end
+    os._exit(0)                            # gloo's threads sometimes abort when Python exits
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
