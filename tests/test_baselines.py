@@ -1,5 +1,5 @@
-"""baselines.py against closed forms: its five losses under the Gaussian oracle in any shape, mutants, limits; and as a
-program."""
+"""Tests baselines.py against closed forms (its five losses under the Gaussian oracle in any shape, mutants, limits) and
+as a program."""
 
 import math
 import pathlib
@@ -32,21 +32,21 @@ SOURCE = pathlib.Path(baselines.__file__).read_text()
 
 
 class AverageNet:
-    """MeanFlow's ideal: the average velocity from t to s, which at s = t is the velocity."""
+    """The ideal network of MeanFlow returns the average velocity from t to s, which is the velocity where s = t."""
 
     def __call__(self, x, t, s, y=None):
         there = s == t
-        average = ORACLE.average_velocity(x, t, torch.where(there, t + 0.5, s))       # not 0 / 0 there
+        average = ORACLE.average_velocity(x, t, torch.where(there, t + 0.5, s))       # avoids 0 / 0
         return torch.where(ORACLE.expand(there, x), ORACLE.velocity(x, t), average)
 
 
 IDEAL = dict(scm=OracleNet(), meanflow=AverageNet(), imf=AverageNet(), ayf=AverageNet(), alphaflow=AverageNet())
-EXACT = ["scm", "meanflow", "imf", "ayf"]          # the exact jumps have the loss 0; AlphaFlow's for small alpha alone
+EXACT = ["scm", "meanflow", "imf", "ayf"]          # exact jumps have the loss 0; AlphaFlow's tends to 0 with alpha
 
 
 def compared(module, objective, net=None, mode="exact", shape=(64, 2, 3, 3), y=None, warm=1.0,
              phi=torch.zeros(3).double(), alpha=1e-6, **guidance):
-    """The loss of an objective's ideal network, or of `net`, float64; a quarter of the times r is t."""
+    """Returns the loss of an objective's ideal network, or of `net`, in float64. A quarter of the samples has r = t."""
     x1, x0, t = ORACLE.draw(shape[0], shape=shape[1:])
     net, jvp = net or fused(IDEAL[objective]), JVP[mode]
     options = dict(teacher=OracleNet(teacher=True)) | guidance
@@ -77,7 +77,7 @@ ALPHA_TARGET = "target = alpha * v + (1 - alpha) * F_s"
 
 
 def mutant_of(objective, old, new):
-    """The module with the place `old` of one loss replaced by `new`."""
+    """Returns the module in which the loss of this objective has `new` instead of `old`."""
     start = SOURCE.index(f"def {objective}_loss")
     end = SOURCE.index("\n\n\n", start)
     loss = SOURCE[start:end]
@@ -118,7 +118,7 @@ def test_mutants_of_the_compared_objectives_are_caught(objective, old, new):
     ("e / alpha ** 2 + c", "e / alpha + c"),
 ])
 def test_mutants_of_alphaflow_have_not_meanflows_gradient(old, new):
-    """Beside the exact network, at a small alpha. The last two change the size of the gradient alone."""
+    """The gradients are compared near the exact network, for a small alpha. Two mutants change only the size."""
     _, expected = loss_and_gradient(lambda net: compared(baselines, "meanflow", net, "fused"), IDEAL["meanflow"], 0.1)
     module = mutant_of("alphaflow", old, new)
     for source, right in ((baselines, True), (module, False)):
@@ -128,8 +128,7 @@ def test_mutants_of_alphaflow_have_not_meanflows_gradient(old, new):
 
 
 def test_alphaflow_tends_to_meanflow_like_alpha():
-    """Its gradient beside the exact network differs from MeanFlow's by a multiple of alpha, and on the exact network it
-    vanishes like alpha."""
+    """Near the exact network, the difference between AlphaFlow's and MeanFlow's gradients is proportional to alpha."""
     for theta in (-0.1, 0.1):
         _, limit = loss_and_gradient(lambda net: compared(baselines, "meanflow", net), IDEAL["meanflow"], theta)
         apart = []
@@ -142,7 +141,7 @@ def test_alphaflow_tends_to_meanflow_like_alpha():
 
 
 def test_alphaflow_at_1_is_flow_matching_to_the_bit():
-    """alpha = 1: the target is v itself, whatever the network says at x_s, and the weight is e / (e + c)."""
+    """With alpha = 1 the target is v, whatever the network returns at x_s, and the loss is e / (e + c)."""
     x1, x0, t = ORACLE.draw(16)
     r = t + (1 - t) / 2
     net = Beside(IDEAL["alphaflow"], 0.1)
@@ -155,7 +154,7 @@ def test_alphaflow_at_1_is_flow_matching_to_the_bit():
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0])
 def test_on_straight_paths_alphaflow_vanishes_for_any_alpha(alpha):
-    """To a single point all paths are straight, and any piece of a jump has the velocity of the whole."""
+    """If the data are a single point, all paths are straight, and each part of a jump has the velocity of the whole."""
     point = Gaussian(mu=0.7, sd=0.0)
 
     def jump(x, t, s, y=None):
@@ -175,8 +174,8 @@ def test_alpha_falls_along_a_sigmoid_and_ends_at_its_floor():
 
 @pytest.mark.parametrize("objective", ["meanflow", "imf"])
 def test_from_scratch_the_exact_network_is_stationary(objective):
-    """v is that of a pair (x0, x1), and the gradient at the exact network has the mean 0 over the pairs; beside it, it has
-    not. Without the adaptive weight, whose mean is not linear."""
+    """v is the velocity of a pair (x0, x1). The mean of the gradient over the pairs is 0 at the exact network, but not
+    beside it. The adaptive weight is off (p = 0), because it is not linear."""
     x1, x0, t = ORACLE.draw(4096)
     r = t + (1 - t) / 2
     for theta in (0.0, 0.3):
@@ -189,7 +188,7 @@ def test_from_scratch_the_exact_network_is_stationary(objective):
 
 
 def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
-    """With the share q of dF/dt the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
+    """With the share q of dF/dt, the oracle's tangent is cos(pi t/2) (1-q) (1-t) dF/dt, divided by its rms + 0.1."""
     x1, x0, t = ORACLE.draw(64)
     xt = facm.interpolate(x1, x0, t)
     dF_dt = forward_mode(OracleNet(), at=(xt, t, None, None), along=(ORACLE.velocity(xt, t), 1, 0))
@@ -205,7 +204,7 @@ def test_scm_warms_up_normalises_and_pulls_against_the_tangent():
 
 
 def test_scm_learns_the_logarithm_of_the_error_over_time():
-    """The gradient of e exp(-a) + a in phi_k is (1 - e exp(-a)) cos(pi k t), which vanishes at a = ln e."""
+    """With respect to phi_k, e exp(-a) + a has the derivative (1 - e exp(-a)) cos(pi k t), which is 0 at a = ln e."""
     t, phi = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.2, -0.1, 0.4]).double().requires_grad_()
     basis = torch.stack([torch.ones(2).double(), torch.cos(math.pi * t), torch.cos(2 * math.pi * t)], dim=1)
     a = basis @ phi.detach()
@@ -219,7 +218,8 @@ def test_scm_learns_the_logarithm_of_the_error_over_time():
 
 
 def test_meanflow_weight_and_times():
-    """Adaptive weight: e / (e + c) without gradient in the root; t <= r, and r = t for the samples asked for."""
+    """The adaptive weight makes the loss e / (e + c), where the denominator has no gradient. The times have t <= r, and
+    r = t for exactly the chosen samples."""
     F = torch.tensor([0.3, -0.2]).double().reshape(1, 1, 1, 2).requires_grad_()
     t, zero = torch.full((1,), 0.5).double(), torch.zeros(1, 1, 1, 2).double()
     loss = baselines.meanflow_loss(None, lambda *_, **__: (F, zero), zero, zero, t, t, None, c=1e-3,
@@ -245,7 +245,7 @@ def test_jumps_follow_the_flow_exactly(nfe):
 @pytest.mark.parametrize("objective", EXACT)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_in_any_shape_the_exact_jump_is_the_minimum(shape, objective):
-    """With w = 2 and a teacher that has the same velocity for all labels guidance changes nothing."""
+    """Guidance (w = 2) changes nothing, because the teacher has the same velocity for all labels."""
     y = torch.ones(shape[0], dtype=torch.int64)
     for mode in ("exact", "fused"):
         def loss(net):
@@ -270,7 +270,7 @@ def test_guidance_needs_labels_and_the_null_label(objective):
 
 @pytest.mark.parametrize("objective", list(IDEAL))
 def test_the_losses_take_any_callable_without_labels(objective):
-    """y = None, and neither network nor teacher has an attribute."""
+    """The losses accept y = None, and a network and a teacher without attributes."""
     def net(x, t, s, y):
         assert (s is None) == (objective == "scm") and y is None
         return x * ORACLE.expand(t)
@@ -310,7 +310,7 @@ def test_scm_resumes_with_its_learned_weight(teacher, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number, flags", [(0, []), (3, ["--equal", 0.75]), (6, ["--teacher", "none"])], ids=str)
 def test_meanflow_has_exactly_its_share_of_equal_times(teacher, tmp_path, monkeypatch, number, flags):
-    """0 when distilling, 0.75 from scratch, or as asked for; of the whole batch, whatever its micro-batches."""
+    """The share is 0 with a teacher, 0.75 from scratch, or --equal. It is that of the batch, not of a micro-batch."""
     seen, honest = [], baselines.meanflow_loss
 
     def watched(net, jvp, x1, x0, t, r, *more, **options):
@@ -349,7 +349,7 @@ def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, 
 
 
 def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
-    """From scratch, with guidance and dropout: the two ways to dF/dt give the same gradient."""
+    """Both ways to dF/dt give the same gradient from scratch, with guidance and dropout."""
     perturb(monkeypatch)
     for jvp in ("fused", "exact"):
         call(monkeypatch, baselines, *TINY, "--teacher", "none", "--steps", 1, "--jvp", jvp, "--out", tmp_path / jvp)
@@ -404,7 +404,7 @@ def test_alphaflows_alpha_follows_its_steps_also_when_a_run_is_made_longer(teach
 
 @pytest.mark.parametrize("objective", ["scm", "meanflow", "ayf", "imf"])
 def test_the_loop_gives_the_method_what_the_flags_say(teacher, tmp_path, monkeypatch, objective):
-    """Noise, times, labels, guidance and weights of two steps, with a teacher and from scratch."""
+    """The noise, times, labels, guidance and weights of two steps are compared, with a teacher and from scratch."""
     monkeypatch.setattr(flags, "check_effect", lambda *_: None)        # flags without effect are refused otherwise
     name = f"{objective}_loss"
     common = [*TINY, "--objective", objective, "--jvp", "fd", "--steps", 2, "--seed", 7, "--label-drop", 1,

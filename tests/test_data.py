@@ -1,4 +1,4 @@
-"""Data sets in every form and their faults, the addressing of batches, latents, EDM's augmentation, 8 bits."""
+"""Tests data sets in every form, their faults, batches, latents, EDM's augmentation and the conversion to 8 bits."""
 
 import argparse
 import gzip
@@ -36,7 +36,7 @@ def test_glyphs_are_deterministic_and_labelled():
     assert images.shape == (30, 16, 16, 3) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == [i % 10 for i in range(30)]
     again, _ = data.glyphs(12, size=16, seed=5)
-    assert np.array_equal(images[:12], again)                          # by (seed, index), whatever n
+    assert np.array_equal(images[:12], again)                          # an image depends on (seed, index), not on n
     part, digits = data.glyphs(9, size=16, seed=5, first=21)
     assert np.array_equal(images[21:], part) and np.array_equal(labels[21:], digits)
     assert not np.array_equal(images, data.glyphs(30, size=16, seed=6)[0])
@@ -44,7 +44,7 @@ def test_glyphs_are_deterministic_and_labelled():
 
 
 def test_every_glyph_has_ink_on_paper():
-    """Two colours that differ in luminance by 128 or more; the paper shows in the corners."""
+    """The two colours differ in luminance by more than 128, and the corners show only the paper."""
     images, _ = data.glyphs(200, size=16)
     luminance = images @ np.array([0.299, 0.587, 0.114])
     paper = luminance[:, 0, 0]
@@ -60,11 +60,12 @@ def test_dataset_is_the_glyphs():
     x1, y = dataset.batch(seed=0, first=0, batch=40)
     index = dataset.index(0, 0, 40)
     assert torch.equal(y, torch.from_numpy(labels)[index])
-    assert np.array_equal(data.to_uint8(x1).numpy(), images[index])    # exact there and back
+    assert np.array_equal(data.to_uint8(x1).numpy(), images[index])    # the conversion and its inverse are exact
 
 
 def test_each_sample_once_an_epoch_whatever_the_pieces():
-    """World 1 and 2, accumulation 1 and 4, from any step on: the same samples."""
+    """An epoch contains each sample once. The order depends neither on the number of processes or micro-batches nor on
+    the step where reading begins."""
     dataset = data.Glyphs(30, 12, seed=0)
     whole = torch.cat([dataset.index(3, first, 8) for first in range(0, 120, 8)])          # four epochs
     for epoch in whole.view(4, 30):
@@ -75,8 +76,8 @@ def test_each_sample_once_an_epoch_whatever_the_pieces():
         parts = torch.cat([dataset.index(3, first, 8, slice(k * size, (k + 1) * size))
                            for first in range(0, 120, 8) for k in range(pieces)])
         assert torch.equal(whole, parts)
-    assert torch.equal(dataset.index(3, 56, 8), whole[56:64])          # addressed, not iterated
-    assert torch.equal(dataset.index(3, 56, 16), whole[56:72])         # and by images, whatever the batch
+    assert torch.equal(dataset.index(3, 56, 8), whole[56:64])          # a batch is read directly, not iterated to
+    assert torch.equal(dataset.index(3, 56, 16), whole[56:72])         # the address counts images, not batches
     assert not torch.equal(whole, torch.cat([dataset.index(4, first, 8) for first in range(0, 120, 8)]))
 
 
@@ -130,7 +131,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "zip", "zip in a folder"])
 @pytest.mark.parametrize("inner", ["", "sub/"])
 def test_one_class_folder_is_one_class(tmp_path, kind, inner):
-    """As ImageFolder has it; also where some of its images lie deeper."""
+    """A single class folder is one class, as in ImageFolder, even if some of its images are in subfolders."""
     names = [f"cat/{inner if i % 2 else ''}{i}.png" for i in range(7)]
     folder = path = write_images(tmp_path / "images", names)
     if kind.startswith("zip"):
@@ -169,7 +170,7 @@ def test_batches_made_ahead_are_those_that_are_asked_for(tmp_path):
     dataset = data.load(str(write_images(tmp_path, NAMES)), xflip=True)
     fresh = data.load(str(tmp_path), xflip=True)
     fresh.ahead = False
-    for first in (0, 4, 8, 100, 4, 8, 12):                             # in order, and jumping about
+    for first in (0, 4, 8, 100, 4, 8, 12):                             # in order, and with jumps
         for rows in (slice(0, 2), slice(2, 4)):
             assert torch.equal(dataset.batch(1, first, 4, rows)[0], fresh.batch(1, first, 4, rows)[0])
 
@@ -177,7 +178,7 @@ def test_batches_made_ahead_are_those_that_are_asked_for(tmp_path):
 def test_center_crop():
     x, y = np.meshgrid(np.arange(100.0), np.arange(60.0))
     ramp = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
-    crop = imagefiles.center_crop(ramp, 30)                                  # halved to 50x30, then cut at 10
+    crop = imagefiles.center_crop(ramp, 30)                                  # halved to 50x30, then cropped at 10
     assert crop.shape == (30, 30, 3)
     assert np.abs(crop[5:-5, 5:-5, 0] - (2 * np.arange(10, 40) + 0.5)[None, 5:-5]).max() <= 1
     assert np.abs(crop[5:-5, 5:-5, 1] - (2 * np.arange(30) + 0.5)[5:-5, None]).max() <= 1
@@ -185,7 +186,7 @@ def test_center_crop():
 
 
 def damage(folder, what):
-    """A data set with one fault, and the word of the error."""
+    """Writes a data set with one fault. Returns its path and a word that the error must contain."""
     if what == "broken image":
         write_images(folder, NAMES)
         (folder / "dog/0.png").write_bytes((folder / "dog/0.png").read_bytes()[:60])
@@ -196,7 +197,7 @@ def damage(folder, what):
     if what == "image beside the class folders":
         Image.new("RGB", (12, 12)).save(write_images(folder, NAMES) / "9.png")
         return folder, "9.png"
-    if what == "16 bits":                  # PIL would make them white
+    if what == "16 bits":                  # Pillow would make them white
         write_images(folder, NAMES)
         Image.fromarray(np.full((12, 12), 30_000, np.uint16)).save(folder / "dog/0.png")
         return folder, "more than 8 bits"
@@ -266,7 +267,7 @@ def test_classes_are_not_made_up(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Every kind of data in, every file out.
+# Every kind of data set is read, and every kind of file is written.
 
 SQUARES = np.random.default_rng(1).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
 GREY = SQUARES[..., :1]
@@ -278,7 +279,7 @@ def offline(*args, **options):
 
 
 def write_idx(folder, name, values, packed):
-    """An IDX file: two zeros, the type 8, the number of dimensions, the sizes, the bytes."""
+    """Writes an IDX file: two zeros, the type 8, the number of dimensions, the sizes and the bytes."""
     header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
     content = header + values.astype(np.uint8).tobytes()
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +290,8 @@ def write_idx(folder, name, values, packed):
 
 
 def write_kind(folder, kind):
-    """A data set of this kind below a folder. Returns --data, --data-dir, further flags and the expected pixels [7, 16, 16, C]."""
+    """Writes a data set of this kind into a folder. Returns --data, --data-dir, further flags and the expected pixels
+    [7, 16, 16, C]."""
     colour, _, form = kind.partition(" ")
     pixels, flags = (SQUARES, []) if colour == "RGB" else (GREY, [])
     names = [f"{label}/{i}.png" for i, label in enumerate(SEVEN)]
@@ -319,7 +321,7 @@ def write_kind(folder, kind):
 
 
 def read_shard(path):
-    """{name: array} of a .safetensors file, by NumPy alone."""
+    """Reads a .safetensors file with NumPy alone and returns {name: array}."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     arrays = {}
@@ -331,14 +333,14 @@ def read_shard(path):
 
 
 def read_statistics(path):
-    """The arrays in latents_stats.pt, mean and std, by NumPy alone: it is a zip archive, whose files are numbered."""
+    """Reads mean and std with NumPy alone from latents_stats.pt, which is a zip archive of numbered files."""
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if "/data/" in name)
         return [np.frombuffer(archive.read(name), "<f4") for name in names]
 
 
 def tiles(pixels, scale):
-    """Images [N, H, W, C], ten in a row on white, each pixel `scale` times wide and high."""
+    """Arranges images [N, H, W, C] in rows of ten on white, and enlarges each pixel by `scale`."""
     sheet = np.full((16 * -(-len(pixels) // 10), 160, pixels.shape[3]), 255, np.uint8)
     for i, image in enumerate(pixels):
         row, column = divmod(i, 10)
@@ -352,7 +354,7 @@ KINDS = ["RGB folder", "RGB zip", "RGB npz", "grey folder", "grey folder --chann
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_through_every_output(tmp_path, monkeypatch, capsys, kind):
-    """Each file that is written is read back by NumPy and Pillow alone."""
+    """Each file that is written is read back with NumPy and Pillow alone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.MNIST", offline)
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
@@ -402,7 +404,7 @@ def test_every_kind_of_image_through_every_output(tmp_path, monkeypatch, capsys,
 
 
 def refused_by(monkeypatch, capsys, script, *argv):
-    """The line with which a program ends, exit code 2."""
+    """Runs a program that must end with exit code 2, and returns the one line that it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, script, *argv)
@@ -413,7 +415,7 @@ def refused_by(monkeypatch, capsys, script, *argv):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 32])
 def test_latents_of_any_number_of_channels_are_shown(tmp_path, monkeypatch, capsys, channels):
-    write_shards(tmp_path / "z", shape=(channels, 2, 2), latents_flip=None)    # which are not shown
+    write_shards(tmp_path / "z", shape=(channels, 2, 2), latents_flip=None)    # the mirrored latents are not shown
     command(monkeypatch, data, "inspect", tmp_path / "z", "--grid", tmp_path / "grid.png")
     line = capsys.readouterr().out.splitlines()[-2]
     figures = [float(word) for word in re.findall(r"-?\d+\.\d+", line)]
@@ -445,7 +447,7 @@ def test_a_damaged_idx_file_is_one_line(tmp_path, monkeypatch, capsys, damage):
 
 
 def test_mnist_without_a_network_asks_for_files_that_are_read(tmp_path, monkeypatch):
-    """What the error asks for is what works."""
+    """The files that the error asks for are the ones that are read."""
     monkeypatch.setattr("torchvision.datasets.MNIST", offline)
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.gz from https://.* into .*MNIST/raw") as error:
         data.load("mnist", data_dir=str(tmp_path / "data"))
@@ -455,10 +457,10 @@ def test_mnist_without_a_network_asks_for_files_that_are_read(tmp_path, monkeypa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which data set is this?
+# The fingerprint of a data set.
 
 def identity(*argv):
-    """args.samples of facm.py with these flags."""
+    """Returns args.samples of facm.py for these flags."""
     args = facm_args(*argv)
     data.load_for(args)
     return args.samples
@@ -471,7 +473,7 @@ def facm_args(*argv):
 
 
 def change_one(folder, kind):
-    """Writes the same data set with one pixel, or one number, changed; counts, names and labels stay."""
+    """Changes one pixel or one number of a data set. Its counts, names and labels stay the same."""
     if kind.startswith("latents"):
         path = folder / "z/latents_rank00_shard001.safetensors"
         held = safetensors.torch.load_file(path)
@@ -515,7 +517,7 @@ def test_a_data_set_is_known_by_its_content(tmp_path, monkeypatch, kind):
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     known = identity(*first)
     assert re.fullmatch(r"(7|12) \(fingerprint [0-9a-f]{12}\)", known)
-    assert identity(*first) == known and identity(*second) == known    # elsewhere
+    assert identity(*first) == known and identity(*second) == known    # the path does not matter
     change_one(tmp_path / "b", kind)
     assert identity(*second) != known and identity(*first) == known
 
@@ -528,14 +530,14 @@ def test_the_same_data_in_another_process_and_as_a_zip_have_the_same_fingerprint
 
 
 def test_a_fingerprint_depends_neither_on_the_size_nor_on_the_mirrors_of_images(tmp_path):
-    """These are flags of a run, which are compared as such."""
+    """The size and --xflip are flags of a run, which are compared separately."""
     for kind in ("RGB npz", "grey folder --channels 1"):
         name = str(write_kind(tmp_path, kind)[0])
         assert len({data.fingerprint(data.load(name, size, xflip=xflip)) for size in (None, 8) for xflip in (True, False)}) == 1
 
 
 def test_a_large_set_is_not_read_as_a_whole(tmp_path, monkeypatch):
-    """256 files of 3,000, from the first to the last, and no more than their beginnings."""
+    """Of 3,000 files, only the first 64 KiB of 256 are read, among them the first and the last file."""
     folder = tmp_path / "set"
     folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / "0.png")
@@ -545,7 +547,7 @@ def test_a_large_set_is_not_read_as_a_whole(tmp_path, monkeypatch):
     read = []
     honest = imagefiles.Tree.beginning
     monkeypatch.setattr(imagefiles.Tree, "beginning", lambda tree, name, length: (read.append((name, length)), honest(tree, name, length))[1])
-    monkeypatch.setattr(dataset.tree, "open", None)                    # 190 KB: they are not decoded
+    monkeypatch.setattr(dataset.tree, "open", None)                    # the files of 190 KB are not decoded
     data.fingerprint(dataset)
     assert len(read) == 256 and {length for _, length in read} == {2 ** 16}
     assert {"0000.png", "2999.png"} <= {name for name, _ in read}
@@ -559,12 +561,12 @@ def test_samples_that_are_looked_at_are_spread_over_the_set(n):
 
 
 def test_glyphs_are_known_by_what_they_are_drawn_from(monkeypatch):
-    monkeypatch.setattr(data, "_glyph", None)                          # none is drawn
+    monkeypatch.setattr(data, "_glyph", None)                          # no glyph is drawn
     assert identity("--data", "glyphs") == identity("--data", "glyphs") != identity("--data", "glyphs", "--resolution", 12)
 
 
 def test_a_broken_file_is_told_before_the_first_step(tmp_path):
-    """It says what to do; --skip-broken then works."""
+    """The error recommends --skip-broken, which then works."""
     path = write_images(tmp_path / "set", NAMES)
     (path / "dog/0.png").write_bytes((path / "dog/0.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="dog/0.png is not a readable image .*; --skip-broken leaves such files out"):
@@ -580,7 +582,7 @@ def test_the_statistics_of_latents_travel_with_a_run(tmp_path):
     assert args.latent_stats == dict(mean=mean.tolist(), std=std.tolist()) and args.class_names == []
     assert dataset.mean.flatten().tolist() == mean.tolist() and json.loads(json.dumps(args.latent_stats)) == args.latent_stats
     (tmp_path / "z/latents_stats.pt").unlink()
-    data.load_for(args)                    # the SD-VAE's
+    data.load_for(args)                    # the default is the SD-VAE's scale
     assert args.latent_stats["mean"] == [0.0] * 4 and np.allclose(args.latent_stats["std"], 1 / 0.18215)
     args = facm_args("--data", "glyphs")
     data.load_for(args)
@@ -618,7 +620,7 @@ def test_a_flag_of_the_data_without_effect_is_refused(tmp_path, flags, words):
 @pytest.mark.parametrize("kind", ["glyphs", "mnist gz", "grey folder", "RGB npz", "latents"])
 @pytest.mark.parametrize("preset", facm.PRESETS)
 def test_no_preset_is_refused_on_any_data(tmp_path, kind, preset):
-    """A preset's resolution, --xflip or --uncond may have no effect."""
+    """A preset may set a resolution, --xflip or --uncond that has no effect on the data."""
     if kind == "latents":
         write_shards(tmp_path / "z")
         name, where = tmp_path / "z", []
@@ -658,11 +660,11 @@ def test_programs_refuse_flags_without_effect(tmp_path, monkeypatch, capsys, scr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Broken images and encode.py, damaged files beside latents.
+# encode.py with broken images, and damaged files beside latents.
 
 @pytest.mark.parametrize("broken", [["cat/0.png"], ["dog/sub/1.png"], ["eel/2.png"], ["eel/0.png", "eel/1.png"], ["cat/0.png", "cat/1.png"]], ids=str)
 def test_encode_continues_with_skip_broken_as_its_error_advises(tmp_path, monkeypatch, capsys, broken):
-    """The shards that were whole stay, and every other image has the latents that it has without the broken ones."""
+    """Finished shards are kept, and the readable images get the same latents as in a run without broken images."""
     small_vae(tmp_path)
     folder = write_images(tmp_path / "images", NAMES)
     flags = ["--images", folder, "--vae", tmp_path / "vae.pt", "--resolution", 16, "--shard", 2, "--batch", 1, "--device", "cpu", "--out"]
@@ -683,7 +685,7 @@ def test_encode_continues_with_skip_broken_as_its_error_advises(tmp_path, monkey
     for mirror in (False, True):
         flips = torch.full((len(kept),), mirror)
         assert torch.equal(left.raw(torch.arange(len(kept)), flips), whole.raw(kept, flips))
-    command(monkeypatch, encode, *flags, tmp_path / "z", "--skip-broken")      # and once more, though all is there
+    command(monkeypatch, encode, *flags, tmp_path / "z", "--skip-broken")      # again, although nothing is left to do
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"3", b"[]", b"null", b"{", b'{"n": 7}'], ids=range(8))
@@ -762,7 +764,7 @@ def test_inspect_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, full)
 
 
 def test_inspect_shows_labels_that_training_refuses(tmp_path, monkeypatch, capsys):
-    """It has no --num-classes; it is there to show what is in a data set."""
+    """inspect shows what a data set contains, even if its labels are negative, do not begin at 0, or are missing."""
     np.savez(tmp_path / "x.npz", images=SQUARES, labels=SEVEN * 2 + 1)
     command(monkeypatch, data, "inspect", tmp_path / "x.npz", "--grid", tmp_path / "g.png")
     said = capsys.readouterr().out
@@ -780,7 +782,7 @@ def test_inspect_shows_labels_that_training_refuses(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (3, 2, 4, 5)], ids=str)
 def test_a_batch_of_samples_of_any_shape(shape):
-    """What addresses the samples knows nothing of images."""
+    """The samples of a batch may have any shape, not only that of images."""
     class Anything(data.Dataset):
         def items(self, index, flip):
             values = torch.where(flip, -index, index).float()
@@ -837,7 +839,7 @@ def test_cifar10_says_what_to_do_without_a_network(tmp_path, monkeypatch):
 # Latents
 
 def write_shards(folder, sizes=(5, 3, 4), shape=(4, 4, 4), stats=True, **change):
-    """Shards in the published layout; returns all latents, mirrored latents and labels."""
+    """Writes shards in the published layout. Returns all latents, mirrored latents and labels."""
     folder.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(0)
     everything = []
@@ -867,7 +869,7 @@ def test_latents_are_normalised_as_published(tmp_path):
     assert torch.equal(dataset.raw(index, flip), expected)
     assert torch.allclose(dataset.items(index, flip), (expected - mean) / std, atol=1e-5)
     (tmp_path / "latents_stats.pt").unlink()
-    assert torch.allclose(data.load(str(tmp_path)).items(index, flip), 0.18215 * expected)     # the SD-VAE's
+    assert torch.allclose(data.load(str(tmp_path)).items(index, flip), 0.18215 * expected)     # the SD-VAE's scale
     assert dataset.xflip and not data.load(str(tmp_path), xflip=False).xflip
 
 
@@ -894,7 +896,7 @@ def test_a_truncated_or_foreign_shard(tmp_path, content):
 
 
 def small_vae(folder):
-    """An autoencoder with formula weights, f = 4, saved as a public checkpoint."""
+    """Saves an autoencoder (f = 4) with formula weights as a public checkpoint, and returns it."""
     vae = fill(models.create("AutoencoderKL", z_channels=4, mult=(1, 2, 4), width=32, blocks=1, attention=(2,)))
     torch.save(vae.state_dict(), folder / "vae.pt")
     return vae
@@ -934,14 +936,14 @@ def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkey
 
 
 def encode_in_two(*flags):
-    """encode.py in two processes on the CPU, to its end."""
+    """Runs encode.py in two processes on the CPU and waits until it ends."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run([*launch, str(ROOT / "encode.py"), *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
 
 
 def test_two_processes_encode_what_one_does(tmp_path, monkeypatch):
-    """One image at a time, so that the autoencoder rounds alike: to the last bit."""
+    """The latents are equal to the last bit, because both runs encode one image at a time."""
     small_vae(tmp_path)
     flags = ["--images", write_images(tmp_path / "images", NAMES), "--vae", tmp_path / "vae.pt", "--resolution", 16,
              "--shard", 2, "--batch", 1, "--device", "cpu", "--out"]
@@ -966,7 +968,7 @@ def test_a_broken_image_of_either_process_is_told_in_one_line(tmp_path, broken):
                          "--device", "cpu", "--out", tmp_path / "z")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and broken in lines[0] and "--skip-broken" in lines[0]
-    assert done.returncode and re.search(r"exitcode\s*: 2\b", done.stderr)     # torchrun's word on the one that failed
+    assert done.returncode and re.search(r"exitcode\s*: 2\b", done.stderr)     # torchrun's report of the failure
     assert not re.search(r'(encode|data)\.py", line', done.stderr)              # no traceback but torchrun's own
 
 
@@ -1038,11 +1040,11 @@ def test_augmentation_does_nothing_but_mirror_when_p_is_0():
     mirror = labels[:, 0] == 1
     assert labels.shape == (16, 9) and not labels[:, 1:].any() and 0 < mirror.sum() < 16
     expected = torch.where(mirror[:, None, None, None], x.flip(3), x)
-    assert (out - expected).abs().max() < 0.02 * x.abs().max()         # up, bilinear at the grid, and down again
+    assert (out - expected).abs().max() < 0.02 * x.abs().max()         # it is upsampled, interpolated and downsampled
 
 
 def test_augmentation_moves_a_blob_as_its_labels_say():
-    """The centre of a round blob after scaling, turning, stretching, shifting, from the labels alone."""
+    """The labels alone predict where mirroring, scaling, turning, stretching and shifting move the centre of a blob."""
     n, size = 64, 32
     place = torch.tensor([5.0, 3.0])                                   # right of and below the centre
     grid = torch.arange(size) - (size - 1) / 2
@@ -1051,13 +1053,13 @@ def test_augmentation_moves_a_blob_as_its_labels_say():
     mirror, down, scale, cos, sin, along, across, tx, ty = labels.double().T
     at = torch.stack([torch.where(mirror > 0, -1, 1) * place[0], torch.where(down > 0, -1, 1) * place[1]], 1).double()
     turn = lambda a: torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1).reshape(-1, 2, 2)  # noqa: E731
-    sign = torch.randn((4, n), generator=torch.Generator().manual_seed(0))[1].sign()       # which these labels lack
+    sign = torch.randn((4, n), generator=torch.Generator().manual_seed(0))[1].sign()       # not in the labels
     stretch, axis = sign * (along ** 2 + across ** 2).sqrt(), torch.atan2(sign * across, sign * along)
     stretched = torch.diag_embed(torch.stack([2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)], 1))
     forward = (turn(-axis) @ stretched @ turn(axis) @ turn(-torch.atan2(sin, cos + 1))
                * (2 ** (0.2 * scale))[:, None, None])
     expected = (forward @ at[:, :, None])[..., 0] + 0.125 * size * torch.stack([tx, ty], 1)
-    near = ((grid - expected[:, :1, None]) ** 2 + (grid[:, None] - expected[:, 1:, None]) ** 2) < 9    # reflections apart
+    near = ((grid - expected[:, :1, None]) ** 2 + (grid[:, None] - expected[:, 1:, None]) ** 2) < 9    # no reflections
     mass = x[:, 0].double().clamp(min=0) * near
     centre = torch.stack([(mass * grid).sum((1, 2)), (mass * grid[:, None]).sum((1, 2))], 1) / mass.sum((1, 2))[:, None]
     inside = expected.abs().max(1).values < 10
@@ -1101,7 +1103,8 @@ def test_xflip_draws_anew_for_every_batch_and_every_seed():
 @pytest.mark.parametrize("size, halves, last", [
     (7, [(43, 30), (21, 15), (10, 7)], (10, 7)), (20, [(43, 30)], (29, 20)), (30, [(43, 30)], (43, 30)), (31, [], (45, 31))])
 def test_center_crop_is_adms(size, halves, last):
-    """On noise, in which every filter shows: boxes by halves down to less than twice the size, then bicubic."""
+    """As in ADM, the image is halved with a box filter to less than twice the size and then scaled bicubically. It is
+    noise, so that any other filter would give another result."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 87, 3), dtype=np.uint8))
     expected = image
     for half in halves:
@@ -1159,7 +1162,7 @@ def test_augmentations_befall_their_shares():
     angle = torch.atan2(sin, cos + 1)[sin != 0]
     assert abs(angle.mean()) < 0.12 and abs(angle.std() - math.pi / 3 ** 0.5) < 0.08
     assert all(abs(a[a != 0].std() - 1) < 0.06 for a in (scale, tx, ty))
-    together = ((scale != 0) & (tx != 0)).double().mean()              # apart from each other
+    together = ((scale != 0) & (tx != 0)).double().mean()              # they are independent
     assert abs(together - 0.12 ** 2) < 0.005
 
 
@@ -1180,15 +1183,15 @@ def test_a_checkpoint_is_there_until_the_new_one_takes_its_place(tmp_path, monke
 
 
 def test_what_may_change_between_two_calls_of_a_run(tmp_path, monkeypatch):
-    add_flags(Parser(), facm.PRESETS)                                  # which says what may change
+    add_flags(Parser(), facm.PRESETS)                                  # this defines which flags may change
     args = argparse.Namespace(
         out=str(tmp_path), fresh=False, lr_final=1.0, steps=1, skip_broken=False, seed=0, batch=8, micro_batch=1, w=1.0,
         precision="float32", betas=[0.9, 0.99], device="cpu", compile=False, ema_sigma=0.1)
-    kept = vars(args) | dict(betas=(0.9, 0.99))                        # a preset's, now given by hand
+    kept = vars(args) | dict(betas=(0.9, 0.99))                        # a tuple from a preset, a list from the flag
     checkpoint = dict(method="facm", args=kept, step=1, model={}, ema={}, optimizer={})
     checkpoints.save(tmp_path / "ckpt.pt", checkpoint)
     for name in vars(args):
-        folders.disown_all()                                               # the folder, as at the end of a program
+        folders.disown_all()                                               # as at the end of a program
         changed = argparse.Namespace(**vars(args) | {name: 2}) if name not in ("out", "fresh") else args
         job = Run(changed, "facm", torch.device("cpu"), 0, 1)
         if name in ("seed", "batch", "w", "lr_final", "betas", "ema_sigma"):
@@ -1197,7 +1200,7 @@ def test_what_may_change_between_two_calls_of_a_run(tmp_path, monkeypatch):
         else:
             job.open_folder()
             assert job.step == job.checkpoint["step"] == 1
-            assert list(job.changed) == [name] * (name in ("precision", "compile"))    # with a note
+            assert list(job.changed) == [name] * (name in ("precision", "compile"))    # the others are not noted
     checkpoints.save(tmp_path / "ckpt.pt", {k: v for k, v in checkpoint.items() if k != "optimizer"})
     folders.disown_all()
     with pytest.raises(ValueError, match="no optimiser"):
@@ -1223,7 +1226,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
 
 
 def test_encode_knows_its_autoencoder_and_images_by_content(tmp_path, monkeypatch, capsys):
-    """Both may have moved; neither may be another one of the same name."""
+    """The autoencoder and the images may be moved, but other ones in their place are refused."""
     small_vae(tmp_path)
     folder = write_images(tmp_path / "images", NAMES)
     flags = ["--resolution", 16, "--device", "cpu", "--out", tmp_path / "z"]
@@ -1244,7 +1247,7 @@ def test_encode_knows_its_autoencoder_and_images_by_content(tmp_path, monkeypatc
 
 
 def test_a_run_on_latents_is_resumed_with_its_statistics(tmp_path, monkeypatch):
-    """They are in the checkpoint, by which sample.py decodes."""
+    """The checkpoint contains the statistics, which sample.py needs to decode the latents."""
     write_shards(tmp_path / "z")
     flags = ["--data", tmp_path / "z", "--preset", "imagenet_latents", "--device", "cpu", "--precision", "float32", "--batch", 4,
              "--micro-batch", 4, "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=4", "--out", tmp_path / "run"]

@@ -1,5 +1,5 @@
-"""decm.py against closed forms: the Gaussian oracle in any shape, the paper's misprints, mutants, samplers; and as a
-program."""
+"""Tests decm.py against closed forms (the Gaussian oracle in any shape, the paper's misprints, mutants, samplers) and
+as a program."""
 
 import pathlib
 import re
@@ -37,7 +37,7 @@ ENDS = [(0.5, 0.5), (0.3, 0.9), (1.0, 0.0), (0.0, 1.0)]
 
 
 class OracleNet:
-    """The ideal network: the average velocity from t to s, the velocity where s = t; a teacher gets no s."""
+    """The ideal network returns the average velocity from t to s, or the velocity where s = t. A teacher gets no s."""
 
     def __init__(self, teacher=False):
         self.teacher, self.passes = teacher, 0
@@ -54,7 +54,7 @@ class OracleNet:
 
 
 def draw(batch=64, shape=(2, 3, 3)):
-    """x1, x0, r near 0 and t > r."""
+    """Returns x1, x0, r near 0 and t > r."""
     x1, x0, t = ORACLE.draw(batch, shape=shape)
     return x1, x0, 0.02 + 0.05 * t, 0.15 + 0.8 * t
 
@@ -63,13 +63,13 @@ LABELS = torch.ones(64, dtype=torch.int64)
 
 
 def consistency(module, mode="exact"):
-    """L_FM and L_CM of the oracle network."""
+    """Returns L_FM and L_CM of the oracle network."""
     x1, x0, _, t = draw()
     return module.decm_loss(fused(OracleNet()), JVP[mode], x1, x0, t, LABELS, teacher=OracleNet(teacher=True))[:2]
 
 
 def noise_to_noisy(module, lam=0.3, gam=0.9, vpsi="model", mode="exact"):
-    """L_FM and L_N2N of the oracle network."""
+    """Returns L_FM and L_N2N of the oracle network."""
     x1, x0, r, t = draw()
     xt = module.interpolate(x1, x0, t)
     return module.n2n_loss(fused(OracleNet()), JVP[mode], x1, x0, xt, ORACLE.velocity(xt, t), r, t, LABELS,
@@ -89,7 +89,7 @@ def test_oracle_has_zero_residual_with_the_finite_difference():
 
 
 def test_errata_of_the_noise_to_noisy_objective():
-    """Eq. 15 and Algorithm 1, lines 22-23, as printed, against the form that follows from Eq. 14."""
+    """Eq. 15 and lines 22-23 of Algorithm 1, as printed, differ from the form that follows from Eq. 14."""
     x1, x0, r, t = draw()
     net, xr, xt = OracleNet(), decm.interpolate(x1, x0, r), decm.interpolate(x1, x0, t)
     v_r, v_t = ORACLE.velocity(xr, r), ORACLE.velocity(xt, t)
@@ -109,7 +109,7 @@ def test_errata_of_the_noise_to_noisy_objective():
         algorithm_1 = (lam + gam) * F - lam * (v_r + step * derivative(lam * v_r, lam, -gam)) - gam * v_t
         assert rms(ours) < 1e-13
         assert (rms(eq_15) < 1e-13) == (lam == gam)
-        assert rms(algorithm_1) > 0.1 or (lam, gam) == (1.0, 0.0)      # there only the left end is left, rightly
+        assert rms(algorithm_1) > 0.1 or (lam, gam) == (1.0, 0.0)      # (1, 0) moves the left end only, which is right
         target = decm.n2n_target(F, v_r, v_psi, derivative(gam * v_r, gam, -lam), r, t, lam=lam, gam=gam,
                                  w2=torch.ones_like(t))
         assert torch.allclose(target, F - ours)
@@ -152,7 +152,7 @@ def test_mutants_are_caught(old, new, hurt):
 
 
 def test_v_psi_on_the_data_path_is_another_velocity():
-    """Algorithm 1 takes the velocity at z_t: not the point where the model's own jump arrives."""
+    """Algorithm 1 takes the velocity at z_t, which is not the point where the model's jump ends."""
     assert noise_to_noisy(decm, vpsi="data")[1] > 1e-2
     assert noise_to_noisy(decm, 0.0, 1.0, vpsi="data")[1] < 1e-14      # without the right end it is not used
 
@@ -166,7 +166,7 @@ def test_from_scratch_v_is_the_difference_and_v_psi_the_networks_own():
         return exact(net, at, along, also)
     _, _, (xt, v) = decm.decm_loss(net, watched, x1, x0, t, None)
     assert torch.equal(v, x1 - x0) and torch.equal(xt, decm.interpolate(x1, x0, t))
-    # On the flow's own line through x_r the difference is v_r, so that the residual is 0 there.
+    # On the straight line through x_r along v_r, the difference is v_r, so that the residual is 0 there.
     xr = decm.interpolate(x1, x0, r)
     v_r = ORACLE.velocity(xr, r)
     on_the_flow = xr + ORACLE.expand(1 - r) * v_r, xr - ORACLE.expand(r) * v_r
@@ -178,7 +178,7 @@ def test_from_scratch_v_is_the_difference_and_v_psi_the_networks_own():
 
 
 def test_guidance_and_velocity_normalisation():
-    """Eq. 18, and Algorithm 1 line 6: the difference of the velocities gets the length eta over C, H, W."""
+    """Guidance is Eq. 18. In line 6 of Algorithm 1, the difference of velocities gets the length eta over C, H, W."""
     def teacher(x, t, s, y):
         return torch.ones_like(x) * ORACLE.expand(y.double())          # velocity = label; null label 0
     x, t, y = torch.zeros(3, 2, 3, 3, dtype=torch.float64), torch.full((3,), 0.5).double(), torch.tensor([3, 1, 0])
@@ -219,7 +219,7 @@ def test_guidance_needs_a_teacher_labels_and_the_null_label(teacher, labels, y_n
 
 
 def test_the_losses_take_any_callable_without_labels():
-    """y = None, and neither network nor teacher has an attribute."""
+    """The losses accept y = None, and a network and a teacher without attributes."""
     x1, x0, r, t = draw()
 
     def net(x, t, s, y):
@@ -233,7 +233,7 @@ def test_the_losses_take_any_callable_without_labels():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", ["exact", "fused"])
 def test_in_any_shape_the_exact_jump_is_the_minimum(shape, mode):
-    """All four losses. With w = 2 and a teacher that has the same velocity for all labels guidance changes nothing."""
+    """This is tested for all four losses. Guidance changes nothing, because the teacher ignores the labels."""
     x1, x0, r, t = draw(shape[0], shape[1:])
     y = torch.ones(shape[0], dtype=torch.int64)
     xt = decm.interpolate(x1, x0, t)
@@ -265,7 +265,7 @@ def test_samplers_in_any_shape(shape):
 
 
 def test_sampled_times():
-    """Table 3 (j) to (l): ends of N segments, all alike; FACM's Eq. 20; log-normal noise-to-data ratio."""
+    """Table 3 (j) to (l) has equally likely ends of N segments, FACM's Eq. 20, and log-normal noise-to-data ratios."""
     u = (torch.arange(1000).double() + 0.5) / 1000
     ends, counts = decm.sample_t("nseg", None, u, 0, 0, 4).unique(return_counts=True)
     assert ends.tolist() == [0, 0.25, 0.5, 0.75, 1] and counts.tolist() == [200] * 5
@@ -294,7 +294,7 @@ def test_adaptive_weight_has_no_gradient(p):
 
 @pytest.mark.parametrize("name", list(decm.WEIGHTS))
 def test_w1_and_w2_weigh_the_residuals(name):
-    """v_tar = F - w g: with p = 0 the loss is w^2 times the mean of g^2. w_2(r, t) is the weight at 1 - (t-r)."""
+    """As v_tar = F - w g, the loss with p = 0 is w^2 times the mean of g^2. w_2(r, t) is the weight at 1 - (t-r)."""
     def weight(t):
         return {"1": 1 + 0 * t, "1-t": 1 - t, "1-sqrt": 1 - t ** 0.5}[name]
 
@@ -302,7 +302,7 @@ def test_w1_and_w2_weigh_the_residuals(name):
         return OracleNet()(x, t, s) + 0.1
     x1, x0, r, t = draw()
     options = dict(teacher=OracleNet(teacher=True), p=0.0)
-    for i in range(3):                                                 # a sample at a time, as the losses are means
+    for i in range(3):                                                 # one sample at a time, as losses are means
         a, b, r_i, t_i, y = x1[i:i + 1], x0[i:i + 1], r[i:i + 1], t[i:i + 1], LABELS[i:i + 1]
         _, L_cm, (xt, v) = decm.decm_loss(net, exact, a, b, t_i, y, w1="1", **options)
         _, weighed, _ = decm.decm_loss(net, exact, a, b, t_i, y, w1=name, **options)
@@ -313,7 +313,7 @@ def test_w1_and_w2_weigh_the_residuals(name):
 
 
 def error_of(sampler, nfe, **options):
-    """Mean distance from the flow map of the first noise, with the exact network."""
+    """Returns the mean distance of the exact network's samples from the flow map of the first noise."""
     noise = torch.randn(nfe, 64, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     net = OracleNet()
     result = decm.SAMPLERS[sampler](net, noise, None, nfe=nfe, **options)
@@ -322,8 +322,8 @@ def error_of(sampler, nfe, **options):
 
 
 def test_samplers_against_the_flow_map():
-    """A jump is exact at once. Euler goes to the exact map at first order, and so does mix as long as it takes no
-    fresh noise, from a smaller error."""
+    """One jump is exact. Euler converges to the flow map at first order. Without fresh noise, mix does so as well,
+    and its error is smaller."""
     assert max(error_of(*case) for case in (("cm", 1), ("mix", 1), ("mix", 2))) < 1e-14
     errors = {nfe: (error_of("euler", nfe), error_of("mix", nfe, n_ode=nfe - 1)) for nfe in (4, 8, 16, 40, 80)}
     assert all(1.8 < a / b < 2.2 for a, b in zip(errors[40], errors[80]))
@@ -332,7 +332,7 @@ def test_samplers_against_the_flow_map():
 
 @pytest.mark.parametrize("n_ode", [0, 1, 3])
 def test_mix_jumps_from_the_noise_then_goes_on_as_cm(n_ode):
-    """Figure 5: after n_ode steps of the ODE every jump to the data meets fresh noise, each used once."""
+    """As in Figure 5, n_ode steps of the ODE are followed by jumps to the data, with fresh noise in between."""
     nfe = 4
     noise = torch.randn(nfe - n_ode, 16, 2, 3, 3, dtype=torch.float64)
     x, fresh = noise[0], list(noise[1:])
@@ -364,7 +364,7 @@ def finished(tmp_path_factory, teacher):
 
 
 def test_every_freq_steps_an_update_of_its_own(finished):
-    """Steps 0, 2 and 4 of 5 have the N2N update, so that the optimiser was called 8 times."""
+    """With --freq 2, steps 0, 2 and 4 of 5 have an N2N update, so that the optimiser is called 8 times."""
     assert [row["step"] for row in rows(finished)] == [1, 2, 3, 4, 5]
     assert ["L_n2n" in row for row in rows(finished)] == [True, False, True, False, True]
     optimizer = checkpoints.read(finished / "ckpt.pt")["optimizer"]
@@ -385,7 +385,7 @@ def test_resume_is_exact_from_every_step(finished, teacher, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("objectives", [["fm", "cd"], ["fm", "n2n"]])
 def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, objectives):
-    """AdamW's first moment after one step, that is after the second update where N2N follows."""
+    """The gradients are read from AdamW's first moment after one step, which has two updates with N2N."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     common += [*SCRATCH, "--steps", 1, "--lr", "1e-12", "--objectives", *objectives]
     call(monkeypatch, decm, *common, "--out", tmp_path / "one")
@@ -400,7 +400,7 @@ def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, 
 
 
 def test_the_student_starts_as_its_teacher(teacher, tmp_path, monkeypatch):
-    """Its second time is new and changes nothing at first; that of a teacher which has one is kept."""
+    """The second time of the student is new and changes nothing at first. If the teacher has one, it is kept."""
     command = [*TINY, "--steps", 1, "--lr", "1e-12"]
     call(monkeypatch, decm, *command, "--teacher", teacher, "--out", tmp_path / "run")
     student, weights = checkpoints.read(tmp_path / "run/ckpt.pt")["model"], checkpoints.read(teacher)["ema"]
@@ -428,7 +428,8 @@ def test_every_option_trains(teacher, tmp_path, monkeypatch, flags):
 
 
 def test_samples_by_the_sampler_that_suits_the_nfe(finished, teacher, tmp_path, monkeypatch, capsys):
-    """Section 4.5: CM at 1 and 2, mix from 4 to 16, Euler above; --n-ode where mix is, and below the NFE."""
+    """By Section 4.5 the default is cm at NFE 1 and 2, mix from 4 to 16, and euler above. --n-ode needs mix and must
+    be less than the NFE."""
     command = ["--ckpt", finished / "ckpt.pt", "--n", 2, "--device", "cpu", "--out", tmp_path / "x.png"]
     call(monkeypatch, sample, *command, "--grid", 1, 2, 4, 16, 17)
     assert capsys.readouterr().out.split("by ")[-1].strip() == (
@@ -442,7 +443,7 @@ def test_samples_by_the_sampler_that_suits_the_nfe(finished, teacher, tmp_path, 
 
 @pytest.mark.parametrize("name", ["cm_target", "n2n_target"])
 def test_an_update_that_is_not_finite_is_skipped(teacher, tmp_path, monkeypatch, capsys, name):
-    """Steps 0 and 2 of 3 have both updates, step 1 the first alone. The terms of the step are printed."""
+    """Steps 0 and 2 of 3 have both updates, and step 1 has only the first. The terms of a skipped step are printed."""
     honest = getattr(decm, name)
     monkeypatch.setattr(decm, name, lambda F, *rest, **weights: honest(F, *rest, **weights) * float("nan"))
     call(monkeypatch, decm, *RUN, "--teacher", teacher, "--steps", 3, "--out", tmp_path / "run")
@@ -481,8 +482,8 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
 
 
 def test_freeflows_predictor_is_n2n_alone():
-    """FreeFlow's predictor, stated directly: from noise z, F(z, t) + t dF/dt = v(z + t F, t), where v is the teacher's. Its
-    gradient is that of n2n_loss at r = 0, lambda 1, gamma 0, and no data have a part in it."""
+    """FreeFlow's predictor is F(z, t) + t dF/dt = v(z + t F, t) for noise z, where v is the teacher's velocity. Its
+    gradient is that of n2n_loss at r = 0, lambda = 1 and gamma = 0, and does not depend on the data."""
     _, z, _, t = draw()
     teacher = OracleNet(teacher=True)
 
@@ -511,7 +512,7 @@ def test_freeflows_predictor_is_n2n_alone():
 
 
 def test_n2n_alone_trains_without_a_first_update(teacher, tmp_path, monkeypatch):
-    """FreeFlow's flags: one update a step, whose gradient depends on the labels of the data alone."""
+    """With FreeFlow's flags, each step has only the N2N update, and decm_loss is not called."""
     flags = [*TINY, "--teacher", teacher, "--objectives", "n2n", "--freq", 1, "--lam", 1, "--gam", 0, "--r-max", 0]
     call(monkeypatch, decm, *flags, "--steps", 2, "--out", tmp_path / "run")
     call(monkeypatch, decm, *flags, "--steps", 2, "--micro-batch", 3, "--out", tmp_path / "micro")
@@ -519,7 +520,7 @@ def test_n2n_alone_trains_without_a_first_update(teacher, tmp_path, monkeypatch)
     optimizer = checkpoints.read(tmp_path / "run/ckpt.pt")["optimizer"]
     assert {float(entry["step"]) for entry in optimizer["state"].values()} == {2.0}
     with monkeypatch.context() as patch:
-        patch.setattr(decm, "decm_loss", None)         # not called
+        patch.setattr(decm, "decm_loss", None)         # it would fail if it were called
         call(patch, decm, *flags, "--steps", 2, "--out", tmp_path / "again")
     assert_same_run(tmp_path / "run", tmp_path / "again")
 
@@ -588,7 +589,7 @@ def test_from_scratch_labels_are_dropped(tmp_path, monkeypatch):
 
 
 def test_objectives_add_up(tmp_path, monkeypatch):
-    """The gradient of fm and cd together is the sum of theirs."""
+    """The gradient of fm and cd together is the sum of their gradients."""
     perturb(monkeypatch)
     g = []
     for names in (["fm"], ["cd"], ["fm", "cd"]):

@@ -1,4 +1,4 @@
-"""README.md and docs/: the index of equations is complete and true, links lead somewhere, names and commands exist."""
+"""Tests README.md and docs/: the index of equations is complete and correct; links, names and commands are valid."""
 
 import ast
 import functools
@@ -16,7 +16,7 @@ import data
 EQUATIONS = {"facm": 20, "decm": 18, "gcm": 46}            # numbered equations of each paper
 LINES = {"facm": 9, "decm": 31, "gcm": 0}                  # numbered lines of its algorithm
 METHODS = ["flow", *EQUATIONS, "baselines"]
-NUMBERS = {"flow": "facm"}                                 # whose numbers a script's comments have, where it has no paper
+NUMBERS = {"flow": "facm"}                                 # a script without a paper cites the equations of this one
 INDEXED = ["flow", *EQUATIONS]
 HEADINGS = ["Usage", "What the logged numbers mean", "Implementation details", "Results", "Departures from the paper",
             "Index of equations"]
@@ -33,29 +33,29 @@ def name(path):
 # Pages: sections, tables, code.
 
 def without_code(text):
-    """The text without its fenced blocks."""
+    """Returns the text without its fenced blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def fenced(text, language=""):
-    """The contents of the fenced blocks of a language."""
+    """Returns the contents of the fenced blocks of a language."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return [content for name, content in blocks if name == language]
 
 
 def inline_code(text):
-    """What stands in backticks."""
+    """Returns the pieces of a text that are in backticks."""
     return re.findall(r"`([^`\n]+)`", without_code(text))
 
 
 def section(method, heading):
-    """The text under a heading of a method's page."""
+    """Returns the text under a heading of a method's page."""
     text = (ROOT / "docs" / f"{method}.md").read_text()
     return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)[1]
 
 
 def rows(text):
-    """The cells of all rows of the tables in a text, but for their headers."""
+    """Returns the cells of all rows of the tables in a text, except for their headers."""
     lines = without_code(text).splitlines()
     cells = [re.split(r"(?<!\\)\|", line.strip())[1:-1] if line.startswith("|") else None for line in lines]
     ruler = [bool(row) and all(re.fullmatch(r"-+", cell) for cell in row) for row in cells]
@@ -64,7 +64,7 @@ def rows(text):
 
 
 def headless(text):
-    """The first lines of tables that do not begin with a header and a ruler, such as rows behind an empty line."""
+    """Returns the first lines of tables that lack a header and a ruler, such as rows after an empty line."""
     lines = ["", *without_code(text).splitlines(), ""]
     return [line for above, line, below in zip(lines, lines[1:], lines[2:])
             if line.startswith("|") and not above.startswith("|") and not re.fullmatch(r"\|(-+\|)+", below.replace(" ", ""))]
@@ -81,13 +81,13 @@ def test_every_table_has_a_header(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Scripts: what their parts say of equations and lines.
+# Scripts: the equations and lines that their parts mention.
 
 NUMBER = r"\d+(?:-\d+)?(?!\.?\d)"          # 9 or 26-36, and not the 3 of section 3.3
 
 
 def mentions(text):
-    """{("Eq.", 9), ("line", 4), ...}: of "Eq. 9", "Eqs. 8, 36", "Eqs. 26-36", "line 4", "lines 7 and 8"."""
+    """Returns {("Eq.", 9), ("line", 4), ...} for "Eq. 9", "Eqs. 8, 36", "Eqs. 26-36", "line 4", "lines 7 and 8"."""
     found = set()
     for kind, numbers in re.findall(rf"\b(Eq|line)s?\.? ({NUMBER}(?:(?:,| and) {NUMBER})*)", " ".join(text.split())):
         for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
@@ -97,7 +97,7 @@ def mentions(text):
 
 @functools.cache
 def parts(method):
-    """{name: (first line, last line, source)} of a script's functions and constants, comments and docstrings included."""
+    """Returns {name: (first line, last line, source)} of a script's functions and constants, with all comments."""
     source = (ROOT / f"{method}.py").read_text()
     found = {}
     for node in ast.parse(source).body:
@@ -111,14 +111,14 @@ def parts(method):
 
 
 def comments(method):
-    """(line number, text) of a script's comments."""
+    """Returns [(line number, text), ...] of a script's comments."""
     with open(ROOT / f"{method}.py") as file:
         return [(token.start[0], token.string) for token in tokenize.generate_tokens(file.readline)
                 if token.type == tokenize.COMMENT]
 
 
 def index(method):
-    """[(("Eq.", 9), where), ...] of the table on a method's page."""
+    """Returns [(("Eq.", 9), where), ...] of the table on a method's page."""
     keys = [(re.match(r"(Eq\.|line) (\d+)\b", row[0]), row[1]) for row in rows(section(method, "Index of equations"))]
     return [((key[1], int(key[2])), where) for key, where in keys]
 
@@ -139,7 +139,7 @@ def test_every_method_page_has_the_headings_in_order(method):
 
 @pytest.mark.parametrize("method", EQUATIONS)
 def test_the_index_is_complete(method):
-    """Each equation and each line of the algorithm once, in order."""
+    """The index has each equation and each line of the algorithm once, in order."""
     assert [key for key, _ in index(method)] == [
         *(("Eq.", n + 1) for n in range(EQUATIONS[method])), *(("line", n + 1) for n in range(LINES[method]))]
 
@@ -171,7 +171,7 @@ def test_every_comment_with_an_equation_is_in_the_index(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_departure_of_the_script_has_a_row(method):
-    """A function or constant with "paper: ...; here: ..." is named by as many rows as it has of these."""
+    """A function or constant with "paper: ...; here: ..." is named in at least as many rows as it has such remarks."""
     table = rows(section(method, "Departures from the paper"))
     assert all(len(row) == 3 and all(row) for row in table)
     for part, (_, _, source) in parts(method).items():
@@ -182,7 +182,7 @@ def test_every_departure_of_the_script_has_a_row(method):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def anchors(path):
-    """The anchors that GitHub makes of a page's headings."""
+    """Returns the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", without_code(path.read_text()), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -214,7 +214,7 @@ def test_files_and_flags_and_functions_that_are_named_exist(path):
 
 
 def commands(path):
-    """The words of the launch lines in a page's text, and of those in its blocks that test_repo.py does not parse."""
+    """Returns the words of the commands in a page's text, and in those of its blocks that test_repo.py leaves out."""
     text = path.read_text()
     blocks = [line for block in fenced(text) for line in block.splitlines() if re.match(r"python (data|\w+/\w+)\.py ", line)]
     lines = [line.split("#")[0] for line in blocks + inline_code(text)]

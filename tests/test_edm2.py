@@ -1,4 +1,4 @@
-"""EDM2's U-Net: the public class's numbers, its layout in and out, forced weight normalisation, GCM's fine-tuning from it."""
+"""Tests EDM2's U-Net: the public class's outputs, its files, forced weight normalisation, and GCM's fine-tuning."""
 
 import math
 import os
@@ -29,13 +29,13 @@ SMALL = dict(name="EDM2", input_size=16, num_classes=10, width=32, mult=(1, 2), 
 
 
 def ours(shapes):
-    """The names and shapes of a public class as our network has them: gains [1], and no uncertainty."""
+    """Converts the names and shapes of a public class to ours, where gains are [1] and there is no uncertainty."""
     names = {k.removeprefix("unet."): w for k, w in shapes.items() if "logvar" not in k}
     return {k: w.reshape(1) if k.endswith("_gain") else w for k, w in names.items()}
 
 
 def build(shapes, **options):
-    """Our network for the public names and shapes, filled by formula under these names, the random tables too."""
+    """Builds our network for the public names and shapes, and fills it and its random tables by formula."""
     net = models.create(**(weights.options_from_shapes(ours(shapes)) | options))
     assert {k: v.shape for k, v in net.state_dict().items()} == {k: w.shape for k, w in ours(shapes).items()}
     prefix = "unet." if "unet.out_gain" in shapes else ""
@@ -46,7 +46,7 @@ def build(shapes, **options):
 
 
 def bare(net, monkeypatch):
-    """The network without its preconditioning, given c_noise in place of a time."""
+    """Returns the network without its preconditioning, so that it takes c_noise instead of a time."""
     monkeypatch.setattr(models, "edm_noise", lambda t: t)
     monkeypatch.setattr(models, "edm_scalings", lambda t, sigma_data: (1.0, 0.0, 1.0))
     return net
@@ -63,7 +63,7 @@ def test_it_is_the_public_class(name, size, options, monkeypatch):
 
 @torch.no_grad()
 def test_the_velocity_is_that_of_the_public_denoiser():
-    """D(x; sigma) of Precond, from the velocity at x_t = t x, sigma = (1-t) / t: D = x_t + (1-t) v."""
+    """Precond's D(x; sigma) is x_t + (1-t) v, where v is the velocity at x_t = t x and sigma is (1-t) / t."""
     stored, shapes = golden("edm2-precond")
     net, sigma = build(shapes, head_channels=16), torch.tensor([0.2, 20.0])
     x, t = normal_like("x", (2, 3, 16, 16)) * torch.tensor([1.0, 20.0])[:, None, None, None], 1 / (1 + sigma)
@@ -74,7 +74,7 @@ def test_the_velocity_is_that_of_the_public_denoiser():
 
 @torch.no_grad()
 def test_gcms_f_is_that_of_the_public_denoiser():
-    """GCM's time and noise: x_t = (1-t) x, sigma = sigma_d t / (1-t), D = x_t - t f."""
+    """In GCM's time and noise, D is x_t - t f, where x_t is (1-t) x and sigma is sigma_d t / (1-t)."""
     stored, shapes = golden("edm2-precond")
     f = gcm.precondition(build(shapes, head_channels=16), ct="t", mu=3.5, sigma_d=0.5, second_time=False, velocity=True)
     sigma = torch.tensor([0.2, 20.0])
@@ -96,7 +96,7 @@ def test_public_names_build_the_public_architecture(name, golden_name, millions)
 
 @torch.no_grad()
 def test_a_pickle_of_half_precision(tmp_path, monkeypatch):
-    """As NVlabs/edm2 writes it: names under unet., gains of no dimension, the uncertainty's head, float16."""
+    """NVlabs/edm2 writes names under unet., gains without dimensions, the head of the uncertainty, and float16."""
     net = fill(models.create(**SMALL)).half()
     kept = {k: v.clone() for k, v in net.state_dict().items()}
     for name, gain in [(n, p) for n, p in net.named_parameters() if n.endswith("_gain")]:
@@ -120,7 +120,7 @@ def test_the_fused_derivative_is_the_exact_one(dtype, bound):
 
 @pytest.mark.parametrize("rule", ["(x <= max), dx, 0)", "(x <= max), dx, dx)"], ids=["clipped", "mutant"])
 def test_clipped_activations_have_no_tangent(monkeypatch, rule):
-    """Large gains bring activations to 256, where they no longer move."""
+    """Large gains bring activations to their limit of 256, where they no longer change."""
     source, shares = pathlib.Path(jvp.__file__).read_text(), []
     monkeypatch.setattr(models, "duals", mutant(source, "(x <= max), dx, 0)", rule).duals)
     net = fill(models.create(**SMALL)).double()
@@ -142,7 +142,7 @@ def mean_squares(net):
 
 
 def test_forced_weight_norm_changes_no_output():
-    """The weights are normalised in each pass in any case (Eq. 47), but for eps; their size is a matter of the optimiser alone."""
+    """Each pass normalises the weights anyway (Eq. 47, up to eps), so that their size matters only to the optimiser."""
     net = fill(models.create(**SMALL)).double()
     x, t, y = normal_like("x", (2, 3, 16, 16)).double(), torch.tensor([0.3, 0.7]).double(), torch.tensor([3, 5])
     before = net(x, t, None, y)
@@ -159,7 +159,7 @@ def test_fresh_weights_are_as_drawn():
 
 
 def test_the_gradient_of_a_weight_is_orthogonal_to_it():
-    """What Eq. 47 is for: a step does not shrink a weight."""
+    """This is the purpose of Eq. 47: a step does not shrink a weight."""
     net = fill(models.create(**SMALL)).double()
     net.force_weight_norm()
     x, t = normal_like("x", (2, 3, 16, 16)).double(), torch.tensor([0.3, 0.7]).double()
@@ -209,7 +209,7 @@ def test_fine_tuning_begins_as_the_teacher_and_keeps_its_weights_normal(tmp_path
     (gcm, "--init FILE --preset imagenet64_finetune --num-classes 10 --variant CU --precision bf16 --grad-checkpoint")],
     ids=["facm", "decm", "gcm-vu", "gcm-bf16"])
 def test_every_method_begins_with_it(tmp_path, monkeypatch, module, flags):
-    """A step, its checkpoint and two samples: a velocity with a second time is all that a method asks for."""
+    """Each method trains one step from EDM2's weights, writes a checkpoint, and draws two samples from it."""
     torch.save({"unet." + k: v for k, v in fill(models.create(**SMALL)).state_dict().items()}, tmp_path / "edm2.pt")
     net = [f"{k}={v if k != 'attention' else '8,'}".replace(" ", "").replace("(", "").replace(")", "") for k, v in SMALL.items()]
     call(monkeypatch, module, "--device", "cpu", "--data", "glyphs", "--resolution", 16, "--batch", 2, "--steps", 1, "--preview-every", 9,
@@ -223,14 +223,14 @@ def test_every_method_begins_with_it(tmp_path, monkeypatch, module, flags):
 
 
 def test_a_dry_run_needs_no_file():
-    """--init, too, may name a file that is not there yet; the network is then that of --net."""
+    """--init may also name a file that does not exist yet. The network is then that of --net."""
     done = subprocess.run([sys.executable, "-W", "ignore", ROOT / "gcm.py", "--data", "imagenet64.zip", "--preset", "imagenet64_finetune",
                            "--init", "edm2.pkl", "--net", "width=32", "blocks=1", "--dry-run", "32"], capture_output=True, text=True)
     assert done.returncode == 0 and "init=edm2.pkl" in done.stdout and "images      128 in a step, 4 of a process" in done.stdout, done.stderr
 
 
 def test_the_rate_falls_as_the_inverse_square_root(tmp_path, monkeypatch):
-    """Constant until --lr-decay, then lr sqrt(decay / step); the preset's decay is 2,000 steps."""
+    """The rate is constant until --lr-decay, and then lr sqrt(decay / step). The preset's decay is 2,000 steps."""
     rates = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     train(monkeypatch, "--net", "width=32", "mult=1,", "blocks=0", "head_channels=16", "--lr-decay", 2, "--steps", 5, "--out", tmp_path)
@@ -240,8 +240,8 @@ def test_the_rate_falls_as_the_inverse_square_root(tmp_path, monkeypatch):
 
 
 def half_of_the_batch(rank, folder):
-    """A process with every second sample, in parts (FSDP), derivative included: its gradients, and its weights after a step that
-    began with their normalisation, are those of one process."""
+    """Runs one of two FSDP processes on every second sample, including the derivative. The gradients, and the weights
+    after a step that begins with their normalisation, must be those of one process."""
     from torch.distributed.tensor import DTensor
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -260,10 +260,10 @@ def half_of_the_batch(rank, folder):
         assert isinstance(a, DTensor)
         grad = a.grad.full_tensor()
         assert (grad - b.grad).norm() < 1e-5 * (b.grad.norm() + 1e-3), (name, grad, b.grad)
-        assert (a.full_tensor() - b).norm() < 1e-3 * b.norm(), name        # Adam's first step is a sign
+        assert (a.full_tensor() - b).norm() < 1e-3 * b.norm(), name        # Adam's first step has only the sign
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)                            # gloo's threads now and then abort at Python's end
+    os._exit(0)                            # gloo's threads sometimes abort when Python exits
 
 
 def test_two_processes_in_parts_have_the_weights_of_one(tmp_path):

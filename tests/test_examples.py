@@ -1,4 +1,4 @@
-"""examples/: the losses in other people's code."""
+"""Tests examples/: the losses train networks that are not ours."""
 
 import sys
 
@@ -21,7 +21,7 @@ def rings_teacher():
 
 @pytest.mark.parametrize("method", ["FACM", "DE-CM", "GCM"])
 def test_the_losses_train_a_network_that_is_not_ours(rings_teacher, method):
-    """A short run already draws both rings in one step; one Euler step of the teacher draws none."""
+    """After a short run, one step of the student draws both rings. One Euler step of the teacher draws neither."""
     torch.manual_seed(0)
     train = {"FACM": own_network.train_facm, "DE-CM": own_network.train_decm, "GCM": own_network.train_gcm}[method]
     before = {name: w.clone() for name, w in rings_teacher.state_dict().items()}
@@ -57,7 +57,7 @@ def test_waveforms_are_two_sines():
 
 
 def test_facm_trains_a_network_of_one_dimension(waves_teacher):
-    """One step of a student that was trained shortly is nearer to the data than the teacher's."""
+    """After a short run, one step of the student is nearer to the data than one step of the teacher."""
     torch.manual_seed(0)
     student = one_dimension.train_student(waves_teacher, steps=100, batch=32)
     noise, real = torch.randn(1, 500, 1, 64), one_dimension.draw_waves(2000)

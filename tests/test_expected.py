@@ -1,4 +1,4 @@
-"""benchmarks/: the figures that a default run is compared with, the table of a run, the moving picture."""
+"""Tests benchmarks/: the figures that a default run is compared with, the table of a run, and the moving picture."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_the_presets_are_those_of_the_expected_runs():
 
 
 def test_the_table_of_a_run_has_means_of_the_log_and_the_last_distance(tmp_path, capsys):
-    """Windows of two lines; L_n2n is in every second line; distances were measured at steps 20 and 40."""
+    """Each mean is over two lines. L_n2n is in every second line, and distances were measured at steps 20 and 40."""
     run = tmp_path / "decm-glyphs"
     run.mkdir()
     lines = [dict(step=10 * i, L_cm=float(i), grad_norm=1.0) | (dict(L_n2n=10.0 * i) if i % 2 else {}) for i in range(1, 5)]

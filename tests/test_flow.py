@@ -1,4 +1,4 @@
-"""flow.py against closed forms: Gaussian data, whose loss and flow are known, in any shape; and as a program."""
+"""Tests flow.py against closed forms (Gaussian data, whose loss and flow are known, in any shape) and as a program."""
 
 import math
 import pathlib
@@ -25,14 +25,14 @@ ORACLE = Gaussian()
 
 
 def velocity(x, t, s=None, y=None):
-    """The exact velocity at t, and at 2 - t."""
+    """Returns the exact velocity at t, and the same at 2 - t."""
     assert s is None
     return ORACLE.velocity(x, torch.where(t > 1, 2 - t, t))
 
 
 def pairs(shape, offset=1.0):
-    """x1, x0, t and x_t: two pairs for each x_t, whose x1 lie one standard deviation above and below the mean that x_1
-    has for this x_t. The means over both pairs are then those over all pairs with this x_t."""
+    """Returns x1, x0, t and x_t, with two pairs for each x_t. Their x1 lie one standard deviation above and below the
+    mean of x_1 given x_t, so that the means over both pairs are those over all pairs with this x_t."""
     x1, x0, t = ORACLE.draw(shape[0] // 2, shape=shape[1:])
     wide = ORACLE.expand(t, x1)
     xt = (1 - wide) * x0 + wide * x1
@@ -43,7 +43,7 @@ def pairs(shape, offset=1.0):
 
 
 def loss_and_gradient(theta=0.0, net=velocity, shape=(64, 2, 3, 3), module=flow, mixed=None, **options):
-    """The loss of the network at the distance theta from an exact one, and its derivative with respect to theta."""
+    """Returns the loss of the network at distance theta from the exact one, and its derivative with respect to theta."""
     x1, x0, t, _ = pairs(shape)
     net = Beside(net, theta)
     loss = module.flow_loss(net, x1, x0, t, None, mixed=mixed, **options)
@@ -55,8 +55,8 @@ def loss_and_gradient(theta=0.0, net=velocity, shape=(64, 2, 3, 3), module=flow,
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_loss_of_the_exact_velocity_is_the_conditional_variance_and_the_minimum(shape):
-    """x_1 - x_0 = (x_1 - x_t) / (1 - t), whose variance for a given x_t is sd^2 / S(t)^2. Beside the exact velocity the
-    loss grows by the mean square of the distance, and its derivative by twice the distance."""
+    """The variance of x_1 - x_0 = (x_1 - x_t) / (1 - t) given x_t is sd^2 / S(t)^2. At a distance from the exact
+    velocity, the loss is larger by the mean square of this distance."""
     _, _, t, xt = pairs(shape)
     variance = (ORACLE.sd / ORACLE.S(t)).square().mean().item()
     bump = torch.cos(2 * xt).square().mean().item()
@@ -100,12 +100,12 @@ def test_half_of_the_times_are_2_minus_t_and_nothing_else_changes():
     assert torch.equal(at_t, t) and torch.equal(at_both, torch.where(mixed, 2 - t, t))
     assert torch.equal(x, facm.interpolate(x1, x0, t)) and torch.equal(x, x_mixed)
     assert s is None and s_mixed is None and torch.equal(labels, y) and torch.equal(labels_mixed, y)
-    assert both == plain                                               # this network answers alike at t and at 2 - t
+    assert both == plain                                               # this network returns the same at t and at 2 - t
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 1), (16, 1, 5)], ids=str)
 def test_the_cosine_distance_is_that_of_facms_anchor(shape):
-    """Over channels, and the mean over the pixels; of one channel, whole samples."""
+    """It is taken over the channels and averaged over the pixels. With one channel, it is taken over whole samples."""
     x1, x0, t = ORACLE.draw(shape[0], shape=shape[1:])
     F = velocity(facm.interpolate(x1, x0, t), t)
     for weight in (0.0, 1.0, 0.25):
@@ -119,7 +119,7 @@ def test_the_cosine_distance_is_that_of_facms_anchor(shape):
 
 
 def test_the_loss_has_a_minimum_at_the_data_s_own_direction():
-    """If x_1 is a point, the exact velocity (x_1 - x_t) / (1 - t) has no error, and no angle."""
+    """If all x_1 are one point, the exact velocity (x_1 - x_t) / (1 - t) has neither an error nor an angle to v."""
     x1, x0, t = ORACLE.draw(32)
     x1 = x1[:1].expand(32, *x1.shape[1:])
 
@@ -144,7 +144,7 @@ def test_sampled_times():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The samplers. tests/test_sample.py has their orders, and guidance with an interval, channels and shifted times.
+# The samplers. tests/test_sample.py tests their orders, and guidance with an interval, channels and shifted times.
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", list(flow.SAMPLERS))
@@ -154,7 +154,7 @@ def test_samplers_in_any_shape(name, shape):
     sampler = flow.SAMPLERS[name]
     error = (sampler(velocity, noise, None, nfe=99) - exact).abs().mean()
     assert error < (1e-2 if name == "euler" else 1e-3)
-    # Where all labels have the same velocity guidance changes nothing.
+    # Guidance changes nothing, because all labels have the same velocity.
     for options in (dict(), dict(cfg_channels=1), dict(cfg_interval=(0.2, 0.6)), dict(shift=0.5)):
         guided = sampler(velocity, noise, y, nfe=9, y_null=0, cfg=2.0, **options)
         plain = sampler(velocity, noise, None, nfe=9, shift=options.get("shift", 1.0))
@@ -162,25 +162,25 @@ def test_samplers_in_any_shape(name, shape):
 
 
 def by_label(x, t, s, y):
-    """A velocity that is the label, and 0 for the null label 0."""
+    """Returns a velocity that is equal to the label, and thus 0 for the null label 0."""
     return ORACLE.expand(y.double(), x) * torch.ones_like(x)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_guidance_extrapolates_within_its_interval_in_its_channels(shape):
-    """With steps of 1/4 from 0 on: v = 3 without guidance, and 0 + 2 (3 - 0) = 6 with it."""
+    """In each step of 1/4, v is 3 without guidance, and 0 + 2 (3 - 0) = 6 with it."""
     noise, y = torch.zeros(1, *shape, dtype=torch.float64), torch.full(shape[:1], 3)
     x = flow.integrate(by_label, noise, y, nfe=4, y_null=0, cfg=2.0, cfg_interval=(0.25, 0.5), cfg_channels=1)
     assert (x[:, :1] == (3 + 6 + 6 + 3) / 4).all() and (x[:, 1:] == 3).all()
     x = flow.integrate(by_label, noise, y, nfe=4, y_null=0, cfg=2.0)
     assert (x == 6).all()
-    # Heun averages the velocities at both ends of a step, but for the last one.
+    # Heun averages the velocities at both ends of each step except the last one.
     x = flow.integrate(by_label, noise, y, nfe=7, y_null=0, cfg=2.0, cfg_interval=(0.25, 0.5), heun=True)
     assert (x == (4.5 + 6 + 4.5 + 3) / 4).all()
 
 
 def test_samplers_and_the_calls_of_the_network():
-    """Labels and no second time; a guided step has both labels in one pass, and others have one."""
+    """The network gets labels and no second time. Guided steps pass both labels in one call, the others only one."""
     calls = []
 
     def net(x, t, s, y):
@@ -209,7 +209,7 @@ def test_heun_needs_an_odd_number_of_evaluations():
 
 
 def test_options_of_the_samplers():
-    """Teachers that facm.py trained itself in earlier versions were guided from their --t-low on."""
+    """The teachers that facm.py trained in earlier versions were guided from their --t-low on."""
     assert flow.sampler_options(dict(net=dict(num_classes=10))) == {
         name: dict(y_null=10, cfg_interval=(0.0, 1.0)) for name in ("euler", "heun")}
     old = flow.sampler_options(dict(net=dict(num_classes=10), t_low=0.125))
@@ -241,7 +241,7 @@ def test_the_relative_width_of_the_average_gives_its_exponent(sigma_rel):
 
 
 def test_the_average_of_a_run_is_the_power_function_average(tmp_path, monkeypatch):
-    """After 5 steps the weights of step k count (k/5)^(gamma+1) - ((k-1)/5)^(gamma+1)."""
+    """After 5 steps, the weights of step k have the share (k/5)^(gamma+1) - ((k-1)/5)^(gamma+1) in the average."""
     weights = []
     for steps in range(1, 6):
         call(monkeypatch, flow, *FLOW, "--lr", 0.01, "--ema-sigma", 0.2, "--steps", steps, "--out", tmp_path / "run")
@@ -273,7 +273,7 @@ def test_a_network_that_cannot_tell_2_minus_t_is_trained_at_t_alone(tmp_path, mo
 
 
 def test_flows_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
-    """Which samples are mixed, and which lose their labels, follows from seed and step."""
+    """The seed and the step determine which samples are mixed and which lose their labels."""
     calls = {}
     watch(monkeypatch, calls, flow, "flow_loss")
     call(monkeypatch, flow, *FLOW, "--steps", 2, "--seed", 7, "--label-drop", 0.5, "--times", "uniform",
@@ -289,7 +289,7 @@ def test_flows_loop_gives_the_method_what_the_flags_say(tmp_path, monkeypatch):
 
 
 def test_a_short_run_learns_the_velocity_of_gaussian_data():
-    """The method as a whole trains: both times give the velocity, whose samples have the data's mean and deviation."""
+    """The samples of the learned velocity, at t and at 2 - t, have the mean and the deviation of the data."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
                                  torch.nn.Linear(64, 2))
@@ -315,14 +315,14 @@ def test_a_short_run_learns_the_velocity_of_gaussian_data():
 
 
 def small_preset(monkeypatch, name, **values):
-    """The preset `name` of flow.py with few steps and small batches."""
+    """Gives the preset `name` of flow.py few steps and small batches."""
     preset = flow.PRESETS[name] | dict(steps=2, batch=4, micro_batch=None, warmup=0) | values
     monkeypatch.setitem(flow.PRESETS, name, preset)
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 def test_the_default_teacher_has_the_students_data_and_network(tmp_path, monkeypatch, kind):
-    """Images of one's own with a preset: the teacher's size, channels, labels and network are the student's."""
+    """For other images with a preset, the default teacher has the size, channels, labels and network of the student."""
     small_preset(monkeypatch, "cifar10")
     path = write_images(tmp_path / "set", NAMES)
     flags = ["--channels", 1]
@@ -343,7 +343,7 @@ def test_the_default_teacher_has_the_students_data_and_network(tmp_path, monkeyp
 
 
 def test_an_unfinished_default_teacher_is_resumed_where_it_lies(tmp_path, monkeypatch, capsys):
-    """Its folder was moved to runs/flow-glyphs, and its flags still name the old place."""
+    """The folder was moved to runs/flow-glyphs, and the flags of the teacher still name the old folder."""
     small_preset(monkeypatch, "glyphs")
     call(monkeypatch, flow, *FLOW, "--batch", 4, "--steps", 1, "--out", tmp_path / "elsewhere")
     pathlib.Path("runs").mkdir()
@@ -358,7 +358,7 @@ def test_an_unfinished_default_teacher_is_resumed_where_it_lies(tmp_path, monkey
 
 
 def test_a_finished_default_teacher_may_have_a_batch_that_the_processes_do_not_divide(teacher, monkeypatch):
-    """Three processes, and the preset's batch is 16: only a student that trains its teacher would have to split it."""
+    """Three processes cannot divide the preset's batch of 16, but a finished teacher has no batch to divide."""
     path = pathlib.Path("runs/flow-glyphs/ckpt.pt")
     path.parent.mkdir(parents=True)
     checkpoints.save(path, checkpoints.read(teacher))
@@ -379,7 +379,7 @@ def test_a_run_of_another_method_is_no_default_teacher(tmp_path, monkeypatch, ca
 
 
 def test_two_processes_train_the_default_teacher_once(tmp_path, monkeypatch):
-    """Stopped after a step by a smaller --steps of its own; the student's processes continue it together."""
+    """The teacher was stopped after one step, and the two processes of the student resume it together."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in FLOW]
     call(monkeypatch, flow, *common, "--steps", 2, "--out", tmp_path / "one")
     call(monkeypatch, flow, *common, "--steps", 1)

@@ -1,5 +1,5 @@
-"""gcm.py against closed forms: the Gaussian oracle in any shape, mutants of the source, densities, steps, MMD,
-samplers; and as a program."""
+"""Tests gcm.py against closed forms (the Gaussian oracle in any shape, mutants of the source, densities, steps, MMD,
+samplers) and as a program."""
 
 import math
 import pathlib
@@ -37,8 +37,8 @@ wide = Gaussian.expand
 
 
 class Reversed:
-    """The oracle in GCM's time (t=0 data, t=1 noise) with noise of deviation SIGMA_D: y = k x is a point of the
-    oracle's own path, at the same ratio of noise to data."""
+    """The oracle in GCM's time (t=0 data, t=1 noise) with noise of standard deviation SIGMA_D. The point y = k x lies
+    on the path of the oracle, where the ratio of noise to data is the same."""
 
     def to_oracle(self, t):
         k = 1 / (1 - t + SIGMA_D * t)
@@ -49,7 +49,7 @@ class Reversed:
         return ORACLE.flow_map(wide(k, x) * x, tau, tau_s) / wide(k_s, x)
 
     def velocity(self, x, t):
-        """E[z - x | x_t] = (x_t - E[x | x_t]) / t."""
+        """Returns E[z - x | x_t] = (x_t - E[x | x_t]) / t."""
         k, tau = self.to_oracle(t)
         return (x - ORACLE.posterior_mean(wide(k, x) * x, tau)) / wide(t, x)
 
@@ -62,7 +62,7 @@ FLOW = Reversed()
 
 
 def f_ideal(xt, t, s, y=None):
-    """The average velocity from t to s; the velocity where they are equal."""
+    """Returns the average velocity from t to s, or the velocity where s = t."""
     same = s == t
     safe = torch.where(same, t + 1e-3, s)              # the other branch's singularity must not leak into a derivative
     average = (FLOW.flow_map(xt, t, safe) - xt) / wide(safe - t, xt)
@@ -76,8 +76,8 @@ def times(variant, batch=64, seed=1):
 
 def loss(module, variant="VU", h=1e-3, mode="difference", M=1, sigma=0.1, seed=0, t=None, s=None, f=None,
          shape=(64, 2, 3, 3)):
-    """The loss of the ideal network, or of f, with u its velocity: 0 but for the difference's error. kappa = 1 with
-    w = 2 makes guidance give f(x_t, t, t) itself, so that the guided velocity is exact as well."""
+    """Returns the loss of the ideal network, or of f, whose velocity is u. It is 0 up to the error of the difference.
+    With kappa = 1 and w = 2, guidance gives f(x_t, t, t), so that the guided velocity is exact as well."""
     x, z = FLOW.draw(shape[0], seed, shape[1:])
     if t is None:
         t, s, _ = times(variant, shape[0])
@@ -98,7 +98,7 @@ def test_oracle_has_zero_residual_with_the_exact_derivative(variant):
 @pytest.mark.parametrize("variant", ["CU", "VU"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_residual_of_the_difference_falls_linearly_in_h(variant, autocast):
-    """Under autocast both points of the difference are computed anew."""
+    """This also holds under autocast, where both points of the difference are computed again in float32."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         residual = [loss(gcm, variant, h=h) for h in (4e-3, 1e-3, 2.5e-4)]
     assert residual[0] < 0.05
@@ -112,11 +112,11 @@ LINE = "at=(xt, t, s, y), along=(u, 1, 0)"
 MUTANTS = [
     (PAIR, "target = u - wide(slope, x) * near_far", False),                       # sign
     (PAIR, "target = u + 2 * wide(slope, x) * near_far", False),                   # factor
-    ("r > s, (s - r) / (t - r), 0", "r > s, (s - r) / (t - s), 0", False),         # another pair
+    ("r > s, (s - r) / (t - r), 0", "r > s, (s - r) / (t - s), 0", False),         # wrong denominator
     ("r > s, (s - r) / (t - r), 0", "r > s, (r - t) / (t - r), 0", False),
     ("xr = xt + wide(r - t, xt) * u", "xr = xt - wide(r - t, xt) * u", False),     # step in the wrong direction
-    ("F - f(xr, r, s, y)", "F - f(xr, t, s, y)", False),                           # its time
-    ("F - f(xr, r, s, y)", "F - f(xt, r, s, y)", False),                           # its place
+    ("F - f(xr, r, s, y)", "F - f(xr, t, s, y)", False),                           # the wrong time
+    ("F - f(xr, r, s, y)", "F - f(xt, r, s, y)", False),                           # the wrong point
     ("F - f(xr, r, s, y)", "f(xr, r, s, y) - F", False),
     (DERIVATIVE, "target = u + wide(t - s, x) * df_dt", True),
     (DERIVATIVE, "target = u + df_dt", True),
@@ -136,7 +136,7 @@ def test_mutants_are_caught(old, new, exact, variant):
 
 @pytest.mark.parametrize("variant", ["CU", "VU"])
 def test_without_guidance_the_target_is_right_on_average(variant):
-    """u = z - x is only the mean of the posterior: over its two points x +- 0.1 the mean of f_tar must be f."""
+    """u = z - x is right only on average: over the two points x +- 0.1 of the posterior, the mean of f_tar is f."""
     t, s, _ = times(variant)
     _, z = FLOW.draw(64)
     xt = wide(1 - t) * ORACLE.mu + 0.4 * z
@@ -154,8 +154,8 @@ def test_without_guidance_the_target_is_right_on_average(variant):
 @pytest.mark.parametrize("variant", ["CU", "VU"])
 @pytest.mark.parametrize("mode", ["difference", "exact", "fused"])
 def test_in_any_shape_the_exact_jump_is_the_minimum(shape, variant, mode):
-    """The pairs lie on the flow, z - x is its velocity at x_t, so that the ideal network has no error without guidance.
-    The norm has a kink at 0: the gradient is 0 where the error is 0 to the last bit, at s = t under guidance."""
+    """z - x is the velocity of the flow at x_t, so that the ideal network has no error without guidance. With guidance
+    and s = t, the error is exactly 0, and so is the gradient, although the norm has a kink at 0."""
     x, z = FLOW.draw(shape[0], shape=shape[1:])
     t, s, _ = times(variant, shape[0])
     xt = x + wide(t, x) * (z - x)
@@ -189,7 +189,7 @@ def test_guidance_needs_labels_and_the_null_label(mode):
 
 
 def test_the_loss_takes_any_callable_without_labels():
-    """y = None, and a network without an attribute. With the difference there need not be a jvp."""
+    """The loss accepts y = None and a network without attributes. With the difference, it needs no jvp."""
     x, z = FLOW.draw(4)
     t, s, density = times("VU", 4)
 
@@ -216,7 +216,7 @@ def test_all_steps_have_the_integral_of_the_baseline(ht):
 
 
 def test_constants_of_the_steps():
-    """Closed forms of C.3's condition: int eps (1-t)^2 = eps / 3."""
+    """The constants make the integral of each step equal to that of the quadratic step, eps / 3 (C.3)."""
     for ht, k in (("const", 0.005 / 3), ("linear", 0.01 / 3), ("quadratic", 0.005), ("cubic", 0.02 / 3), ("quad-inc", 0.005),
                   ("quad-concave", 0.01), ("quad-convex", 0.02), ("exp", 0.005 / 3 * 3.5 / (1 - math.exp(-3.5)))):
         assert math.isclose(gcm.equal_integral(ht, 0.005, 3.5), k, rel_tol=1e-6), ht
@@ -246,7 +246,7 @@ def test_c_is_near_t_near_0_and_uniform_in_the_steps():
 def test_quantiles_invert_the_integral_of_the_density(pt, ab):
     a, b = ab
     density = {"sine": lambda t: torch.sin(math.pi / 2 * (a * t + b * (1 - t))),
-               "cosh": lambda t: torch.cosh(a * t + b * (1 - t))}[pt](GRID)          # Eqs. 15, 16 but for their factor
+               "cosh": lambda t: torch.cosh(a * t + b * (1 - t))}[pt](GRID)          # Eqs. 15, 16 without factor
     density /= density.mean()
     cdf = density.cumsum(0) / len(GRID)
     u = torch.linspace(0.01, 0.99, 50).double()
@@ -258,7 +258,7 @@ def test_quantiles_invert_the_integral_of_the_density(pt, ab):
 
 @pytest.mark.parametrize("nu", [1.0, 4.0])
 def test_uniform_power_has_the_cdf_of_eq_17(nu):
-    """int_0^q p_up = 1 - int_q^1 (1 - q/tau)^nu dtau, from Eq. 17 with the order of integration changed."""
+    """Eq. 17 with the order of integration changed gives int_0^q p_up = 1 - int_q^1 (1 - q/tau)^nu dtau."""
     n = 1000
     u, v = torch.meshgrid(*[(torch.arange(n).double() + 0.5) / n] * 2, indexing="ij")
     s = gcm.uniform_power(u, v, nu)
@@ -279,7 +279,7 @@ def test_t_given_s_is_uniform_on_what_is_left_and_on_all_for_s_near_0():
     tenths = torch.histc(t[near], 10, gcm.T_MIN, gcm.T_MAX) / near.sum()     # E.2: the uniform density as s -> 0
     assert (tenths - 0.1).abs().max() < 0.012, tenths
     u[0] = 0
-    assert torch.allclose(gcm.sample_times(u, variant="VU")[0], gcm.sample_times(u, variant="CU")[0])   # CU is kept
+    assert torch.allclose(gcm.sample_times(u, variant="VU")[0], gcm.sample_times(u, variant="CU")[0])   # t is that of CU
 
 
 def test_dividing_by_the_density_keeps_the_effective_weight():
@@ -293,7 +293,7 @@ def test_dividing_by_the_density_keeps_the_effective_weight():
 
 
 def test_ects_step_ends_at_the_data():
-    """Its weight is 1 / (sigma_t - sigma_r), and sigma_r is never below 0."""
+    """The weight of ECT is 1 / (sigma_t - sigma_r), and sigma_r is never below 0."""
     t = torch.tensor([0.1, 0.3]).double()
     assert torch.allclose(gcm.WEIGHTS["ect"](t, None, torch.full_like(t, 0.5)), t / torch.tan(math.pi / 2 * t))
 
@@ -361,7 +361,7 @@ def test_mmd_of_one_is_the_norm():
 
 
 def test_mmd_is_eq_46_with_the_kernel_of_eq_44():
-    """Pair by pair, in Python."""
+    """The expected value is computed pair by pair in Python."""
     value, F, target, base, (t, r, s, h, w, M, sigma) = mmd(M=4, B=8)
     a, b = base - wide(h) * F, base - wide(h) * target
 
@@ -375,7 +375,7 @@ def test_mmd_is_eq_46_with_the_kernel_of_eq_44():
 
 
 def test_mmd_of_a_set_with_itself_is_0_and_of_others_above():
-    """The energy distance: with equal times it is positive for two sets, however they lie."""
+    """With sigma = inf the MMD is the energy distance, which is 0 for equal sets and positive for different sets."""
     F = torch.randn(4, 2, 3, 3).double()
     assert mmd(F=F, target=F, sigma=math.inf)[0].abs().max() < 1e-12
     order = [1, 0, 3, 2]                                               # the same set, in another order
@@ -429,11 +429,11 @@ def test_guidance_mixes_as_meanflow_does():
     u = gcm.guided_velocity(f, x, x + 2, t, y, w=2.5, kappa=0.92, guide=(0.0, 0.8), y_null=0)
     omega = 2.5 * 0.08
     assert torch.allclose(u[:, 0, 0, 0], torch.tensor([omega * 2 + 0.92 * 3] * 2 + [2.0, 2.0]).double())
-    assert gcm.guided_velocity(None, x, x + 2, t, y, w=1.0, kappa=0.0, guide=(0, 1), y_null=0) is not None     # no pass
+    assert gcm.guided_velocity(None, x, x + 2, t, y, w=1.0, kappa=0.0, guide=(0, 1), y_null=0) is not None     # f is not called
 
 
 def as_network(second_time):
-    """A network whose preconditioned output is the ideal f: all of 3.1's scalings undone."""
+    """Returns a network whose preconditioned output is the ideal f, by undoing all scalings of Section 3.1."""
     def net(x, c_t, c_s=None, y=None):
         t = torch.log1p(3.5 * c_t) / 3.5
         s = torch.log1p(3.5 * c_s) / 3.5 if second_time else torch.full_like(t, gcm.T_MIN)
@@ -458,7 +458,7 @@ def test_preconditioning_gives_inputs_and_outputs_unit_variance():
 
 @pytest.mark.parametrize("sigma_d", [0.5, 1.0])
 def test_a_velocity_network_of_ours_becomes_that_of_this_flow(sigma_d):
-    """ORACLE.velocity in the repository's own time -> E[z - x | x_t] in GCM's, for s = t."""
+    """For s = t, ORACLE.velocity in the time of this repository becomes E[z - x | x_t] in GCM's time."""
     f = gcm.precondition(lambda x, tau, s, y: ORACLE.velocity(x, tau), ct="exp", mu=3.5, sigma_d=sigma_d,
                          second_time=False, velocity=True)
     x, x0, t = ORACLE.draw(64)
@@ -469,7 +469,7 @@ def test_a_velocity_network_of_ours_becomes_that_of_this_flow(sigma_d):
 
 
 def test_edm_denoiser_is_the_velocity_here():
-    """f = (x_t - D(x_t / (1-t), sigma)) / t for a network with EDM's preconditioning and c_noise."""
+    """For a network with EDM's preconditioning and c_noise, f is (x_t - D(x_t / (1-t), sigma)) / t."""
     torch.manual_seed(0)
     net = models.create(name="DDPM++", input_size=8, width=8, mult=(1, 1), blocks=1, attention=(), sigma_data=0.5,
                         edm_time=True).double()
@@ -540,7 +540,7 @@ def test_samplers_take_their_options_from_the_run():
                 net=dict(name="DDPM++"))
     assert gcm.default_sampler(2, args) == "pushforward" and set(gcm.sampler_options(args)) == set(gcm.SAMPLERS)
     assert gcm.default_sampler(1, dict(args, variant="CU")) == "restart" and "restart" not in gcm.DETERMINISTIC
-    assert gcm.default_sampler(2, dict(args, scheme="facm")) == "restart"          # its s is t_0 or t
+    assert gcm.default_sampler(2, dict(args, scheme="facm")) == "restart"          # FACM's s is only t_0 or t
     noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
     for name, options in gcm.sampler_options(args).items():
         assert gcm.SAMPLERS[name](as_network(True), noise, None, nfe=2, **options).isfinite().all()
@@ -591,7 +591,7 @@ def test_one_pass_gives_the_derivative_of_the_scaled_network(options, second_tim
 
 
 def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
-    """With dropout, whose masks F and df/dt share."""
+    """Both ways to df/dt give the same gradient, also with dropout, whose masks F and df/dt share."""
     perturb(monkeypatch)
     for jvp in ("fused", "exact"):
         call(monkeypatch, gcm, *TINY, *VU, "--jvp", jvp, "--steps", 1, "--optimizer", "AdamW", "--betas", 0.9, 0.99,
@@ -602,7 +602,7 @@ def test_fused_and_exact_train_alike(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [["--augment", "--row", "E"], VU], ids=str)
 def test_processes_and_micro_batches_give_the_gradient_of_one_process(tmp_path, monkeypatch, flags):
-    """Also augmentation and groups: their random numbers and members are those of the global batch."""
+    """The random numbers of the augmentation and the members of the groups are those of the global batch."""
     common = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]
     common += [*flags, "--optimizer", "AdamW", "--betas", 0.9, 0.99, "--steps", 1]
     call(monkeypatch, gcm, *common, "--out", tmp_path / "one")
@@ -627,7 +627,7 @@ def test_every_option_trains(tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("letter", list(gcm.ROWS))
 def test_every_row_trains_and_flags_beat_it(tmp_path, monkeypatch, letter):
-    mu = [] if letter in "AG" else ["--mu", 3]                         # without effect there
+    mu = [] if letter in "AG" else ["--mu", 3]                         # it has no effect there
     call(monkeypatch, gcm, *TINY, "--row", letter, *mu, "--gamma", 0.5, "--steps", 1, "--out", tmp_path / "run")
     args = checkpoints.read(tmp_path / "run/ckpt.pt")["args"]
     assert args["mu"] == (3 if mu else 3.5)
@@ -647,7 +647,7 @@ def test_rows_say_what_tables_2_3_and_10_say():
 
 @pytest.mark.parametrize("options", [dict(sigma_data=0.5, edm_time=True), dict(sigma_data=0.6, time_scale=8.0)], ids=str)
 def test_begins_with_a_velocity_network(tmp_path, monkeypatch, options):
-    """--init takes public weights and checkpoints of ours; VU adds a second time that changes nothing at first."""
+    """--init accepts public weights and our checkpoints. VU adds a second time, which changes nothing at first."""
     small = dict(name="DDPM++", input_size=12, num_classes=10, width=8, mult=(1, 1), blocks=1, attention=())
     net = models.create(**small, **options)
     ours = {} if "edm_time" in options else dict(method="flow", step=1, args=dict(net=small | options))
@@ -662,7 +662,7 @@ def test_begins_with_a_velocity_network(tmp_path, monkeypatch, options):
 
 
 def test_a_short_run_fits_what_the_oracle_knows(tmp_path, monkeypatch):
-    """One step's jump of a trained CU model of Gaussian data follows the flow map: the method as a whole trains."""
+    """After training on Gaussian data, the one-step samples of a CU model have the mean and deviation of the data."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
                                  torch.nn.Linear(64, 1))
@@ -686,7 +686,7 @@ def test_a_short_run_fits_what_the_oracle_knows(tmp_path, monkeypatch):
 
 
 def test_trains_on_latents(tmp_path, monkeypatch):
-    """Three steps of the ImageNet preset (VU, MeanFlow's guidance, s = t for three quarters), with a small DiT."""
+    """The ImageNet preset (VU, MeanFlow's guidance, s = t for three quarters of the samples) trains a small DiT."""
     write_shards(tmp_path / "z")
     call(monkeypatch, gcm, "--device", "cpu", "--data", "imagenet_latents", "--data-dir", tmp_path / "z", "--batch", 4,
          "--steps", 3, "--log-every", 1, "--precision", "bf16", "--out", tmp_path / "run",
@@ -711,13 +711,13 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
         net = models.create("DDPM++", input_size=12, num_classes=3, width=8, mult=(1, 1), blocks=1, attention=())
         torch.save(net.state_dict(), tmp_path / "small.pt")
         flags = [tmp_path / "small.pt" if flag == "SMALL" else flag for flag in flags]
-        flags += [*TINY[4:9], "sigma_data=0.5"]                        # what the file does not say
+        flags += [*TINY[4:9], "sigma_data=0.5"]                        # the file does not contain it
     assert words in refused(monkeypatch, capsys, gcm, *TINY, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
 def break_losses(monkeypatch, broken):
-    """gcm.rms is NaN in these of its calls, one a step; their number is the length of the list."""
+    """Makes gcm.rms return NaN in the calls whose numbers, from 1, are in `broken`. Each step has one call."""
     honest, calls = gcm.rms, []
 
     def rms(a, dim):
@@ -766,7 +766,7 @@ def test_trains_on_cuda(tmp_path, monkeypatch, flags):
 
 
 def test_gcms_point_and_direction_and_weight():
-    """Without guidance: x_t = (1-t) x + t z, u = z - x, and at s = t the loss is w |F - u|."""
+    """Without guidance, x_t = (1-t) x + t z and u = z - x, and at s = t the loss is w |F - u|."""
     x, z, t, w = *torch.randn(2, 3, 1, 2, 2), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([1.0, 2.0, 4.0])
 
     def f(xt, t_, s, y):
@@ -779,7 +779,7 @@ def test_gcms_point_and_direction_and_weight():
 
 
 def test_the_pair_of_the_mmd_ends_at_s(monkeypatch):
-    """base - h F is x_t + (s-t) F, the end of the jump from t, where s does not cut the step short."""
+    """base - h F is x_t + (s-t) F, the end of the jump from t, if s does not shorten the step."""
     seen = []
     monkeypatch.setattr(gcm, "mmd_loss", lambda F, target, base, *a: seen.append((base, a)) or F.mean())
     x, z, t, s = *torch.randn(2, 2, 1, 2, 2), torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.495])
@@ -829,11 +829,11 @@ def test_without_a_constant_rate_the_average_is_the_power_function(tmp_path, mon
     watch(monkeypatch, calls, gcm, "gcm_loss")
     call(monkeypatch, gcm, *TINY, "--steps", 2, "--ema-sigma", 0.2, "--jvp", "fd", "--out", tmp_path / "run")
     assert [a[2] for a in calls["_foreach_lerp_"]] == [1 - (1 - 1 / k) ** (gamma_of(0.2) + 1) for k in (1, 2)]
-    assert all(options["difference"] for options in calls["gcm_loss options"])             # --jvp fd is the paper's
+    assert all(options["difference"] for options in calls["gcm_loss options"])             # as in the paper
 
 
 def spied_step(monkeypatch, **options):
-    """h and t of a loss: w(t) is given both."""
+    """Returns t and h of a loss, which are both arguments of the weight w(t)."""
     seen = []
     monkeypatch.setitem(gcm.WEIGHTS, "gcm", lambda t, s, h, gamma, lam: seen.append((t, h)) or torch.ones_like(t))
     x, z = FLOW.draw(64)
@@ -851,7 +851,7 @@ def test_step_and_weight_are_those_of_the_flags(monkeypatch):
     F = torch.zeros_like(x).requires_grad_()
     gcm.gcm_loss(None, lambda *_, **__: (F, 0 * F), x, z, t, s, density, None, difference=False, gamma=0.5,
                  lam=2.0).backward()
-    share = F.grad.square().sum((1, 2, 3)).sqrt() * 64 * x[0].numel() ** 0.5       # of a sample: its weight
+    share = F.grad.square().sum((1, 2, 3)).sqrt() * 64 * x[0].numel() ** 0.5       # the weight of each sample
     assert torch.allclose(share, t ** 0.5 * torch.exp(-2 * t) / density)
 
 
@@ -884,6 +884,6 @@ def test_a_flag_given_by_hand_beats_its_alternative_in_the_preset(monkeypatch, f
     (dict(name="DDPM++", sigma_data=0.5), True), (dict(name="DDPM++", edm_time=True), True), (dict(name="EDM2-S"), True)],
     ids=str)
 def test_networks_that_scale_themselves_are_asked_at_their_own_times(net, velocity):
-    """Their time runs the other way; from scratch as well, GCM's own scalings would be those of another time."""
+    """The time of these networks runs the other way, so that GCM's scalings do not apply, even from scratch."""
     args = dict(net=net, ct="exp", mu=3.5, sigma_data=0.5, variant="CU", init=None)
     assert gcm.scalings(args)["velocity"] == velocity and gcm.scalings(dict(args, init="x.pt"))["velocity"]

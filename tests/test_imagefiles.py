@@ -1,4 +1,4 @@
-"""Image files as people have them: labels, orientation, transparency, endings, what is left out, and what a resume allows."""
+"""Tests image files as people have them: labels, orientation, transparency, types, what is left out, and resuming."""
 
 import io
 import json
@@ -24,12 +24,13 @@ from common.messages import say_once
 
 
 def picture(k):
-    """An image of one colour."""
+    """Returns an image of one colour."""
     return Image.fromarray(np.full((8, 8, 3), 8 * k, np.uint8))
 
 
 def write_tree(tmp_path, kind, files):
-    """A folder or a zip archive of these files: {name: bytes, or None for a picture, or a folder's name with "/"}."""
+    """Writes these files to a folder or a zip archive: {name: bytes, or None for a picture}. A name that ends in "/" is
+    a folder. Returns the path."""
     content = {}
     for k, (name, text) in enumerate(files.items()):
         held = io.BytesIO()
@@ -61,7 +62,7 @@ BOTH = pytest.mark.parametrize("kind", ["folder", "zip"])
 @BOTH
 @pytest.mark.parametrize("outer", ["", "outer/", "a/b/"])
 def test_dataset_json_says_the_labels(tmp_path, kind, outer):
-    """NVlabs' dataset_tool numbers its folders by thousands of images; they are no classes."""
+    """The numbered folders of NVlabs' dataset_tool are not classes. Each contains up to a thousand images."""
     files = {outer + n: None for n in FOUR} | {outer + "dataset.json": table(LABELS)}
     dataset = data.load(str(write_tree(tmp_path, kind, files)), num_classes=4)
     assert dataset.labels.tolist() == [3, 0, 3, 1] and dataset.num_classes == 4 and dataset.class_names == []
@@ -107,7 +108,7 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path, kind, parts):
     path = write_tree(tmp_path, kind, {f"{part}/cat/{i}.png": None for part in parts for i in range(2)})
     with pytest.raises(ValueError, match="parts of a data set, not classes: give one of them"):
         data.load(str(path))
-    assert len(imagefiles.Tree(path, labelled=False).names) == 2 * len(parts)      # FID asks for no labels
+    assert len(imagefiles.Tree(path, labelled=False).names) == 2 * len(parts)      # FID needs no labels
 
 
 @BOTH
@@ -161,7 +162,7 @@ def test_annotations_that_are_no_images_are_parts_too(tmp_path):
 @BOTH
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_dataset_json_of_any_editor(tmp_path, kind, encoding):
-    """Windows' editors begin a file by a byte order mark."""
+    """Some editors begin the file with a byte order mark, which is accepted."""
     held = table(LABELS).decode().encode(encoding)
     assert imagefiles.Tree(write_tree(tmp_path, kind, FOUR | {"dataset.json": held})).labels == [3, 0, 3, 1]
 
@@ -177,7 +178,7 @@ def test_a_damaged_dataset_json_is_one_line(tmp_path, kind, content, monkeypatch
 
 
 def inspect_fails(monkeypatch, capsys, *argv):
-    """The one line on stderr with which data.py inspect ends."""
+    """Runs data.py inspect, which must fail, and returns the one line that it prints to stderr."""
     monkeypatch.setattr(sys, "argv", ["data.py", "inspect", *map(str, argv)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -281,12 +282,12 @@ def test_whatever_pillow_opens_is_an_image(tmp_path, kind, capsys):
 # Pixels.
 
 SCENE = np.zeros((16, 16, 3), np.uint8)
-SCENE[:8, :8] = 255                        # white above on the left
+SCENE[:8, :8] = 255                        # the upper left quarter is white
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photograph_stands_as_a_viewer_shows_it(tmp_path, orientation):
-    """Stored as the camera was held; the EXIF data say how to turn it."""
+    """A camera stores the image as it was held, and the EXIF data say how to turn it."""
     undo = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM],
             5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
             8: [Image.Transpose.ROTATE_270]}.get(orientation, [])
@@ -375,7 +376,7 @@ def test_a_name_that_is_no_utf8_is_told(tmp_path):
     ("ascii", ["katze-\u00fc", "\u732b"], ["katze-\\xfc: 1", "\\u732b: 1"]), ("cp1252", ["\U0001f431", "\u0142"], ["\\U0001f431: 1", "\\u0142: 1"]),
     ("utf-8", [os.fsdecode(b"a\xff"), os.fsdecode(b"\xfe")], ["a\\udcff: 1", "\\udcfe: 1"])])
 def test_names_that_the_console_lacks_are_escaped(tmp_path, encoding, names, shown):
-    """Of class folders, of the data set, and of the grid."""
+    """This applies to the names of the class folders, of the data set and of the grid."""
     path = write_tree(tmp_path, "folder", {f"{name}/0.png": None for name in names})
     path = path.rename(tmp_path / names[0])
     done = subprocess.run([sys.executable, ROOT / "data.py", "inspect", path, "--grid", f"{names[1]}.png"], cwd=tmp_path,
@@ -386,7 +387,7 @@ def test_names_that_the_console_lacks_are_escaped(tmp_path, encoding, names, sho
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Colour profiles. They are made here, byte by byte, and what they mean is computed by NumPy.
+# Colour profiles. They are written here byte by byte, and the expected colours are computed with NumPy.
 
 def entry(kind, content):
     return kind + bytes(4) + content
@@ -397,7 +398,7 @@ def fixed(*values):
 
 
 def icc(space, tags, kind=b"mntr", pcs=b"XYZ "):
-    """An ICC profile (version 2.4) with these tags."""
+    """Returns an ICC profile (version 2.4) with these tags."""
     text = b"a test\0"
     tags = {b"desc": entry(b"desc", struct.pack(">I", len(text)) + text + bytes(78)), b"cprt": entry(b"text", text),
             b"wtpt": entry(b"XYZ ", fixed(0.9642, 1, 0.8249))} | tags
@@ -423,7 +424,7 @@ def to_encoded(x):
 
 
 def samples_of_srgb(n):
-    """sRGB's curve as a table, as HP's and Microsoft's profile has it (n 1024)."""
+    """Returns sRGB's curve as a table of n values. The profile of HP and Microsoft has n = 1024."""
     values = np.rint(65535 * to_linear(np.linspace(0, 1, n))).astype(">u2")
     return entry(b"curv", struct.pack(">I", n) + values.tobytes())
 
@@ -444,7 +445,7 @@ def icc_grey(curve):
 
 
 def icc_cmyk():
-    """Black is black, and each other ink takes a quarter of the lightness away."""
+    """Returns a CMYK profile in which black is black and each other ink removes a quarter of the lightness."""
     corners = []
     for i in range(16):
         inks = (i >> 3 & 1) + (i >> 2 & 1) + (i >> 1 & 1)
@@ -459,7 +460,7 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
 def shown_as(pixels, primaries, exponent):
-    """sRGB of what a profile with these colourants and this exponent means, by its definition."""
+    """Returns the sRGB values of pixels whose profile has these colourants and this exponent."""
     linear = (pixels / 255) ** exponent
     linear = linear @ (np.linalg.inv(SRGB) @ primaries).T
     return np.rint(255 * np.clip(to_encoded(linear), 0, 1))
@@ -507,7 +508,7 @@ def without_profile(image, ending):
 
 def test_inks_become_colours(tmp_path):
     inks = np.zeros((8, 32, 4), np.uint8)
-    inks[:, 8:16, 3] = 255                 # paper, black, cyan, all but black
+    inks[:, 8:16, 3] = 255                 # the columns are paper, black, cyan, all inks but black
     inks[:, 16:24, 0] = 255
     inks[:, 24:, :3] = 255
     Image.fromarray(inks, "CMYK").save(tmp_path / "0.tif", icc_profile=icc_cmyk())
@@ -523,7 +524,7 @@ def test_inks_become_colours(tmp_path):
     "4096": icc_rgb(SRGB, samples_of_srgb(4096)), "formula": icc_rgb(SRGB, SRGB_FORMULA)}.items(), ids=lambda p: p[0])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1"])
 def test_srgb_profiles_leave_pixels_untouched(tmp_path, profile, mode):
-    many = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)       # a conversion would move some by 1
+    many = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)       # a conversion alters some
     image = Image.fromarray(many)
     image = image.quantize(64) if mode == "P" else image.convert(mode)
     image.save(tmp_path / "0.png", icc_profile=profile[1])
@@ -555,7 +556,7 @@ def test_damaged_and_foreign_profiles_are_ignored(tmp_path, mode, profile, capfd
 
 
 def test_a_photograph_with_everything(tmp_path):
-    """A profile, an orientation, and several threads that read such images at once."""
+    """Several threads at once read images that have a profile and an orientation."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = (120, 200, 60)
     exif = Image.Exif()
@@ -682,7 +683,7 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch, capsys):
     path = write_tree(tmp_path, "folder", files)
     train(monkeypatch, "--data", path, "--out", tmp_path / "run", "--steps", 1)
     path.rename(tmp_path / "moved")
-    train(monkeypatch, "--data", tmp_path / "moved", "--out", tmp_path / "run", "--steps", 2)      # a folder elsewhere
+    train(monkeypatch, "--data", tmp_path / "moved", "--out", tmp_path / "run", "--steps", 2)      # it has moved
     train(monkeypatch, "--data", write_tree(tmp_path, "zip", files), "--out", tmp_path / "run", "--steps", 3)
     (tmp_path / "moved/dog/2.png").write_bytes(b"damaged")
     capsys.readouterr()
@@ -692,7 +693,7 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch, capsys):
     train(monkeypatch, "--data", tmp_path / "moved", "--skip-broken", "--out", tmp_path / "run", "--steps", 5)
     assert "was begun with samples 6 (fingerprint" in (said := capsys.readouterr().err) and "now they are 5" in said
     (tmp_path / "moved/dog/2.png").unlink()
-    (tmp_path / "moved/dog/1.png").rename(tmp_path / "moved/cat/3.png")                            # of another class
+    (tmp_path / "moved/dog/1.png").rename(tmp_path / "moved/cat/3.png")                            # another class
     with pytest.raises(SystemExit) as end:
         train(monkeypatch, "--data", tmp_path / "moved", "--out", tmp_path / "run", "--steps", 6)
     assert end.value.code == 2 and "was begun with samples 5" in capsys.readouterr().err

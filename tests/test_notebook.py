@@ -1,4 +1,4 @@
-"""docs/one_step.ipynb runs, shortened, as one script; and its outputs, which are committed, show what its text says."""
+"""Tests that a shortened docs/one_step.ipynb runs as a script, and that its outputs show what its text says."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ CELLS = json.loads((ROOT / "docs" / "one_step.ipynb").read_text())["cells"]
 
 
 def outputs_of(words):
-    """The printed text and the picture, [H, W, 3], of the cell whose source has these words."""
+    """Returns the printed text and the picture, [H, W, 3], of the cell whose source has these words."""
     (cell,) = [cell for cell in CELLS if cell["cell_type"] == "code" and words in "".join(cell["source"])]
     text, picture = "", None
     for output in cell["outputs"]:
@@ -25,7 +25,7 @@ def outputs_of(words):
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
-    """With 3 steps and few images. What does not depend on training is as in the committed outputs."""
+    """The notebook runs with STEPS = 3. What does not depend on training is as in the committed outputs."""
     code = "\n\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code")
     code, replaced = re.subn(r"STEPS = \d+ ", "STEPS = 3 ", code)
     assert replaced == 1
@@ -44,7 +44,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_committed_outputs_show_what_the_text_says():
-    """The losses fall, and one step has the contrast of twenty with the derivative alone."""
+    """The loss falls. Only with the derivative does one step have nearly the contrast of 20 steps."""
     assert all(cell["outputs"] for cell in CELLS if cell["cell_type"] == "code" and "show(" in "".join(cell["source"])[-80:])
     text, _ = outputs_of("short = train(")
     first, last = (float(word) for word in re.findall(r"steps: ([\d.]+)", text))

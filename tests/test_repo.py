@@ -1,5 +1,5 @@
-"""The repository itself: its layout, what a script shows, imports that run one way, one house style, commands of the
-README, the docs and the docstrings."""
+"""Tests the repository itself: its layout, what a script shows, the direction of imports, its style, and the commands
+of the README, the docs and the docstrings."""
 
 import ast
 import os
@@ -30,7 +30,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")])
 
 
 def test_the_top_level_shows_what_there_is():
-    """What one reads or runs is at the top; what one need not open to follow a step is in common/."""
+    """The files to read or run are at the top, and those that are not needed to follow a step are in common/."""
     assert {path.stem for path in ROOT.glob("*.py")} == set(TOP)
     assert {path.stem for path in (ROOT / "common").glob("*.py")} == {"__init__", *COMMON}
 
@@ -40,7 +40,7 @@ def functions(tree):
 
 
 def depth(node, level=0):
-    """How many blocks (if, for, while, with, try) lie inside one another."""
+    """Returns how many blocks (if, for, while, with, try) are nested."""
     deeper = isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try))
     chained = [node.orelse[0]] if isinstance(node, ast.If) and len(node.orelse) == 1 and isinstance(
         node.orelse[0], ast.If) else []                                # elif is no deeper
@@ -68,7 +68,7 @@ def test_style(path):
 
 
 def source_of(path, name):
-    """The source of a function of a script."""
+    """Returns the source of a function of a script."""
     source = path.read_text()
     found, = [node for node in functions(ast.parse(source)) if node.name == name]
     return ast.get_source_segment(source, found)
@@ -94,7 +94,7 @@ def test_the_training_step_is_in_sight(path):
 
 
 def method_of(path):
-    """THE METHOD of a script: what one copies."""
+    """Returns the part THE METHOD of a script, which users can copy."""
     source = path.read_text()
     return source[source.index("# THE METHOD"):source.index("# SAMPLERS")]
 
@@ -124,7 +124,7 @@ CALLS = {
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_the_method_runs_in_an_empty_folder_beside_jvp(path, tmp_path):
-    """Copied out of the script and executed. The baselines build on FACM's method."""
+    """The method is copied out of the script and executed. The baselines also need FACM's method."""
     shutil.copy(ROOT / "jvp.py", tmp_path)
     methods = [method_of(ROOT / "facm.py")] if path.stem == "baselines" else []
     code = "\n".join([IMPORTS, *methods, method_of(path), TRY, f"({CALLS[path.stem]}).backward()", "print(scale.grad.item())"])
@@ -137,22 +137,22 @@ def test_the_method_runs_in_an_empty_folder_beside_jvp(path, tmp_path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_a_loss_needs_torch_alone(path):
-    """No args, no self, no device, no seed in the method and the samplers; hyper-parameters of a loss by keyword, with
-    defaults."""
+    """The method and the samplers use no args, self, device or seed. The hyper-parameters of a loss are keyword
+    arguments with defaults."""
     source = path.read_text()
     method = source[source.index("# THE METHOD"):source.index("def preview")]
     assert not re.search(r"\b(data|models|run|weights|processes)\.(?!py)|\bself\b|cuda|manual_seed|os\.|getattr|hasattr", method)
     for node in functions(ast.parse(source)):
         if node.name.endswith("_loss") and node.name not in ("fm_loss", "mmd_loss", "flow_loss"):
-            second = "x1" if node.name == "alphaflow_loss" else "jvp"                  # it has no derivative
+            second = "x1" if node.name == "alphaflow_loss" else "jvp"                  # AlphaFlow has no derivative
             assert [a.arg for a in node.args.args][1] == second and node.args.kwonlyargs and len(node.args.args) <= 9
             missing = [a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults) if default is None]
             assert missing in ([], ["phi"], ["alpha"])
 
 
 def test_imports_run_one_way():
-    """Floor by floor: what a file may import of ours. common/ knows nothing of the methods, and nothing of data sets. Only
-    evaluation.py calls two of the programs."""
+    """Each file imports only those that are listed for it. common/ imports neither methods nor data sets, and only
+    evaluation.py imports programs (fid.py and sample.py)."""
     inside = {
         "__init__": set(), "augment": set(), "ema": set(), "torchrun": set(), "messages": {"torchrun"}, "seeds": set(),
         "folders": {"messages", "torchrun"}, "checkpoints": {"messages"}, "log": {"messages"}, "flags": {"messages", "torchrun"},
@@ -179,7 +179,7 @@ def test_imports_run_one_way():
 
 
 def test_importing_a_script_sets_nothing_global():
-    """Neither handlers of signals, nor warnings, nor settings of torch."""
+    """Imports change neither signal handlers, nor warnings, nor settings of torch."""
     code = """
 import signal, sys, torch, warnings
 def settings():
@@ -196,7 +196,7 @@ assert settings() == before
 
 
 def test_presets_agree_where_a_student_begins_with_its_teacher():
-    """A network is written out in each script, so that it is in sight."""
+    """Each script repeats the network in its presets, so that it is visible there. The copies must agree."""
     for name, preset in flow.PRESETS.items():
         for module in (facm, decm, baselines):
             for key in ("net", "resolution", "precision", "xflip", "uncond"):
@@ -226,7 +226,7 @@ NEEDED = {"sample.py": ["--ckpt", "x", "--out", "x"], "fid.py": ["samples"],
 
 
 def flags_of(name, monkeypatch):
-    """Every option string of a program's parser."""
+    """Returns every option string of a program's parser."""
     seen = []
     original = flags.Parser.add_argument
     group = flags.argparse._ArgumentGroup.add_argument
@@ -240,7 +240,7 @@ def flags_of(name, monkeypatch):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_torchrun_leaves_our_flags_alone(name, monkeypatch):
-    """torchrun reads any beginning of its own flags as that flag, also behind the script's name."""
+    """torchrun accepts abbreviations of its flags, even after the script's name, which ours must not be."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings if o.startswith("--")]
     for flag in flags_of(name, monkeypatch) - {"--help", "--n", "--pr"}:
         assert not any(other.startswith(flag) for other in theirs), flag
@@ -248,7 +248,7 @@ def test_torchrun_leaves_our_flags_alone(name, monkeypatch):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_is_whole(name, monkeypatch, capsys):
-    """--help formats, and each flag has a phrase."""
+    """--help prints without an error, and its text does not contain None."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
         PROGRAMS[name].parse_args()
@@ -269,7 +269,7 @@ COMMANDS = [line.split("#")[0].strip()
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_every_command_parses(command, monkeypatch):
-    """Each launch line of README, docs and docstrings names a script here and flags that it has."""
+    """Each command in README, docs and docstrings names a script that exists and flags that the script accepts."""
     words = shlex.split(command.split("&&")[-1])
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists()

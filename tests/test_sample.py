@@ -1,4 +1,4 @@
-"""sample.py: the same samples whatever the batch, the processes and the interruptions; what it writes; its errors."""
+"""Tests sample.py: samples that do not depend on batches, processes or interruptions, its files and its errors."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ from common import checkpoints, seeds, weights
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a student, ckpt.pt, and its teacher, teacher.pt."""
+    """Returns a folder with a student, ckpt.pt, and its teacher, teacher.pt."""
     out = tmp_path_factory.mktemp("sample") / "run"
     with pytest.MonkeyPatch.context() as patch:
         call(patch, flow, *FLOW, "--steps", 3, "--lr", "3e-3", "--out", out.with_name("flow"))
@@ -75,7 +75,7 @@ def test_a_sample_does_not_depend_on_batch_or_processes(trained, tmp_path, monke
 
 
 def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(trained, tmp_path, monkeypatch):
-    """100 are two of the network's batches, the second one not full; 2 processes draw one each."""
+    """100 samples are two batches of the network, of which the second is not full. Two processes draw one each."""
     flags = ["--n", 100, "--nfe", 2]
     images, labels = draw(monkeypatch, trained, tmp_path / "7.npz", *flags, "--batch", 7)
     assert images.shape[0] == 100 and np.bincount(labels).tolist() == [10] * 10
@@ -93,7 +93,7 @@ def test_a_hundred_in_batches_of_7_and_64_and_in_two_processes(trained, tmp_path
     dict(name="DiT", input_size=8, num_classes=4, width=64, depth=2, heads=4),
     dict(name="LightningDiT", input_size=4, num_classes=4, patch=1, width=96, depth=2, heads=3)], ids=lambda o: o["name"])
 def test_every_network_gives_the_same_floats_whatever_the_number(options):
-    """Alone, these networks do not: other numbers of rows are rounded otherwise."""
+    """The networks round differently for other numbers of rows, so that draw_batch always passes the same number."""
     net = fill(models.create(**options))
     checkpoint = dict(method="flow", step=1, args=dict(net=weights.options_from_shapes(net.state_dict())))
     chosen = sample.choose_sampler(net, checkpoint, 2, cfg=2.0)
@@ -130,7 +130,7 @@ def test_weights_and_samplers_are_the_ones_asked_for(trained, tmp_path, monkeypa
 @pytest.mark.parametrize("nfe", [1, 3, 7, 20])
 @pytest.mark.parametrize("w", [1.0, 1.75])
 def test_euler_of_a_teacher_is_facms_to_the_last_bit(trained, nfe, w):
-    """That of a network under FACM's auxiliary condition, whose anchor is F(x_t, t, t), from the same t_low on."""
+    """The reference is FACM's Euler sampler under the auxiliary condition, with the same t_low for guidance."""
     net, checkpoint = sample.load(trained / "teacher.pt")
     noise, y = sample.draw_noise(0, range(64), 1, (3, 12, 12)), torch.arange(64) % 10
     guidance = dict(cfg=w, cfg_interval=(0.125, 1.0)) if w != 1 else {}
@@ -146,7 +146,7 @@ def test_guidance_of_the_teacher(trained, tmp_path, monkeypatch):
 
 
 def test_orders_of_euler_and_heun_and_their_evaluations():
-    """On Gaussian data, whose flow is known: the error falls as 1/steps and as 1/steps^2."""
+    """On Gaussian data, whose flow is known, the error falls as 1/steps (Euler) and as 1/steps^2 (Heun)."""
     gaussian, calls = Gaussian(), []
     noise = torch.randn((1, 16, 2, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = gaussian.flow_map(noise[0], 0.0, 1.0)
@@ -187,7 +187,7 @@ def test_shift_interval_and_channels_of_guidance():
 
 
 def test_a_methods_own_samplers_and_their_options(trained, tmp_path, monkeypatch, capsys):
-    """The interface of a method's script, with one that is made up."""
+    """sample.py uses the samplers, defaults and options that the script of a method defines, here a made-up gcm.py."""
     def restart(net, noise, y, nfe, times=(0.5,), scale=1.0):
         if len(times) != nfe - 1:
             raise ValueError(f"--times: {nfe - 1} are needed")
@@ -254,7 +254,7 @@ def test_latents_of_a_public_network_become_images(tmp_path, monkeypatch, capsys
         z = flow.integrate(net, noise, y, nfe=3, y_null=4, cfg=1.5, heun=True)
         expected = data.to_uint8(vae.decode(z * 0.5 + torch.arange(4.0).view(1, 4, 1, 1) / 9)).numpy()
     assert images.shape == (10, 12, 12, 3)
-    assert np.abs(images.astype(int) - expected).max() <= 1                    # these saw 10 rows, not 64
+    assert np.abs(images.astype(int) - expected).max() <= 1                    # `expected` has 10 rows, not 64
     flags = ["--ckpt", tmp_path / "public.pt", "--out", tmp_path / "y.npz", "--method", "flow"]
     capsys.readouterr()
     assert "--vae" in refused(monkeypatch, capsys, sample, *flags)
@@ -267,7 +267,7 @@ def test_latents_of_a_public_network_become_images(tmp_path, monkeypatch, capsys
 
 
 def test_latents_go_back_as_the_data_set_made_them(tmp_path):
-    """With the statistics of a run's own data, which its checkpoint names, and with the SD-VAE's scale."""
+    """Latents are decoded with the statistics of the data that the checkpoint names, or with the SD-VAE's scale."""
     folder, vae = tmp_path / "z", small_vae(tmp_path)
     folder.mkdir()
     z = torch.randn(2, 4, 3, 3)
@@ -285,7 +285,7 @@ def test_latents_go_back_as_the_data_set_made_them(tmp_path):
 
 
 def test_a_public_student_of_facm(tmp_path, monkeypatch):
-    """FACM's release knows its task by a second time; --method facm."""
+    """FACM's released network has a second time, and --method facm samples it under the auxiliary condition."""
     net = public(tmp_path, in_channels=3, input_size=12, second_time=True)
     images, _ = draw(monkeypatch, tmp_path, tmp_path / "x.npz", "--n", 64, "--nfe", 2, "--method", "facm", ckpt="public.pt")
     noise = sample.draw_noise(0, range(64), 2, (3, 12, 12))
@@ -340,7 +340,7 @@ def test_a_new_npz_takes_the_place_of_an_old_one(trained, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name, processes", [("x.npz", 1), ("x", 2)])
 def test_killed_and_continued_is_uninterrupted(trained, tmp_path, monkeypatch, name, processes):
-    """kill -9 at some moment, continued by another number of processes, with other batches."""
+    """After kill -9, another number of processes with another --batch continues, and the samples are the same."""
     flags = ["--ckpt", str(trained / "teacher.pt"), "--out", str(tmp_path / name), "--samples", "384", "--nfe", "8",
              "--cfg", "2", "--device", "cpu"]
     begun = [popen(*flags, script="sample.py")] if processes == 1 else popen_two(*flags, script="sample.py")
@@ -370,7 +370,7 @@ def test_killed_and_continued_is_uninterrupted(trained, tmp_path, monkeypatch, n
 
 
 def test_ctrl_c_leaves_what_can_be_continued(trained, tmp_path, monkeypatch, capsys):
-    """SIGINT while the third of four batches is drawn; then the two that are missing."""
+    """After SIGINT in the third of four batches, the same command draws the two batches that are missing."""
     flags = ["--ckpt", trained / "teacher.pt", "--out", tmp_path / "x.npz", "--n", 256, "--nfe", 2, "--device", "cpu"]
     honest, firsts = sample.draw_batch, []
 
@@ -381,7 +381,7 @@ def test_ctrl_c_leaves_what_can_be_continued(trained, tmp_path, monkeypatch, cap
         return honest(*args)
 
     monkeypatch.setattr(sample, "draw_batch", interrupted)
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # which a program in the background lacks
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a program in the background ignores SIGINT
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, sample, *flags)
     assert end.value.code == 130 and "same command continues" in capsys.readouterr().err
@@ -417,7 +417,7 @@ def test_a_folder_of_others_is_left_alone(trained, tmp_path, monkeypatch, capsys
 
 
 def peak_memory(folder, out, n):
-    """KiB, of a process that draws n samples."""
+    """Returns the peak memory, in KiB, of a process that draws n samples."""
     code = ("import resource, runpy, sys; sys.path.insert(0, '.'); sys.argv[0] = 'sample.py'\n"
             "runpy.run_path('sample.py', run_name='__main__')\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
@@ -428,7 +428,7 @@ def peak_memory(folder, out, n):
 
 
 def test_memory_does_not_grow_with_the_number(tmp_path):
-    """30,000 images of 32x32 are 92 MB, and their noise four times that."""
+    """30,000 images take 92 MB, and their noise four times as much, but memory grows by less than 20 MB."""
     net = models.create("DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2).eval()
     args = dict(net=dict(name="DiT", input_size=32, in_channels=3, num_classes=4, patch=8, width=16, depth=1, heads=2))
     checkpoints.save(tmp_path / "ckpt.pt", dict(method="facm", args=args, step=1, model={}, ema=net.state_dict()))
@@ -529,7 +529,7 @@ def test_images_of_another_autoencoder_are_not_mixed_in(tmp_path, monkeypatch, c
 
 
 def test_a_flow_with_a_second_time_is_asked_for_the_velocity():
-    """F(x_t, t, t), which s None means."""
+    """The velocity is F(x_t, t, t), which the network returns for s = None."""
     net = models.create("DiT", input_size=8, in_channels=3, num_classes=4, patch=4, width=16, depth=1, heads=2,
                         second_time=True)
     fill(net)
@@ -567,14 +567,14 @@ def test_more_senseless_flags(trained, tmp_path, monkeypatch, capsys, flags, wor
 
 
 def test_an_exported_network_draws_the_same(trained, tmp_path, monkeypatch, capsys):
-    """--export: half of the size, another name for the default picture, and not a step to go on from."""
+    """The float16 weights of --export draw the same samples up to rounding. The default picture has the file's name."""
     call(monkeypatch, sample, "--ckpt", trained / "ckpt.pt", "--export", tmp_path / "small.safetensors", "--device", "cpu")
     assert (tmp_path / "small.safetensors").stat().st_size < (trained / "ckpt.pt").stat().st_size / 4
     flags = ["--nfe", 2, "--n", 8, "--device", "cpu", "--out"]
     call(monkeypatch, sample, "--ckpt", trained / "ckpt.pt", *flags, tmp_path / "a.npz")
     call(monkeypatch, sample, "--ckpt", tmp_path / "small.safetensors", *flags, tmp_path / "b.npz")
     (a, labels), (b, same) = read(tmp_path / "a.npz"), read(tmp_path / "b.npz")
-    assert np.array_equal(labels, same) and np.abs(a.astype(int) - b).max() <= 3       # of float16's 11 bits
+    assert np.array_equal(labels, same) and np.abs(a.astype(int) - b).max() <= 3       # float16 has 11 bits
     call(monkeypatch, sample, "--ckpt", tmp_path / "small.safetensors", "--n", 8, "--device", "cpu")
     assert (tmp_path / "small-nfe1.png").exists()
     with pytest.raises(ValueError, match="is not a checkpoint of a training script"):
@@ -584,7 +584,7 @@ def test_an_exported_network_draws_the_same(trained, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["ckpt", "teacher"])
 def test_an_exported_network_is_read_as_its_checkpoint_is(trained, tmp_path, monkeypatch, name):
-    """weights.read, so --teacher and --init: the options of the network, and no consistency model as a velocity."""
+    """weights.read finds the options of the network. weights.load refuses a consistency model as a velocity network."""
     call(monkeypatch, sample, "--ckpt", trained / f"{name}.pt", "--export", tmp_path / "x.safetensors", "--device", "cpu")
     given, options = weights.read(trained / f"{name}.pt")
     exported, same = weights.read(tmp_path / "x.safetensors")
@@ -603,14 +603,14 @@ def test_an_export_that_cannot_be_written_is_one_line(trained, tmp_path, monkeyp
                                           "--export", tmp_path / "file" / "x.safetensors", "--device", "cpu")
 
 
-# Every kind of sample through every kind of output on every path, read back with NumPy and Pillow alone.
+# Every kind of sample is written to every kind of output on every path, and read back with NumPy and Pillow alone.
 
 KINDS = {"rgb": dict(in_channels=3), "grey": dict(in_channels=1), "latents": dict(in_channels=4, input_size=4)}
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """{kind: the flags that name its checkpoint, and its samples in memory, uint8 [70, H, W, C]}."""
+    """Returns {kind: (the flags that name its checkpoint, its samples as uint8 [70, H, W, C])}."""
     folder, made = tmp_path_factory.mktemp("kinds"), {}
     vae = small_vae(folder)
     for kind, options in KINDS.items():
@@ -639,7 +639,7 @@ def test_every_kind_through_every_output_on_every_path(kinds, tmp_path, monkeypa
     else:
         if path == "exported":
             call(monkeypatch, sample, *flags[:2], "--device", "cpu", "--export", tmp_path / "small.safetensors")
-            flags, close = ["--ckpt", tmp_path / "small.safetensors", *flags[2:]], 3       # of float16's 11 bits
+            flags, close = ["--ckpt", tmp_path / "small.safetensors", *flags[2:]], 3       # float16 has 11 bits
         if path == "interrupted" and output != "x.png":
             with monkeypatch.context() as patch, pytest.raises(SystemExit):
                 honest, calls = sample.draw_batch, []

@@ -1,4 +1,4 @@
-"""What a run shows of itself: FID while it trains, previews of latents, and the sweep over its checkpoints."""
+"""Tests FID during training, previews of latents, the sweep over the checkpoints of a run, curves and TensorBoard."""
 
 import json
 import pathlib
@@ -28,20 +28,20 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import curves
 import sweep
 
-STEADY = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]       # processes have other dropout
+STEADY = ["dropout=0.0" if flag == "dropout=0.2" else flag for flag in TINY]       # two processes differ in dropout
 LATENTS = ["--device", "cpu", "--batch", 4, "--steps", 2, "--warmup", 1, "--preview-every", 1, "--net", "name=LightningDiT",
            "patch=1", "width=32", "depth=1", "heads=4", "qknorm=True"]
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
-    """A TorchScript network of 24 features."""
+    """Returns the file of a TorchScript network with 24 features."""
     return script(fill(Small()), tmp_path_factory.mktemp("net") / "small.pt")
 
 
 @pytest.fixture(scope="module")
 def glyphs(tmp_path_factory):
-    """A file of 300 glyphs."""
+    """Returns a file of 300 glyphs."""
     path = tmp_path_factory.mktemp("glyphs") / "glyphs.npz"
     np.savez(path, arr_0=data.glyphs(300, 12, seed=1)[0])
     return path
@@ -49,7 +49,7 @@ def glyphs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ref(net, glyphs):
-    """A file of their statistics."""
+    """Returns a file of the statistics of the glyphs."""
     path = glyphs.with_name("ref.npz")
     with pytest.MonkeyPatch.context() as patch:
         call(patch, fid, glyphs, "--features", net, "--save-stats", path, "--device", "cpu")
@@ -63,7 +63,7 @@ def asked(net, ref):
 
 @pytest.fixture(scope="module")
 def watched(asked, tmp_path_factory):
-    """A run of 4 steps of facm.py that is evaluated after the steps 2 and 4."""
+    """Runs facm.py for 4 steps with an evaluation after steps 2 and 4, and returns the folder."""
     out = tmp_path_factory.mktemp("watched") / "run"
     with pytest.MonkeyPatch.context() as patch:
         call(patch, facm, *STEADY, *SCRATCH, *asked, "--steps", 4, "--save-every", 2, "--keep-every", 2, "--out", out)
@@ -75,7 +75,7 @@ def evaluations(out):
 
 
 def figures(monkeypatch, ckpt, net, ref, nfe, n, *flags):
-    """The distance by the two programs sample.py and fid.py."""
+    """Returns the distance that the programs sample.py and fid.py measure."""
     call(monkeypatch, sample, "--ckpt", ckpt, "--nfe", nfe, "--n", n, "--out", "x.npz", "--device", "cpu", *flags)
     call(monkeypatch, fid, "x.npz", "--ref", ref, "--features", net, "--json", "x.json", "--device", "cpu")
     (figure,) = json.loads(pathlib.Path("x.json").read_text())["figures"].values()
@@ -124,8 +124,8 @@ def test_the_random_generator_is_left_alone():
 
 
 def test_a_resumed_run_has_the_same_figures_and_none_twice(watched, asked, tmp_path, monkeypatch):
-    """Stopped after step 2. Another time the program ended after it had saved, and before it had its figures. The
-    evaluation may be asked for, or left out, at a resume."""
+    """A run that ended after saving step 2, but before its evaluation, has the same figures after it resumes. The flags
+    of the evaluation may be added, changed or left out on resume."""
     out, command = tmp_path / "run", [*STEADY, *SCRATCH, "--save-every", 2, "--out", tmp_path / "run"]
     call(monkeypatch, facm, *command, *asked, "--steps", 2)
     log = out / "log.jsonl"
@@ -140,7 +140,7 @@ def test_a_resumed_run_has_the_same_figures_and_none_twice(watched, asked, tmp_p
 
 
 def test_lines_past_the_checkpoint_are_dropped(watched, asked, tmp_path, monkeypatch):
-    """Figures of step 4 that were written before a kill, when the newest checkpoint was that of step 2."""
+    """The log has lines of step 4 that were written before a kill, but the newest checkpoint is that of step 2."""
     out = tmp_path / "run"
     shutil.copytree(watched, out)
     command = [*STEADY, *SCRATCH, *asked, "--save-every", 2, "--out", out]
@@ -155,8 +155,8 @@ def test_lines_past_the_checkpoint_are_dropped(watched, asked, tmp_path, monkeyp
 
 @pytest.mark.parametrize("flags", [["--steps", 2], ["--steps", 3, "--fsdp"]], ids=["replicas", "shards"])
 def test_two_processes_measure_as_one(watched, asked, tmp_path, flags):
-    """70 samples are two batches of the network, of which the first process draws one, and the second both. With
-    --fsdp the average is updated after a preview and an evaluation."""
+    """70 samples are two batches of the network, of which the first process draws one and the second both. With --fsdp,
+    the average is still updated after a preview and an evaluation."""
     run_two(*STEADY[:-2], "--jvp", "fused", "--preview-every", 1, *SCRATCH, *asked, *flags, "--out", tmp_path / "run")
     one, two = evaluations(watched)[0], evaluations(tmp_path / "run")[0]
     assert one["step"] == two["step"] == 2 and one["eval_n"] == two["eval_n"]
@@ -166,7 +166,7 @@ def test_two_processes_measure_as_one(watched, asked, tmp_path, flags):
 
 @pytest.mark.parametrize("n, world", [(70, 2), (130, 3), (64, 2), (5, 5), (129, 2)])
 def test_the_processes_draw_the_samples_of_one(watched, monkeypatch, n, world):
-    """Each has what fid.collect reads there, and all call the network equally often."""
+    """Each process draws the samples that fid.collect reads in it, and all call the network equally often."""
     monkeypatch.setattr(fid, "raise_together", lambda problem, world: None)
     network, checkpoint = sample.load(watched / "ckpt.pt")
     chosen = sample.choose_sampler(network, checkpoint, 1)
@@ -180,7 +180,7 @@ def test_the_processes_draw_the_samples_of_one(watched, monkeypatch, n, world):
         begin, end = n * rank // world, n * (rank + 1) // world
         assert np.array_equal(images[begin - first:end - first], whole[begin:end]) and end - first <= len(images)
         counts.append(len(calls))
-        assert all(first % sample.ROWS == 0 for first in calls)        # the batches of one process
+        assert all(first % sample.ROWS == 0 for first in calls)        # the same batches as in one process
         monkeypatch.undo()
         monkeypatch.setattr(fid, "raise_together", lambda problem, world: None)
     assert len(set(counts)) == 1
@@ -200,7 +200,7 @@ def test_samples_that_are_not_finite_leave_the_run_alone(asked, tmp_path, monkey
 
 
 def test_time_for_figures_is_none_of_training(tmp_path, asked, monkeypatch):
-    """images_per_s of the step after an evaluation that takes a second more."""
+    """An evaluation that takes a second longer does not reduce images_per_s of the next step."""
     import time
     honest = evaluation.Evaluation.figures
 
@@ -219,7 +219,7 @@ def test_time_for_figures_is_none_of_training(tmp_path, asked, monkeypatch):
     ("--vae small.pt", "--vae has no effect here: it needs latents"), ("--eval-nfe 0", "--eval-nfe 0"), ("--eval-n 1", "--eval-n 1"),
     ("--inception w.pth", "--features replaces Inception")])
 def test_mistakes_end_in_one_line_before_training(net, ref, tmp_path, monkeypatch, capsys, flags, words):
-    """Also before the default teacher is trained."""
+    """The error also comes before the default teacher is trained."""
     shutil.copy(net, "small.pt")
     shutil.copy(ref, "ref.npz")
     np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
@@ -254,8 +254,8 @@ def latents(tmp_path):
 def test_previews_of_latents_are_what_the_autoencoder_makes_of_them(latents, tmp_path, monkeypatch):
     vae, command = latents
     call(monkeypatch, flow, *command)
-    assert not (tmp_path / "run/previews").exists()                    # without --vae there are none
-    call(monkeypatch, flow, *command, "--steps", 3, "--vae", tmp_path / "vae.pt")      # which may come at a resume
+    assert not (tmp_path / "run/previews").exists()                    # latents have no previews without --vae
+    call(monkeypatch, flow, *command, "--steps", 3, "--vae", tmp_path / "vae.pt")      # it may be added on resume
     assert [path.name for path in (tmp_path / "run/previews").iterdir()] == ["0000003.png"]
     network, checkpoint = sample.load(tmp_path / "run/ckpt.pt")
     args = types.SimpleNamespace(**checkpoint["args"])
@@ -286,7 +286,7 @@ def test_a_wrong_autoencoder_is_one_line(latents, watched, tmp_path, monkeypatch
 
 
 def test_a_wrong_autoencoder_ends_both_processes(latents, tmp_path):
-    """The first process alone loads it."""
+    """Both processes end, although only the first one loads the autoencoder."""
     processes = popen_two(*latents[1], "--vae", "nowhere.pt", script="flow.py")
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
@@ -306,7 +306,7 @@ def test_a_default_teacher_is_shown_by_the_autoencoder_and_not_evaluated(latents
 # The sweep
 
 def swept(monkeypatch, out, *flags):
-    """The rows that a call of sweep.py asks for, and what it measured."""
+    """Runs sweep.py. Returns the rows in sweep.json, and (step, cfg) of those that were measured."""
     measured, honest = [], evaluation.measure
 
     def measure(net, checkpoint, chosen, *inputs):
@@ -328,7 +328,7 @@ def run(watched, tmp_path):
 
 
 def test_a_sweep_measures_each_checkpoint_once(run, watched, net, ref, monkeypatch, capsys):
-    """The snapshot of step 4 and ckpt.pt are the same network. The figures are those of the log."""
+    """The snapshot of step 4 and ckpt.pt are the same network and measured once. The figures are those of the log."""
     flags = ["--ref", ref, "--features", net, "--n", 70]
     found, measured = swept(monkeypatch, run, *flags)
     assert [(row["checkpoint"], row["nfe"]) for row in found] == [
@@ -384,7 +384,7 @@ def test_guidance_scales_of_a_flow_and_of_nothing_else(run, net, ref, tmp_path, 
 
 
 def test_two_processes_sweep_as_one(run, net, ref, tmp_path, monkeypatch):
-    """With a snapshot of whose changes the second process knows nothing before the first has said so."""
+    """The rows are the same, and the distances agree up to rounding."""
     flags = ["--ref", ref, "--features", net, "--nfe", 2, "--device", "cpu"]
     one, _ = swept(monkeypatch, run, *flags[:-2], "--n", 70)
     (run / "sweep.json").unlink()
@@ -429,7 +429,7 @@ def test_mistakes_of_a_sweep_end_in_one_line(watched, net, ref, monkeypatch, cap
 # Curves and TensorBoard
 
 def test_curves_of_a_log_with_lines_of_all_kinds(tmp_path):
-    """Losses, figures of two numbers of samples, changed flags, and a line that is torn."""
+    """The log has losses, figures from two numbers of samples, changed flags, and an incomplete line."""
     lines = [dict(step=1, L_fm=2.0, grad_norm=1.0), dict(step=2, L_fm=1.0, skipped=1),
              dict(step=2, fid={"NFE 1": 9.0, "NFE 2": 5.0}, eval_n=50), dict(step=2, changed=dict(lr=[1e-4, 5e-5], clip=[1.0, 0.5])),
              dict(step=3, L_fm=0.5, grad_norm=3.0), dict(step=4, fid={"NFE 2": 4.0}, eval_n=50), dict(step=6, fid={}, eval_n=50),
@@ -460,14 +460,14 @@ def test_the_sweep_is_drawn(run, net, ref, monkeypatch):
 
 
 def scalars(folder):
-    """{tag: [(step, value), ...]} of the events in a folder, as TensorBoard shows them."""
+    """Returns {tag: [(step, value), ...]} of the events in a folder, as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_tensorboard_shows_what_the_log_has(asked, tmp_path, monkeypatch):
-    """Also after a resume with another rate, and from an older checkpoint."""
+    """This also holds after a run resumes from an older checkpoint with another learning rate."""
     pytest.importorskip("tensorboard")
     out, command = tmp_path / "run", [*FLOW, *asked, "--eval-nfe", 3, "--save-every", 2, "--tensorboard", "--out", tmp_path / "run"]
     call(monkeypatch, flow, *command, "--steps", 2)
@@ -484,6 +484,6 @@ def test_tensorboard_shows_what_the_log_has(asked, tmp_path, monkeypatch):
 
 def test_without_the_package_tensorboard_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
-    monkeypatch.setattr(sys, "path", [])                               # where it could be found
+    monkeypatch.setattr(sys, "path", [])                               # so that it cannot be found
     line = refused(monkeypatch, capsys, flow, *FLOW, "--tensorboard", "--out", tmp_path / "run")
     assert line.endswith("pip install tensorboard") and not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""As it is used: what fits into memory, which device a tensor is on, who owns a folder, commands as they stand."""
+"""Tests everyday use: memory, the devices of tensors, the owner of a folder, and the commands of README.md."""
 
 import os
 import pathlib
@@ -30,8 +30,8 @@ TINY = ["--batch", "4", "--micro-batch", "2", "--resolution", "12", "--net", "wi
 
 @pytest.fixture
 def cuda_claimed(monkeypatch):
-    """Networks and data claim to be on CUDA (fake tensors), so that a tensor that is left on the CPU is an error. The
-    backward engine wants a real device: gradients are zeros instead. main() then runs, but for its files."""
+    """Makes networks and data claim to be on CUDA (fake tensors), so that a tensor that is left on the CPU is an error.
+    Gradients are zeros, because the backward engine needs a real device. main() runs without writing files."""
     jobs = []
 
     class OnCuda(dryrun.DryRun):
@@ -92,7 +92,7 @@ def test_a_step_leaves_no_tensor_on_the_cpu(cuda_claimed, monkeypatch, capsys, m
 
 
 def test_a_dry_run_opens_a_teacher_that_is_there(teacher, tmp_path, monkeypatch, capsys):
-    """It takes the network from the file, and refuses what the run would refuse."""
+    """A dry run takes the network from the teacher's file, and refuses what the run would refuse."""
     flags = ["--resolution", 12, "--dry-run", "--teacher"]
     call(monkeypatch, facm, *flags, teacher)
     assert "'width': 8" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_a_dry_run_opens_a_teacher_that_is_there(teacher, tmp_path, monkeypatch,
 # Memory.
 
 def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
-    """CUDA's error, in the second step."""
+    """CUDA's error comes in the second step, and the checkpoint of the first step is kept."""
     honest, calls = torch.nn.utils.clip_grad_norm_, []
 
     def full(*args):
@@ -129,7 +129,7 @@ def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatc
     "flow.py --device cpu --steps 2 --batch 10000000 --out RUN",
     "sample.py --device cpu --ckpt RUN --n 10000000000 --out RUN/x.npz"], ids=["train", "sample"])
 def test_the_cpus_refusal_is_one_line(tmp_path, monkeypatch, words):
-    """The CPU's allocator, under a limit of the process: 4 GB of address space."""
+    """The CPU's allocator fails, because the process may use only 4 GB of address space."""
     out = tmp_path / "run"
     call(monkeypatch, flow, "--device", "cpu", *TINY, "--steps", 1, "--out", out)
     kept, words = (out / "ckpt.pt").read_bytes(), words.replace("RUN", str(out)).split()
@@ -145,7 +145,7 @@ def test_the_cpus_refusal_is_one_line(tmp_path, monkeypatch, words):
 
 @pytest.mark.parametrize("module", [flow, facm, decm, gcm], ids=lambda m: m.__name__)
 def test_a_resume_with_another_micro_batch_sees_the_same_samples(tmp_path, monkeypatch, module):
-    """The second step in pieces of 4, 3 and 1 images: the same batch, times and noise, and a gradient that agrees."""
+    """With --micro-batch 4, 3 and 1, the second step has the same batch, times and noise, and the gradients agree."""
     seen, gradients = {}, {}
     honest = processes.to_device
     for pieces in (4, 3, 1):
@@ -170,7 +170,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path, monkeypatch, capsys):
     assert "--batch 4 is not a multiple of 3, the number of processes" in said
 
 
-# Owners. The first command is a process; the second one comes while it runs, then after kill -9.
+# Owners. A second command runs while the first one is still running, and again after the first one was killed.
 
 def wait_for(condition, process):
     for _ in range(3000):
@@ -210,7 +210,7 @@ def test_a_folder_has_one_owner_and_a_killed_one_is_taken_over(tmp_path, monkeyp
     assert not list(tmp_path.glob("*.old-*"))
     process.kill()
     process.communicate()
-    if module is sample:                   # the rest is done when a few are
+    if module is sample:                   # zeros, to draw the rest in less time
         monkeypatch.setattr(sample, "draw_batch", lambda *a: torch.zeros(len(a[-1]), 3, 12, 12))
     call(monkeypatch, module, *then)
     assert not list(tmp_path.glob("**/.owner"))
@@ -224,7 +224,7 @@ SHORT = {"flow.py": "--steps 2", "facm.py": "--steps 2", "decm.py": "--steps 2 -
 
 
 def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
-    """Those that need nothing, in their order, from an empty folder; training with few steps of small batches."""
+    """The commands that need no data run in order in an empty folder. Training has few steps and small batches."""
     lines = [line.split("#")[0].split("&&")[-1].split() for line in (ROOT / "README.md").read_text().splitlines()
              if "python " in line.split("#")[0] and ".py" in line and "needs" not in line and not line.startswith(("|", "-", "`"))]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
@@ -233,7 +233,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, cap
     ran = []
     for words in lines:
         script = words[1]
-        if words[0] != "python" or "/" in script:          # benchmarks and examples have tests of their own
+        if words[0] != "python" or "/" in script:          # other tests run benchmarks and examples
             continue
         more = f"--device cpu {SHORT[script]} --batch 4 --preview-every 100" if script in SHORT else "--device cpu"
         module = {"flow.py": flow, "facm.py": facm, "decm.py": decm, "gcm.py": gcm, "baselines.py": baselines,

@@ -1,4 +1,4 @@
-"""weights.py: checkpoints of ours and of the public kinds, strictly, and without executing what is in them."""
+"""Tests weights.py: our checkpoints and public ones are read strictly, and nothing in them is executed."""
 
 import argparse
 import collections
@@ -58,7 +58,7 @@ def test_our_own_checkpoint_keeps_what_no_shape_tells(tmp_path):
     net = models.create(**options).eval()
     checkpoints.save(tmp_path / "ckpt.pt", dict(method="facm", args=dict(net=options), step=1, model={},
                                                    ema=net.state_dict()))
-    loaded = weights.load(tmp_path / "ckpt.pt", sigma_data=0.5)                      # what the file says goes before
+    loaded = weights.load(tmp_path / "ckpt.pt", sigma_data=0.5)                      # the file takes precedence
     assert (loaded.time_scale, loaded.sigma_data) == (8.0, 0.6)
     assert torch.equal(loaded(torch.ones(1, 3, 8, 8), torch.ones(1)), net(torch.ones(1, 3, 8, 8), torch.ones(1)))
 
@@ -120,7 +120,7 @@ def test_missing_and_damaged_files(tmp_path, name):
 
 
 def pickle_as_edm_does(path, monkeypatch, outer=(), beside=(), **nets):
-    """NVlabs/edm's pickles: each object of its own is rebuilt from a dict with its class's source and its state."""
+    """Writes a pickle as NVlabs/edm does, where an object is rebuilt from a dict of its class's source and state."""
     persistence = types.ModuleType("torch_utils.persistence")
     exec("def _reconstruct_persistent_obj(meta): raise RuntimeError", persistence.__dict__)
     persistence._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
@@ -188,16 +188,16 @@ def test_every_golden_file_is_used():
         assert f'"{path.stem}"' in used or f'"{path.name}"' in used, path
 
 
-# Which entry of a file holds the weights: the names that the field has for an average.
+# Which entry of a file contains the weights: the usual names of an average.
 
 def held_by_ema_pytorch(average, net):
-    """The state of ema_pytorch's EMA: the network twice, and numbers."""
+    """Returns the state of ema_pytorch's EMA, which contains the network twice, and numbers."""
     return {**{f"ema_model.{k}": w for k, w in average.items()}, **{f"online_model.{k}": w for k, w in net.items()},
             "initted": torch.tensor(True), "step": torch.tensor(7)}
 
 
 def held_by_post_hoc_ema(average, net):
-    """The state of its PostHocEMA with two averages, of which FACM's authors take the second."""
+    """Returns the state of its PostHocEMA with two averages, of which FACM's authors use the second."""
     return {f"ema_models.{i}.{k}": w for i, of in enumerate((net, average)) for k, w in held_by_ema_pytorch(of, net).items()}
 
 
@@ -230,7 +230,7 @@ ONE, OTHER = {"a": torch.ones(2)}, {"a": torch.zeros(2)}
     (dict(state_dict=ONE, shadow=[dict(step=1), OTHER]), "state_dict, shadow.1"),
     (dict(model=ONE, polyak={"_orig_mod.module.a": torch.zeros(2)}), "model, polyak")], ids=range(9))
 def test_an_average_of_an_unknown_name_is_not_passed_over(tmp_path, file, places):
-    """Under whatever name and at whatever depth: two dicts of the same names and shapes are a question."""
+    """If a file has two dicts of the same names and shapes, at any depth, the error asks for --weights KEY."""
     torch.save(file, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"has the keys {places}; choose one by --weights KEY"):
         weights.read(tmp_path / "x.pt")
@@ -250,7 +250,7 @@ def test_what_looks_alike_but_is_no_copy_of_the_weights_is_no_question(tmp_path)
 
 
 def test_what_no_shape_tells_is_said_when_it_is_assumed(tmp_path, capsys):
-    """The heads of a width that is in no published table, and what the output means; not what --net says."""
+    """The prediction is assumed, and for an unpublished width the number of heads as well, unless --net gives them."""
     options = dict(name="DiT", input_size=8, in_channels=3, num_classes=4, patch=4, depth=1)
     for width, given, assumed in ((32, {}, "heads=1 prediction=velocity"), (384, {}, "prediction=velocity"),
                                   (32, dict(heads=4, prediction="noise"), None)):
