@@ -43,7 +43,7 @@ def pairs(shape, offset=1.0):
 
 
 def loss_and_gradient(theta=0.0, net=velocity, shape=(64, 2, 3, 3), module=flow, mixed=None, **options):
-    """Returns the loss of the network at distance theta from the exact one, and its derivative with respect to theta."""
+    """Returns the loss of a network at distance theta from the exact one, and its derivative with respect to theta."""
     x1, x0, t, _ = pairs(shape)
     net = Beside(net, theta)
     loss = module.flow_loss(net, x1, x0, t, None, mixed=mixed, **options)
