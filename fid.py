@@ -454,6 +454,8 @@ def load_features(path, device="cpu"):
 
     Raises ValueError, here or when it is called, for a file or a network of another kind.
     """
+    if not path.is_file():
+        raise ValueError(f"--features {path}: there is no such file")
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             net = torch.jit.load(path, map_location=device).eval()

@@ -106,6 +106,8 @@ def load(path, device="cpu", raw=False, method=None, options=None, key=None):
     try:
         checkpoint = checkpoints.read(path)
     except ValueError as e:
+        if not os.path.exists(path):
+            raise
         raise ValueError(f"{e}; for a public network, name its method: --method flow, facm, ..."
                          ) from None
     if "net" not in checkpoint["args"]:

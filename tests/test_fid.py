@@ -918,6 +918,7 @@ def test_the_export_of_dinov2_makes_a_network_for_features(files, tmp_path, monk
 
 
 @pytest.mark.parametrize("make, words", [
+    (lambda p: None, "there is no such file"),
     (lambda p: p.write_text("text"), "TorchScript"),
     (lambda p: torch.save({}, p), "TorchScript"),
     (lambda p: script(torch.nn.Identity(), p), "[N, D]"),
