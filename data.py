@@ -298,7 +298,7 @@ class Latents(Dataset):
         self.paths = sorted(folder.glob("*.safetensors"))
         if not self.paths:
             raise ValueError(
-                f"{folder}: no *.safetensors in it, which are shards of latents in the format of "
+                f"{folder} contains no *.safetensors, the shards of latents in the format of "
                 "LightningDiT; put the published ones there, or run "
                 f"python encode.py --out {as_argument(folder)}")
         self.shards = [map_shard(path, xflip) for path in self.paths]
@@ -309,7 +309,7 @@ class Latents(Dataset):
         self.start = torch.tensor([0] + [len(part) for part in labels]).cumsum(0)
         labels = np.concatenate(labels)
         if not len(labels):
-            raise ValueError(f"{folder}: no latents in its shards")
+            raise ValueError(f"{folder}: its shards contain no latents")
         super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip)
         self.mean, self.std = read_stats(folder, self.shape[0])
 
@@ -462,7 +462,7 @@ def save_stats(folder):
     paths = sorted(path.parent.glob("*.safetensors"))
     shards = [map_shard(shard, flipped=False) for shard in paths]
     if not sum(len(shard["labels"]) for shard in shards):
-        raise ValueError(f"{folder}: no latents in it")
+        raise ValueError(f"{folder} contains no latents")
     mean, std = latent_stats(shards)
     content = io.BytesIO()
     torch.save(dict(mean=mean, std=std), content)
@@ -614,7 +614,7 @@ def kind_of(name):
         return "files"
     if path.exists():
         raise ValueError(f"{path} is neither a folder, nor an .npz or .zip file")
-    raise ValueError(f"{name}: no such file or folder; data sets are glyphs, "
+    raise ValueError(f"{name}: there is no such file or folder; the data sets are glyphs, "
                      f"{', '.join(TORCHVISION)}, imagenet_latents")
 
 

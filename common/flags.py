@@ -209,7 +209,8 @@ def choose_preset(args, presets):
     if args.preset not in presets and pathlib.Path(args.data).exists():
         fail(f"--data {args.data} needs --preset: {', '.join(presets)}")
     if args.preset not in presets:
-        fail(f"--data {args.data}: no such file or folder, nor one of {', '.join(presets)}")
+        fail(f"--data {args.data}: there is no such file or folder, and it is not one of "
+             f"{', '.join(presets)}")
     return presets[args.preset]
 
 

@@ -155,7 +155,7 @@ class Tree:
         found = sorted(name for name in self.places if not is_aside(name))
         self.names = [name for name in found if self.is_image(name)]
         if not self.names:
-            raise ValueError(f"{path}: no images in it")
+            raise ValueError(f"{path} contains no images")
         base = find_base(self.names, folders, self.places)
         table = base + "dataset.json"
         others = sorted(set(found) - set(self.names) - {table})

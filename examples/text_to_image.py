@@ -101,7 +101,7 @@ def encoded(folder, script):
     folder = pathlib.Path(folder)
     files = sorted(path for path in folder.glob("*.safetensors") if path.stem != "null")
     if not files:
-        sys.exit(f"error: {folder}: no *.safetensors in it; run {script} encode --out {folder}")
+        sys.exit(f"error: {folder} contains no *.safetensors; run {script} encode --out {folder}")
     null = safetensors.torch.load_file(folder / "null.safetensors")
     return files, {name: tensor[None] for name, tensor in null.items()}
 

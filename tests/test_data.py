@@ -980,7 +980,7 @@ def test_inspect(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "z/latents_stats.pt").exists() and Image.open(tmp_path / "grid.png").size == (640, 128)
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, data, "inspect", tmp_path / "nowhere")
-    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'}: no such file or folder")
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'}: there is no such file or folder")
 
 
 @pytest.mark.parametrize("script, argv, word", [

@@ -620,9 +620,9 @@ def refused(monkeypatch, capsys, module, *argv):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "cifar"], "--data cifar: no such file or folder, nor one of glyphs, "),
-    (["--data", "imagenet64.zip"], "--data imagenet64.zip: no such file or folder"),
-    (["--data", "imagenet64.zip", "--preset", "glyphs"], "imagenet64.zip: no such file or folder; data sets are glyphs, "),
+    (["--data", "cifar"], "--data cifar: there is no such file or folder, and it is not one of glyphs, "),
+    (["--data", "imagenet64.zip"], "--data imagenet64.zip: there is no such file or folder"),
+    (["--data", "imagenet64.zip", "--preset", "glyphs"], "imagenet64.zip: there is no such file or folder; the data sets are glyphs, "),
     (["--resolution", "15"], "divisible"),
     (["--resolution", "4"], "legible"),
     (["--micro-batch", "0"], "--micro-batch 0"),

@@ -248,7 +248,7 @@ def test_headline_commands_without_their_data_say_what_to_do(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     said = refused(monkeypatch, capsys, facm, "--data", "imagenet_latents", "--device", "cpu", "--precision", "float32",
                    "--net", "name=LightningDiT", "patch=1", "width=32", "depth=1", "heads=2")
-    assert "data/imagenet_latents: no *.safetensors in it" in said and "encode.py" in said
+    assert "data/imagenet_latents contains no *.safetensors" in said and "encode.py" in said
     assert not (tmp_path / "runs").exists()
 
 
