@@ -455,15 +455,19 @@ def latent_stats(shards):
     return mean.float()[None, :, None, None], std.float()[None, :, None, None]
 
 
-def save_stats(folder):
-    """Writes latents_stats.pt (mean, std) of the shards in a folder. Raises ValueError if there are
-    none, and OSError if the file cannot be written, in which case an older file is kept."""
+def save_stats(folder, scale=1.0):
+    """Writes latents_stats.pt of the shards in a folder: their mean and std or, for an autoencoder
+    whose latents z are used as scale z, the mean 0 and the std 1 / scale. Raises ValueError if
+    there are no latents, and OSError if the file cannot be written, in which case an older file is
+    kept."""
     path = pathlib.Path(folder) / "latents_stats.pt"
     paths = sorted(path.parent.glob("*.safetensors"))
     shards = [map_shard(shard, flipped=False) for shard in paths]
     if not sum(len(shard["labels"]) for shard in shards):
         raise ValueError(f"{folder} contains no latents")
     mean, std = latent_stats(shards)
+    if scale != 1:
+        mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / scale)
     content = io.BytesIO()
     torch.save(dict(mean=mean, std=std), content)
     part = path.with_suffix(".pt.part")

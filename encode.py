@@ -20,7 +20,8 @@ from common.messages import fail
 
 
 def parse_args():
-    p = flags.Parser(description="Images to shards of latents.")
+    p = flags.Parser(description="Encodes images as latents, in shards for --data "
+                     "imagenet_latents.")
     a = p.add_argument
     a("--images", required=True, help="folder, zip, npz, or glyphs, mnist, fashion or "
       "cifar10; grey images become RGB")
@@ -64,7 +65,7 @@ def encode(args):
                 write_shard(path, vae, images, rows, numbers, args, device, quiet=rank > 0)
         processes.barrier()
         if rank == 0:
-            data.save_stats(out)
+            data.save_stats(out, vae.scale)
             print(f"{out}: {len(images.labels)} images encoded")
     except (ValueError, OSError) as e:     # of images that only this process reads
         fail(e, always=True)

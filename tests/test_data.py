@@ -935,6 +935,19 @@ def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkey
     assert "another --out" in capsys.readouterr().err
 
 
+def test_latents_of_the_sd_vae_have_its_scale(tmp_path, monkeypatch):
+    """Networks on these latents, such as DiT, expect 0.18215 z, and not latents of mean 0 and standard deviation 1."""
+    vae, folder = small_vae(tmp_path), write_images(tmp_path / "images", NAMES)
+    vae.scale = 0.18215
+    monkeypatch.setattr(encode, "load_autoencoder", lambda path: vae.requires_grad_(False))
+    command(monkeypatch, encode, "--images", folder, "--vae", tmp_path / "vae.pt", "--out", tmp_path / "z", "--resolution", 16,
+            "--device", "cpu")
+    mean, std = read_statistics(tmp_path / "z/latents_stats.pt")
+    assert np.array_equal(mean, np.zeros(4)) and np.allclose(std, 1 / 0.18215)
+    dataset, unmirrored = data.load(str(tmp_path / "z")), torch.zeros(7, dtype=torch.bool)
+    assert torch.allclose(dataset.items(torch.arange(7), unmirrored), 0.18215 * dataset.raw(torch.arange(7), unmirrored))
+
+
 def encode_in_two(*flags):
     """Runs encode.py in two processes on the CPU and waits until it ends."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
