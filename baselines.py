@@ -71,8 +71,8 @@ def parse_args():
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (FACM's Eq. 9, Table 5)")
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (FACM's Table 5)")
-    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: in one pass with F, by "
-         "torch.func.jvp, or by a central difference (FACM's A.1)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: fused, in one pass with F; "
+         "exact, by torch.func.jvp; fd, by a central difference (FACM's A.1)")
     flag("--c", float, 0, default=1e-3, help="the constant in the adaptive weight of meanflow, imf "
          "and alphaflow")
     flag("--equal", float, 0, 1, help="fraction of samples with r = t, for all except scm (A.3(c); "

@@ -950,15 +950,17 @@ def print_labels(name, dataset):
 @processes.program("use fewer images")
 def main():
     parser = flags.Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="inspect", parser_class=flags.Parser)
-    a = commands.add_parser("inspect", help="counts, shapes, classes, statistics, a grid")
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND",
+                                     parser_class=flags.Parser)
+    a = commands.add_parser("inspect", help="prints counts, shapes, classes and statistics, and "
+                            "writes a grid (see data.py inspect --help)")
     a.add_argument("data", help="data set or path, as for --data of the scripts")
     a.add_argument("--data-dir", help="folder of mnist, fashion, cifar10 or imagenet_latents")
     a.add_argument("--resolution", type=flags.number(int, 1), help="images are cropped and scaled "
                    "to it")
     a.add_argument("--channels", type=int, choices=[1, 3], help="channels of image files: 3 (RGB, "
                    "the default) or 1 (grey)")
-    a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG to write")
+    a.add_argument("--grid", type=pathlib.Path, default="inspect.png", help="PNG with the grid")
     a.add_argument("--save-stats", action="store_true", help="also write latents_stats.pt")
     a.add_argument("--skip-broken", action="store_true", help="list and leave out images that "
                    "cannot be decoded")

@@ -125,8 +125,8 @@ def parse_args():
     flag("--P-mean", float, help="mean of ln(sigma), for --times arctan and lognorm")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma)")
     flag("--w", float, help="guidance scale of the teacher; 1 is none (Eq. 18)")
-    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: in one pass with F, by "
-         "torch.func.jvp, or by a central difference (Eq. 11)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: fused, in one pass with F; "
+         "exact, by torch.func.jvp; fd, by a central difference (Eq. 11)")
     flag("--objectives", nargs="+", choices=["fm", "cd", "n2n"], default=["fm", "cd", "n2n"],
          help="the losses to train with (Table 3 c to g)")
     flag("--vel-norm", float, 1e-9, metavar="ETA", help="length to which D is "

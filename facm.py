@@ -117,15 +117,17 @@ def parse_args():
                           "flags are those of the preset.")
     flags.add_flags(parser, PRESETS, teacher=True)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
-    flag("--P-mean", float, help="mean of ln(sigma) (Eq. 20, Table 5)")
+    flag("--P-mean", float, help="mean of ln(sigma), where t = 1 - 2/pi atan(sigma) (Eq. 20, "
+         "Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (Table 5)")
-    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: in one pass with F, by "
-         "torch.func.jvp, or by a central difference (A.1)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: fused, in one pass with F; "
+         "exact, by torch.func.jvp; fd, by a central difference (A.1)")
     flag("--condition", choices=["expanded", "auxiliary"], default="expanded", help="how the "
          "network distinguishes the two tasks (3.2.2)")
-    flag("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation (Eq. 12, Table 4)")
+    flag("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation alpha(t) of the "
+         "target (Eq. 12, Table 4)")
     flag("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
     flag("--power", float, 0, default=0.5, help="the exponent p in 1-t^p (Table 4)")
     flag("--c", float, 0, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")

@@ -67,7 +67,8 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError,
 
 
 def parse_args():
-    p = flags.Parser(description="FID and its relatives, from one pass over the images.")
+    p = flags.Parser(description="Computes the FID and related measures in one pass over "
+                     "the images.")
     a = p.add_argument
     a("samples", help="folder, zip, npz, statistics (.npz, .pt, .pkl), glyphs, glyphs:SEED, "
       "cifar10, mnist or fashion")
@@ -75,15 +76,17 @@ def parse_args():
     a("--is", action="store_true", dest="score", help="Inception Score, in parts of 5,000 images")
     a("--sfid", action="store_true", help="FID of the 7 x 17 x 17 spatial features; --save-stats "
       "also saves their statistics")
-    a("--pr", "--precision-recall", action="store_true", help="precision and recall, k = 3, of all "
-      "samples against 10,000 images (or all) spread evenly over REF; torchrun needs the long name")
-    a("--kid", action="store_true", help="kernel distance, over 100 pairs of 1,000 images")
+    a("--pr", "--precision-recall", action="store_true", help="precision and recall with "
+      "k = 3 neighbours, of all samples against 10,000 images (or all) spread evenly over REF; "
+      "under torchrun use the long name")
+    a("--kid", action="store_true", help="kernel distance, over 100 pairs of subsets of 1,000 "
+      "images")
     a("--features", type=pathlib.Path, help="TorchScript file, uint8 [N,3,H,W] -> [N,D], instead "
       "of Inception; the file is executed")
     a("--inception", type=pathlib.Path, help="pt_inception-2015-12-05-6726825d.pth, or "
       "torch-fidelity's copy (default: torch.hub's cache, or else a download)")
-    a("--n", "--images", type=int, help="number of glyphs (default: 20000); torchrun needs the "
-      "long name, because it reads --n and --pr as the beginning of its own flags")
+    a("--n", "--images", type=int, help="number of glyphs (default: 20000); under torchrun "
+      "use the long name, because torchrun reads --n and --pr as the beginning of its own flags")
     a("--resolution", type=int, help="height and width of the glyphs (default: 16)")
     a("--data-dir", help="folder of cifar10, mnist or fashion, which are downloaded to it if "
       "they are missing (default: data)")

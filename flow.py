@@ -109,11 +109,12 @@ def parse_args(argv=None):
                           "flags are those of the preset.")
     flags.add_flags(parser, PRESETS)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
-    flag("--init", metavar="FILE", help="velocity network to start from, ours or a public one; "
-         "it then learns the times from 1 to 2")
+    flag("--init", metavar="FILE", help="checkpoint of a velocity network to start from, of "
+         "flow.py or public; training teaches it the times from 1 to 2 as well")
     flag("--times", choices=["arctan", "uniform"], help="how t is drawn: as in FACM's Eq. 20, or "
          "uniformly, as in the code of FACM's authors")
-    flag("--P-mean", float, help="mean of ln(sigma), for --times arctan (FACM's Eq. 20)")
+    flag("--P-mean", float, help="mean of ln(sigma), where t = 1 - 2/pi atan(sigma), for "
+         "--times arctan (FACM's Eq. 20)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20)")
     flag("--cosine", float, 0, help="weight of 1 - cos(F, x_1 - x_0) in the loss")
     flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "

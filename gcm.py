@@ -206,8 +206,8 @@ def parse_args():
          "(G.2; default: train from scratch)")
     flag("--row", choices=list(ROWS), help="configuration of Tables 2, 3 and 10")
     flag("--variant", choices=["CU", "VU"], help="upper limit s: t_0, or drawn (3.4)")
-    flag("--jvp", choices=list(JVP), help="how df/dt is computed: in one pass with f, by "
-         "torch.func.jvp, or by a finite difference over h(t) (Table 7j)")
+    flag("--jvp", choices=list(JVP), help="how df/dt is computed: fused, in one pass with f; "
+         "exact, by torch.func.jvp; fd, by a finite difference over h(t) (Table 7j)")
     flag("--ht", choices=list(STEPS), help="step h(t) (C.3, Table 7b)")
     flag("--epsilon", float, 1e-9, help="eps of h(t) 'exp'; the integral of the others is "
          "that of eps (1-t)^2")

@@ -45,16 +45,17 @@ from common import checkpoints, flags, folders, imagefiles, processes, seeds, we
 from common.messages import fail
 
 METHODS = ("flow", "facm", "decm", "gcm", "baselines")
+PUBLIC_METHODS = ("flow", "facm", "decm") # those whose samplers need no flags of the training
 ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoencoder's
 
 
 def parse_args():
-    p = flags.Parser(description="Images from a checkpoint.")
+    p = flags.Parser(description="Draws images with the network of a checkpoint.")
     a = p.add_argument
     a("--ckpt", required=True, type=pathlib.Path, help="run folder, or checkpoint of a training "
       "script or, with --method, a public one")
-    a("--out", help="NAME.png (one grid), NAME.npz, or a folder of PNGs (default: nfeNFE.png "
-      "beside the checkpoint)")
+    a("--out", help="NAME.png (one grid), NAME.npz, or the name of a folder of PNGs (default: "
+      "nfeNFE.png beside the checkpoint)")
     a("--nfe", type=int, default=1, help="number of function evaluations; a guided "
       "evaluation counts once")
     a("--n", "--samples", type=int, default=64, help="number of samples; torchrun needs the long "
@@ -62,28 +63,34 @@ def parse_args():
     a("--grid", type=int, nargs="+", metavar="NFE", help="NAME.png: a row for each, with the "
       "same seeds")
     a("--labels", default="all", help="all: sample i has class i mod classes, so that each has "
-      "n/classes (rounded down, or up for the first of them); random; or a list to repeat: 3,3,7")
+      "n/classes (rounded down, or up for the first of them); random; or a list of numbers or "
+      "names of classes, which is repeated: 3,3,7")
     a("--seed", type=int, default=0, help="sample i is drawn from (seed, i)")
     a("--batch", type=int, default=ROWS, help="samples between two writes, rounded up to a "
       f"multiple of {ROWS}")
     a("--sampler", help="facm: cm, euler; baselines: also jumps; decm: cm, euler, mix; gcm: "
       "restart, pushforward; flow matching: euler, heun (default: depends on the method)")
-    a("--n-ode", type=int, help="steps along the flow (decm: mix)")
-    a("--times", type=float, nargs="+", help="falling times in between (gcm)")
-    a("--cfg", type=float, help="flow matching: guidance scale, 2 passes (default: 1, none)")
+    a("--n-ode", type=int, help="steps along the flow, for decm's sampler mix (default: 2, 4, "
+      "12 at NFE 4, 8, 16)")
+    a("--times", type=float, nargs="+", help="the times between the steps, in falling order, "
+      "for gcm (default: --t-mid of training)")
+    a("--cfg", type=float, help="guidance scale of a flow-matching network; a guided "
+      "evaluation has two passes (default: 1, which is no guidance)")
     a("--cfg-interval", type=float, nargs=2, metavar=("T0", "T1"), help="guide from time T0 to T1, "
       "where 1 is data (default: from the --t-low of training, or 0, to 1)")
-    a("--cfg-channels", type=int, help="guide only the first channels (LightningDiT and SiT: 3)")
-    a("--shift", type=float, help="flow matching: LightningDiT's timestep_shift (default: 1, none)")
-    a("--method", choices=METHODS, help="method of a public network: flow, or the "
+    a("--cfg-channels", type=int, help="guide only this number of channels, the first "
+      "ones, as LightningDiT and SiT do with 3 (default: all)")
+    a("--shift", type=float, help="LightningDiT's timestep_shift, for a "
+      "flow-matching network (default: 1, which shifts nothing)")
+    a("--method", choices=PUBLIC_METHODS, help="method of a public network: flow, or the "
       "method that distilled it")
     a("--net", nargs="+", default=[], metavar="K=V", help="options of the public network, such as "
       "prediction=noise")
-    a("--weights", metavar="KEY", help="key of its weights in the file (default: an average of "
-      "them, or the model)")
-    a("--vae", help="checkpoint of the autoencoder that makes images of latents")
-    a("--latent-stats", help="latents_stats.pt or its folder (default: that of the training "
-      "data, or the scale of the SD-VAE)")
+    a("--weights", metavar="KEY", help="entry of the public file that contains the weights "
+      "(default: the averaged weights if there are any, or the model)")
+    a("--vae", help="checkpoint of the autoencoder that decodes latents to images")
+    a("--latent-stats", help="latents_stats.pt or its folder (default: what the checkpoint "
+      "contains, or else the training data's, or the scale of the SD-VAE)")
     a("--raw", action="store_true", help="use the weights themselves, not their average (EMA)")
     a("--export", metavar="FILE.safetensors", type=pathlib.Path, help="write only the network, "
       "in half precision, to a file that --ckpt can read, and exit")
@@ -229,7 +236,7 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
     args, method = checkpoint["args"], checkpoint["method"]
     flow = weights.is_velocity(checkpoint)
     role = "a flow-matching network" if flow else (
-        f"{method}'s distilled network (guidance is for its teacher)")
+        f"a network of {method}.py (--cfg is for flow-matching networks)")
     try:
         module = importlib.import_module("flow" if flow else method)
         name = sampler or module.default_sampler(nfe, args)
@@ -501,7 +508,7 @@ def save_png(out, args, net, checkpoint, nfes, labels, decode, given):
     data.save_grid(out, images, columns, max(1, 64 // images.shape[1]), titles)
 
 
-@processes.program("use fewer samples by --n, or a smaller network")
+@processes.program("use another --device, or a smaller network")
 def main():
     args = parse_args()
     if args.ckpt.is_dir():

@@ -233,7 +233,7 @@ def main():
     p = Parser(description="Few-step methods: one network, equal seconds of training, one measure.")
     p.add_argument("data", choices=list(SIZES), help="the data set")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
-                   help="methods to run: " + ", ".join(METHODS))
+                   help="methods to run, of " + ", ".join(METHODS) + " (default: all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training")
     p.add_argument("--teacher-steps", type=int, default=2000, help="steps of the teachers")
     p.add_argument("--seconds", type=float, default=100, help="seconds of training for each method")

@@ -19,8 +19,25 @@ LARGE = 1e15
 MAY_CHANGE = {"class_names", "given", "net_given", "teacher"}
 
 
+class Help(argparse.HelpFormatter):
+    """Adds the default of a flag to its help text, unless the text already has it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
+            return action.help
+        if "default" in action.help:
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} (default: {default})"
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that prints errors in one line."""
+    """An argparse parser that prints errors in one line, and defaults in the help."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message):
         if message.startswith("argument "):
@@ -66,9 +83,11 @@ def add_flags(parser, presets, teacher=False):
          "(default: runs/SCRIPT-DATA)")
     flag(g, "--fresh", action="store_true", resume=True, help="start over; the old run is renamed, "
          "never deleted")
-    flag(g, "--preset", choices=list(presets), help="hyper-parameters (default: those of the data)")
+    flag(g, "--preset", choices=list(presets), help="name of a set of "
+         "hyper-parameters, which are the defaults of other flags (default: that of --data)")
     flag(g, "--steps", int, 1, resume=True, help="training steps")
-    flag(g, "--seed", int, 0, default=0, help="seed of all random numbers")
+    flag(g, "--seed", int, 0, default=0, help="seed of the weights, noise, times "
+         "and the order of the data; glyphs and the default teacher always have the seed 0")
     flag(g, "--dry-run", int, 1, resume=True, nargs="?", const=1, metavar="PROCESSES",
          help="print what the run needs with this number of processes, and exit")
     flag(g, "--device", resume=True, help="cpu, cuda, cuda:N or mps (default: cuda if there is "
@@ -86,15 +105,15 @@ def add_flags(parser, presets, teacher=False):
     flag(g, "--save-every", int, 1, resume=True, help="steps between checkpoints (default: the "
          "preset's, or 200)")
     flag(g, "--keep-every", int, 1, resume=True, metavar="STEPS", help="steps between "
-         "snapshots without the optimiser, which are kept (default: none)")
+         "snapshots, which are kept and do not contain the optimiser (default: no snapshots)")
     flag(g, "--log-every", int, 1, resume=True, default=20, help="steps between lines of log.jsonl")
     flag(g, "--tensorboard", action="store_true", resume=True, help="also write the lines of "
          "log.jsonl for TensorBoard")
     flag(g, "--preview-every", int, 1, resume=True, default=200, help="steps between preview grids")
 
     g = parser.add_argument_group("evaluation")
-    flag(g, "--vae", resume=True, metavar="FILE", help="checkpoint of the autoencoder that makes "
-         "images of latents, for previews and evaluations")
+    flag(g, "--vae", resume=True, metavar="FILE", help="checkpoint of the autoencoder that "
+         "decodes latents to images, for previews and evaluations")
     flag(g, "--eval-every", int, 1, resume=True, metavar="STEPS", help="steps between "
          "measurements of the FID of the averaged network, for log.jsonl (default: none)")
     flag(g, "--ref", resume=True, help="reference of --eval-every, as for fid.py")
@@ -124,12 +143,12 @@ def add_flags(parser, presets, teacher=False):
     g = parser.add_argument_group("network")
     flag(g, "--net", nargs="+", default=[], metavar="K=V", help="network options, such as width=64 "
          "dropout=0.1")
-    flag(g, "--weights", metavar="KEY", help="key of the weights in a public file (default: an "
-         "average of them, or the model)")
+    flag(g, "--weights", metavar="KEY", help="entry of a public file that contains the "
+         "weights (default: the averaged weights if there are any, or the model)")
     if teacher:
-        flag(g, "--teacher", metavar="FILE", help="checkpoint of the teacher, or none to train "
-             "from scratch (default: runs/flow-DATA/ckpt.pt, which flow.py trains first if it is "
-             "missing)")
+        flag(g, "--teacher", metavar="FILE", help="run folder or checkpoint of the teacher, or "
+             "none to train from scratch (default: runs/flow-DATA/ckpt.pt, which flow.py trains "
+             "first if it is missing)")
 
     g = parser.add_argument_group("optimiser")
     flag(g, "--lr", float, 0, help="learning rate")

@@ -447,7 +447,7 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
     (["--labels", "3,10"], "10 classes"),
     (["--labels", "-1"], "10 classes"),
     (["--labels", "cat"], "cat"),
-    (["--cfg", "2"], "teacher"),
+    (["--cfg", "2"], "flow-matching networks"),
     (["--shift", "2"], "--shift"),
     (["--shift", "0"], "0.001 to 1000"),
     (["--cfg-interval", "0", "0.5"], "--cfg-interval"),
