@@ -30,8 +30,8 @@ Launch:
 
 Without --teacher, the script uses the teacher of flow.py in runs/flow-DATA, and trains it first if
 it is missing. Results and details: docs/baselines.md. Comments mark every departure from a paper:
-"paper: ...; here: ...". The papers of iMF, AYF and AlphaFlow were not at hand: docs/baselines.md
-says what their losses were checked against.
+"paper: ...; here: ...". We had no access to the papers of iMF, AYF and AlphaFlow;
+docs/baselines.md says what their losses were checked against.
 """
 
 import copy
@@ -44,19 +44,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import facm
-import flow
 import models
 from common import flags, processes
 from common.ema import gamma_of
 from common.run import launch
 from common.seeds import generator, seed_of
+from common.teachers import find_or_train, load_into
 from facm import conditions, flow_velocity, interpolate, mean, sample_t, wide
 from jvp import JVP, select
 
 METHOD = "baselines"
 OBJECTIVES = ["scm", "meanflow", "imf", "ayf", "alphaflow"]
 
-# FACM's presets, and the steps of the tangent warm-up of sCM and AYF (A.3(c))
+# FACM's presets, and the steps of the tangent warm-up of sCM and AYF (FACM's A.3(c))
 PRESETS = {name: preset | dict(tangent_warmup=10_000) for name, preset in facm.PRESETS.items()}
 PRESETS["glyphs"]["tangent_warmup"] = PRESETS["mnist"]["tangent_warmup"] = 100         # ours
 
@@ -66,6 +66,8 @@ def parse_args():
                           "flags are those of FACM's preset.")
     flags.add_flags(parser, PRESETS, teacher=True)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
+    # The numbers after a type are the smallest and the largest value. Flags without a default have
+    # that of the preset
     flag("--objective", choices=OBJECTIVES, default="meanflow", help="the method")
     flag("--P-mean", float, help="mean of ln(sigma) (FACM's Eq. 20, Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (FACM's Eq. 20, Table 5)")
@@ -75,10 +77,10 @@ def parse_args():
          "exact, by torch.func.jvp; fd, by a central difference (FACM's A.1)")
     flag("--c", float, 0, default=1e-3, help="the constant in the adaptive weight of meanflow, imf "
          "and alphaflow")
-    flag("--equal", float, 0, 1, help="fraction of samples with r = t, for all except scm (A.3(c); "
-         "default: 0.75 from scratch, else 0)")
+    flag("--equal", float, 0, 1, help="fraction of samples with r = t, for all except scm (FACM's "
+         "A.3(c); default: 0.75 from scratch, else 0)")
     flag("--tangent-warmup", int, 0, help="scm, ayf: steps over which the factor of dF/dt "
-         "rises (A.3(c))")
+         "rises (FACM's A.3(c))")
     flag("--alpha-steps", int, 1, help="alphaflow: steps over which alpha falls (default: --steps)")
     flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
          "label, for a network that is trained from scratch and learns its own guidance")
@@ -131,7 +133,7 @@ def log_weight(t, phi):
     paper: does not define a(t), and the authors' code has a layer on an embedding of t; here: 8
     cosines."""
     waves = torch.cos(math.pi * t[:, None] * torch.arange(len(phi), device=t.device))
-    return (waves * phi).sum(dim=1)        # by @ it would be bfloat16 under autocast
+    return (waves * phi).sum(dim=1)        # not @, which is bfloat16 under autocast
 
 
 def meanflow_loss(net, jvp, x1, x0, t, r, y, *, p=1.0, c=1e-3, teacher=None, w=1.0, t_low=0.125,
@@ -199,7 +201,7 @@ def alpha_after(share):
     """AlphaFlow's alpha after a fraction of its schedule: it falls from 1 to 0.005 along a sigmoid.
     share: the fraction, from 0 to 1. paper's code: MeanFlow's loss below 0.005; here: 0.005 to the
     end, because the loss then needs no derivative."""
-    alpha = 1 / (1 + math.exp(25 * (share - 0.5)))
+    alpha = 1 / (1 + math.exp(25 * (share - 0.5)))         # 25 is the slope in its authors' code
     if alpha > 0.995:
         return 1.0
     return max(alpha, 0.005)
@@ -207,8 +209,8 @@ def alpha_after(share):
 
 def sample_t_r(normal, same, P_mean=-0.8, P_std=1.6):
     """Times t <= r of a jump, from standard normal numbers [2, B]; r = t where same [B] is True
-    (A.3(c)). paper: does not give the parameters of their log-normal density; here: FACM's Eq. 20
-    for both times."""
+    (FACM's A.3(c)). paper: does not give the parameters of their log-normal density; here: FACM's
+    Eq. 20 for both times."""
     t, r = sample_t(normal, P_mean, P_std).sort(dim=0)[0]
     return t, torch.where(same, t, r)
 
@@ -227,7 +229,7 @@ def sample_jumps(net, noise, y, *, nfe):
 
 
 SAMPLERS = facm.SAMPLERS | {"jumps": sample_jumps}
-DETERMINISTIC = ("euler", "jumps")         # these need noise of K = 1, the others of K = nfe
+DETERMINISTIC = ("euler", "jumps")  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
@@ -275,7 +277,7 @@ def train(args, run):
     # Data and teacher (None with --teacher none)
     dataset = data.load_for(args)
     check(args, data.fit_network_to(dataset, args.net))
-    teacher, args.net = flow.find_or_train(args, dataset, run)
+    teacher, args.net = find_or_train(args, dataset, run)
     check(args, args.net)
 
     # Network: it starts from the teacher's weights. The weights of a second time start at zero
@@ -284,9 +286,9 @@ def train(args, run):
     net.grad_checkpoint = args.grad_checkpoint
     phi = torch.zeros(8, device=device, requires_grad=True)            # sCM's a(t)
     if teacher is not None:
-        flow.load_into(net, teacher)
+        load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    gamma = gamma_of(args.ema_sigma)
+    ema_gamma = gamma_of(args.ema_sigma)   # the exponent of EDM2's average
 
     # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
@@ -312,17 +314,19 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: it rises linearly, then falls linearly to lr_final
-        rise = min(1, (step + 1) / max(args.warmup, 1))
-        fall = 1 - (1 - args.lr_final) * step / args.steps
+        # Learning rate: args.lr times the smaller of a linear warm-up and a linear decay from 1 to
+        # lr_final
+        warmup = min(1, (step + 1) / max(args.warmup, 1))
+        decay = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(rise, fall)
+            group["lr"] = args.lr * min(warmup, decay)
 
         # Draw noise and times for the whole batch. They depend only on the seed and the step, not
         # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)
         normal_t = torch.randn(args.batch, generator=random, device=device)
+        # The second of these two is not used; without it, old runs could not be repeated
         drop_all, _ = torch.rand((2, args.batch), generator=random, device=device)
         normal_r = torch.randn(args.batch, generator=random, device=device)
         if args.objective == "scm":
@@ -333,15 +337,18 @@ def train(args, run):
                 torch.stack([normal_t, normal_r]), same, args.P_mean, args.P_std)
 
         # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
-        # processes. EDM2's networks normalise their weights first
+        # processes
         if hasattr(net, "force_weight_norm"):
-            net.force_weight_norm()
+            net.force_weight_norm()        # of EDM2's networks, before each step
+        guidance = dict(w=args.w, t_low=args.t_low, y_null=net.num_classes)
+        warm = min(1, (step + 1) / max(args.tangent_warmup, 1))
         total = torch.zeros((), device=device)
         for i, samples in enumerate(micro_batches):
             x1, y = run.batch(dataset, step, samples)
             x0, t = x0_all[samples], t_all[samples]
             if teacher is None:
                 y = torch.where(drop_all[samples] < args.label_drop, net.num_classes, y)
+            # The same dropout mask in all passes of this micro-batch
             models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
             last = i == len(micro_batches) - 1
             if args.fsdp:
@@ -349,8 +356,6 @@ def train(args, run):
             elif world > 1:
                 model.require_backward_grad_sync = last                # what DDP's no_sync() sets
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                guidance = dict(w=args.w, t_low=args.t_low, y_null=net.num_classes)
-                warm = min(1, (step + 1) / max(args.tangent_warmup, 1))
                 if args.objective == "scm":
                     loss = scm_loss(model, jvp, x1, x0, t, y, phi=phi, warm=warm, teacher=teacher,
                                     **guidance)
@@ -360,14 +365,15 @@ def train(args, run):
                 elif args.objective == "imf":
                     loss = imf_loss(model, jvp, x1, x0, t, r_all[samples], y, c=args.c, **guidance)
                 elif args.objective == "ayf":
-                    warm = min(warm, 0.99)             # AYF's regularised warm-up
-                    loss = ayf_loss(model, jvp, x1, x0, t, r_all[samples], y, warm=warm,
-                                    teacher=teacher, **guidance)
+                    # AYF's regularised warm-up ends at 0.99
+                    loss = ayf_loss(model, jvp, x1, x0, t, r_all[samples], y,
+                                    warm=min(warm, 0.99), teacher=teacher, **guidance)
                 else:
                     alpha = alpha_after(min(1, step / args.alpha_steps))
                     loss = alphaflow_loss(model, x1, x0, t, r_all[samples], y, alpha=alpha,
                                           c=args.c, teacher=teacher, **guidance)
-            loss = loss * (len(y) / (args.batch // world))
+            share = len(y) / (args.batch // world)     # of the samples of this process
+            loss = loss * share
             loss.backward()
             total += loss.detach()
         if world > 1 and phi.grad is not None:             # phi is no part of the network
@@ -380,9 +386,10 @@ def train(args, run):
             grad_norm = grad_norm.full_tensor()
         if grad_norm.isfinite():
             optimizer.step()
-            beta = (1 - 1 / (step + 1)) ** (gamma + 1)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+            ema_beta = (1 - 1 / (step + 1)) ** (ema_gamma + 1)
+            with torch.no_grad():              # ema += (1 - ema_beta) * (net - ema)
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()),
+                                     1 - ema_beta)
         optimizer.zero_grad()
 
         # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples

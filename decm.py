@@ -24,7 +24,7 @@ Launch:
 
 Without --teacher, the script uses the teacher of flow.py in runs/flow-DATA, and trains it first if
 it is missing. Results and details: docs/decm.md. Comments mark every departure from the paper:
-"paper: ...; here: ...".
+"paper: ...; here: ...". "line 4" is line 4 of the paper's Algorithm 1.
 """
 
 import copy
@@ -36,20 +36,20 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import flow
 import models
 from common import flags, processes
 from common.ema import gamma_of
 from common.run import launch
 from common.seeds import generator, seed_of
+from common.teachers import find_or_train, load_into
 from jvp import JVP, in_one_pass, select
 
 METHOD = "decm"
 
 # The presets, one for each data set. A flag on the command line overrides its value. The paper
 # gives w, lr, freq and p = 0.5; batch, EMA and network are FACM's. No paper gives N, eta, lam, gam,
-# w_1, w_2, r and c, so these are ours. No paper has a warm-up of the learning rate, or clips the
-# gradient at norm 1.
+# w_1, w_2, r and c, so these are ours. The warm-up of the learning rate and the clipping
+# of the gradient at norm 1 are ours.
 PRESETS = {
     "glyphs": dict(                        # ours: minutes on a laptop need high rates that fall
         resolution=16,
@@ -80,7 +80,7 @@ PRESETS = {
         betas=(0.9, 0.995),
         ema_sigma=0.2,
         precision="tf32",                  # ours
-        micro_batch=64,                    # ours: 24 GB
+        micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         jvp="fused",
         xflip=True,
@@ -101,7 +101,7 @@ PRESETS = {
         betas=(0.9, 0.999),
         ema_sigma=0.2,
         precision="bf16",                  # as FACM's code
-        micro_batch=32,                    # ours: 80 GB
+        micro_batch=32,                    # ours: fits a GPU of 80 GB
         save_every=5000,                   # ours
         jvp="fused",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
@@ -122,6 +122,8 @@ def parse_args():
                           "those of the preset.")
     flags.add_flags(parser, PRESETS, teacher=True)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
+    # The numbers after a type are the smallest and the largest value. Flags without a default have
+    # that of the preset
     flag("--P-mean", float, help="mean of ln(sigma), for --times arctan and lognorm")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma)")
     flag("--w", float, help="guidance scale of the teacher; 1 is none (Eq. 18)")
@@ -169,7 +171,7 @@ def parse_args():
 # dimension 1; r, t, s [B] float; y [B] int64 or None. They need only torch and jvp.py.
 
 def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=1.0, eta=None,
-              clip=False, y_null=None):
+              vel_clip=False, y_null=None):
     """L_FM and L_CM, means over the batch, and the pair x_t, v (Algorithm 1, lines 4 to 14).
 
     net        F_theta, any callable net(x, t, s, y) with two times in [0, 1]; under DDP, the DDP
@@ -179,14 +181,14 @@ def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=
     teacher    F_tea, frozen: a callable teacher(x, t, None, y) that predicts the velocity; None if
                the network is trained from scratch
     w1         w_1(t), a key of WEIGHTS; p, c: see adaptive
-    w, eta, clip, y_null   guidance, its velocity normalisation, the null label: guided_velocity
+    w, eta, vel_clip, y_null   guidance, its velocity normalisation, the null label: guided_velocity
 
     Raises ValueError if w is not 1, and teacher, y or y_null is None.
     """
     xt = interpolate(x1, x0, t)                                                # line 4
-    v = flow_velocity(teacher, x1, x0, xt, t, y, w=w, eta=eta, clip=clip,      # lines 5, 6
-                      y_null=y_null)
-    # A copy: before 2.15 torch.compile fails on the same tensor in two places
+    v = flow_velocity(teacher, x1, x0, xt, t, y, w=w, eta=eta,                 # lines 5, 6
+                      vel_clip=vel_clip, y_null=y_null)
+    # t.clone(), because before 2.15 torch.compile fails if one tensor is passed twice
     one, s = torch.ones_like(t), t.clone()
     F_cm, dF_dt, F_fm = jvp(net, at=(xt, t, one, y), along=(v, 1, 0),          # line 8, Eq. 11
                             also=(xt, t, s, y))                                # line 13
@@ -197,7 +199,7 @@ def decm_loss(net, jvp, x1, x0, t, y, *, teacher=None, w1="1", p=0.5, c=1e-3, w=
 
 
 def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5, w2="1",
-             vpsi="model", p=0.5, c=1e-3, w=1.0, eta=None, clip=False, y_null=None):
+             vpsi="model", p=0.5, c=1e-3, w=1.0, eta=None, vel_clip=False, y_null=None):
     """L_FM and L_N2N, means over the batch (Algorithm 1, lines 18 to 27).
 
     xt, v      as decm_loss returns them; if they are None, L_FM is 0
@@ -208,14 +210,17 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
 
     For the other arguments, see decm_loss.
     """
-    guidance = dict(w=w, eta=eta, clip=clip, y_null=y_null)
+    guidance = dict(w=w, eta=eta, vel_clip=vel_clip, y_null=y_null)
     xr = interpolate(x1, x0, r)                                                # line 19
-    v_r = torch.zeros_like(xr)             # with gam = 0 it has no part
+    v_r = torch.zeros_like(xr)             # not used if gam = 0
     if gam != 0:
         v_r = flow_velocity(teacher, x1, x0, xr, r, y, **guidance)             # lines 20, 21
-    also = None if v is None else (xt, t, t.clone(), y)                        # line 26
-    F_n2n, dF, *F_fm = jvp(net, at=(xr, r, t, y), along=(gam * v_r, gam, -lam),        # line 22
-                           also=also)
+    at, along = (xr, r, t, y), (gam * v_r, gam, -lam)
+    if v is None:
+        F_n2n, dF = jvp(net, at=at, along=along)                               # line 22
+    else:
+        F_n2n, dF, F_fm = jvp(net, at=at, along=along,                         # line 22
+                              also=(xt, t, t.clone(), y))                      # line 26
     if vpsi == "data":
         v_psi = v
     else:
@@ -225,7 +230,7 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
     L_n2n = adaptive(F_n2n, v_tar, p, c)                                       # line 25, Eq. 15
     if v is None:
         return torch.zeros_like(L_n2n).mean(), L_n2n.mean()
-    L_fm = fm_loss(*F_fm, v, p, c)                                             # line 27, Eq. 17
+    L_fm = fm_loss(F_fm, v, p, c)                                              # line 27, Eq. 17
     return L_fm.mean(), L_n2n.mean()
 
 
@@ -245,20 +250,21 @@ def interpolate(x1, x0, t):
     return (1 - t) * x0 + t * x1
 
 
-def flow_velocity(teacher, x1, x0, xt, t, y, *, w, eta, clip, y_null):
+def flow_velocity(teacher, x1, x0, xt, t, y, *, w, eta, vel_clip, y_null):
     """v at x_t: the teacher's, guided (Eq. 18), or, from scratch, that of the pair (x0, x1)."""
     if teacher is not None:
-        return guided_velocity(teacher, xt, t, y, w=w, eta=eta, clip=clip, y_null=y_null)
+        return guided_velocity(teacher, xt, t, y, w=w, eta=eta, vel_clip=vel_clip,
+                               y_null=y_null)
     if w != 1:
         raise ValueError("guidance (w other than 1) needs a teacher")
     return x1 - x0
 
 
 @torch.no_grad()
-def guided_velocity(teacher, xt, t, y, *, w, eta=None, clip=False, y_null=None):
+def guided_velocity(teacher, xt, t, y, *, w, eta=None, vel_clip=False, y_null=None):
     """The teacher's velocity at x_t, guided with scale w. eta: the length to which the difference D
     of each sample is scaled (velocity normalisation, Algorithm 1 line 6); None: D is not scaled.
-    clip: scale only those D that are longer than eta (not in the paper).
+    vel_clip: scale only those D that are longer than eta (not in the paper).
     """
     if w == 1:
         return teacher(xt, t, None, y)
@@ -270,7 +276,7 @@ def guided_velocity(teacher, xt, t, y, *, w, eta=None, clip=False, y_null=None):
     if eta is not None:
         norm = D.square().sum(dim=tuple(range(1, D.dim())), keepdim=True).sqrt()
         scale = eta / norm.clamp_min(1e-8)
-        if clip:
+        if vel_clip:
             scale = scale.clamp_max(1)
         D = scale * D
     return v_cond + (w - 1) * D                                        # Eq. 18
@@ -301,9 +307,9 @@ def n2n_target(F_n2n, v_r, v_psi, dF, r, t, *, lam, gam, w2):
     g is gam times the first residual plus lam times the second, as in Eq. 14.
     """
     r, t, w2 = wide(r, v_r), wide(t, v_r), wide(w2, v_r)
-    # paper: Eq. 15 swaps lam and gam in the tangents, and Algorithm 1 also in v, with lam twice
-    # before the derivative; here: what follows from Eq. 14, because only this residual is 0 for a
-    # network whose jumps are exact (tests/test_decm.py).
+    # paper: Eq. 15 swaps lam and gam in the tangents, and Algorithm 1 also in the velocities, and
+    # multiplies the derivative by lam twice; here: what follows from Eq. 14, because only this
+    # residual is 0 for a network whose jumps are exact (tests/test_decm.py).
     g = (lam + gam) * F_n2n - (gam * v_r + lam * v_psi) - (t - r) * dF # line 23
     return F_n2n - w2 * g                                              # line 24, Eq. 15
 
@@ -413,7 +419,7 @@ def sample_mix(net, noise, y, *, nfe, n_ode=None):
 
 
 SAMPLERS = {"cm": sample, "euler": sample_euler, "mix": sample_mix}
-DETERMINISTIC = ("euler",)                 # one noise, whatever the NFE
+DETERMINISTIC = ("euler",)  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
@@ -448,7 +454,7 @@ def check(args, net):
         raise ValueError("the sum of --lam and --gam must be positive")
     if not 0 <= args.r_max < 1:
         raise ValueError(f"--r-max {args.r_max}: use a number from 0 to below 1")
-    if args.objectives == ["n2n"]:         # FreeFlow's predictor, with the flags in docs/decm.md
+    if set(args.objectives) == {"n2n"}:    # FreeFlow's predictor, with the flags in docs/decm.md
         if args.freq != 1:
             raise ValueError("--objectives n2n alone needs --freq 1, because the other steps would "
                              "train nothing")
@@ -464,7 +470,7 @@ def train(args, run):
     # Data and teacher (None with --teacher none)
     dataset = data.load_for(args)
     check(args, data.fit_network_to(dataset, args.net))
-    teacher, args.net = flow.find_or_train(args, dataset, run)
+    teacher, args.net = find_or_train(args, dataset, run)
     check(args, args.net)
 
     # Network: it starts from the teacher's weights (line 1). The weights of its second time start
@@ -473,9 +479,9 @@ def train(args, run):
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
     if teacher is not None:
-        flow.load_into(net, teacher)
+        load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    gamma = gamma_of(args.ema_sigma)
+    ema_gamma = gamma_of(args.ema_sigma)   # the exponent of EDM2's average
 
     # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
@@ -503,26 +509,27 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: it rises linearly, then falls linearly to lr_final
-        rise = min(1, (step + 1) / max(args.warmup, 1))
-        fall = 1 - (1 - args.lr_final) * step / args.steps
+        # Learning rate: args.lr times the smaller of a linear warm-up and a linear decay from 1 to
+        # lr_final
+        warmup = min(1, (step + 1) / max(args.warmup, 1))
+        decay = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(rise, fall)
+            group["lr"] = args.lr * min(warmup, decay)
 
         # Draw noise and times for the whole batch. They depend only on the seed and the step, not
         # on the number of processes or micro-batches
         random = generator(device, args.seed, "step", step)
         x0_all = torch.randn(shape, generator=random, device=device)                     # line 2
         normal = torch.randn(args.batch, generator=random, device=device)
-        drop_all, _, uniform, r_all = torch.rand((4, args.batch), generator=random, device=device)
-        t_all = sample_t(args.times, normal, uniform, args.P_mean, args.P_std,           # line 3
+        # The second of these four is not used; without it, old runs could not be repeated
+        drop_all, _, uniform_t, uniform_r = torch.rand(
+            (4, args.batch), generator=random, device=device)
+        t_all = sample_t(args.times, normal, uniform_t, args.P_mean, args.P_std,         # line 3
                          args.segments)
-        r_all = sample_r(r_all, t_all, step, args.r_max, args.r_fall)                    # line 18
+        r_all = sample_r(uniform_r, t_all, step, args.r_max, args.r_fall)                # line 18
 
-        # The batch, in micro-batches. x_t and v of each one are kept for the second update
-        if hasattr(net, "force_weight_norm"):
-            net.force_weight_norm()        # EDM2's networks
-        batches, seen = [], []
+        # The batch, in micro-batches
+        batches = []
         for samples in micro_batches:
             x1, y = run.batch(dataset, step, samples)                                    # line 2
             if teacher is None:
@@ -531,10 +538,13 @@ def train(args, run):
 
         # First update: L_CM and L_FM. Accumulate the gradient over the micro-batches. With the last
         # one, it is averaged over the processes
-        figures = {}
+        metrics, first_xt_v = {}, []
         if has_first_update:
+            if hasattr(net, "force_weight_norm"):
+                net.force_weight_norm()    # of EDM2's networks, before each update
             losses = torch.zeros(2, device=device)
             for i, (x1, x0, t, y) in enumerate(batches):
+                # The same dropout mask in all passes of this micro-batch
                 models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
                 last = i == len(batches) - 1
                 if args.fsdp:
@@ -544,10 +554,10 @@ def train(args, run):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     L_fm, L_cm, xt_v = decm_loss(
                         model, jvp, x1, x0, t, y, teacher=teacher, w1=args.w1, p=args.power,
-                        c=args.c, w=args.w, eta=args.vel_norm, clip=args.vel_clip,
+                        c=args.c, w=args.w, eta=args.vel_norm, vel_clip=args.vel_clip,
                         y_null=net.num_classes)
-                seen.append(xt_v)
-                share = len(y) / (args.batch // world)
+                first_xt_v.append(xt_v)                # for the second update
+                share = len(y) / (args.batch // world)         # of the samples of this process
                 loss = (fm_weight * L_fm + cd_weight * L_cm) * share
                 loss.backward()
                 losses += torch.stack([L_fm, L_cm]).detach() * share
@@ -559,13 +569,15 @@ def train(args, run):
             if grad_norm.isfinite():
                 optimizer.step()                                                         # line 15
             optimizer.zero_grad()
-            figures = dict(L_fm=losses[0], L_cm=losses[1], grad_norm=grad_norm)
+            metrics = dict(L_fm=losses[0], L_cm=losses[1], grad_norm=grad_norm)
 
         # Second update, in every freq-th step: L_N2N, and L_FM again
         if "n2n" in args.objectives and step % args.freq == 0:                           # line 17
+            if hasattr(net, "force_weight_norm"):
+                net.force_weight_norm()
             losses = torch.zeros(2, device=device)
             for i, (x1, x0, t, y) in enumerate(batches):
-                xt, v = seen[i] if seen else (None, None)
+                xt, v = first_xt_v[i] if first_xt_v else (None, None)
                 r = r_all[micro_batches[i]]
                 models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
                 last = i == len(batches) - 1
@@ -577,7 +589,7 @@ def train(args, run):
                     L_fm, L_n2n = n2n_loss(
                         model, jvp, x1, x0, xt, v, r, t, y, teacher=teacher, lam=args.lam,
                         gam=args.gam, w2=args.w2, vpsi=args.vpsi, p=args.power, c=args.c,
-                        w=args.w, eta=args.vel_norm, clip=args.vel_clip,
+                        w=args.w, eta=args.vel_norm, vel_clip=args.vel_clip,
                         y_null=net.num_classes)
                 share = len(y) / (args.batch // world)
                 loss = (fm_weight * L_fm + L_n2n) * share
@@ -589,16 +601,17 @@ def train(args, run):
             if grad_norm.isfinite():
                 optimizer.step()                                                         # line 28
             optimizer.zero_grad()
-            figures |= dict(L_n2n=losses[1], grad_norm_n2n=grad_norm)
+            metrics |= dict(L_n2n=losses[1], grad_norm_n2n=grad_norm)
 
         # Update the average of the weights (EDM2's power function). paper: after each update; here:
         # after both, because the power function then counts steps
-        beta = (1 - 1 / (step + 1)) ** (gamma + 1)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+        ema_beta = (1 - 1 / (step + 1)) ** (ema_gamma + 1)
+        with torch.no_grad():              # ema += (1 - ema_beta) * (net - ema)
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()),
+                                 1 - ema_beta)
 
         # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
-        run.log(step, **figures)                                                         # line 30
+        run.log(step, **metrics)                                                         # line 30
         if run.preview_is_due():
             images = run.decode(preview(ema, preview_noise, args))
             data.save_preview(run.preview_path(), images)

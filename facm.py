@@ -9,8 +9,8 @@ shortcut to the data (CM, the accelerator) and the velocity of the flow (FM, the
     L         = L_FM + L_CM                                `train`, `facm_loss`           Eq. 8
     v         = v_uncond + w (v_cond - v_uncond)           `guide`                        Eq. 9
     L_FM      = |F(x_t, c_FM) - v|^2 + 1 - cos(F, v)       `fm_loss`: the anchor          Eq. 10
-    g         = F(x_t, c_CM) - (v + (1-t) dF/dt)           `cm_target`: clamped residual  Eq. 11
-    v_tar     = F(x_t, c_CM) - alpha(t) g                  `cm_target`: relaxed target    Eq. 12
+    g         = F(x_t, c_CM) - (v + (1-t) dF/dt)           `cm_target`: residual          Eq. 11
+    v_tar     = F(x_t, c_CM) - alpha(t) clamp(g, -1, 1)    `cm_target`: relaxed target    Eq. 12
     L_CM      = beta(t) e / sqrt(e+c), e = |F - v_tar|^2   `norm_l2`: the accelerator     Eq. 14, 18
 
     x1, x0, xt, t   x_1, x_0, x_t, t        c_cm, c_fm  conditions (t, s): (t, None), (2-t, None)
@@ -24,7 +24,7 @@ Launch:
 
 Without --teacher, the script uses the teacher of flow.py in runs/flow-DATA, and trains it first if
 it is missing. Results and details: docs/facm.md. Comments mark every departure from the paper:
-"paper: ...; here: ...".
+"paper: ...; here: ...". "line 4" is line 4 of the paper's Algorithm 1.
 """
 
 import copy
@@ -36,19 +36,19 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import flow
 import models
 from common import flags, processes
 from common.ema import gamma_of
 from common.run import launch
 from common.seeds import generator, seed_of
+from common.teachers import find_or_train, load_into
 from jvp import JVP, in_one_pass, select
 
 METHOD = "facm"
 
 # The presets, one for each data set. A flag on the command line overrides its value. The values are
-# those of Table 5, except where a comment says that they are ours. No paper has a warm-up of the
-# learning rate, or clips the gradient at norm 1.
+# those of Table 5, except where a comment says that they are ours. The warm-up of
+# the learning rate and the clipping of the gradient at norm 1 are ours.
 PRESETS = {
     "glyphs": dict(                        # ours: minutes on a laptop need high rates that fall
         resolution=16,
@@ -78,7 +78,7 @@ PRESETS = {
         betas=(0.9, 0.995),
         ema_sigma=0.2,
         precision="tf32",                  # ours
-        micro_batch=64,                    # ours: 24 GB
+        micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         jvp="fused",
         xflip=True,
@@ -98,7 +98,7 @@ PRESETS = {
         betas=(0.9, 0.999),
         ema_sigma=0.2,
         precision="bf16",                  # the authors' code
-        micro_batch=32,                    # ours: 80 GB
+        micro_batch=32,                    # ours: fits a GPU of 80 GB
         save_every=5000,                   # ours
         jvp="fused",
         net=dict(name="LightningDiT-XL/1", qknorm=True),
@@ -117,6 +117,8 @@ def parse_args():
                           "flags are those of the preset.")
     flags.add_flags(parser, PRESETS, teacher=True)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
+    # The numbers after a type are the smallest and the largest value. Flags without a default have
+    # that of the preset
     flag("--P-mean", float, help="mean of ln(sigma), where t = 1 - 2/pi atan(sigma) (Eq. 20, "
          "Table 5)")
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
@@ -191,7 +193,7 @@ def conditions(t, condition):
     """The conditions c_CM and c_FM of the two tasks, pairs (time, second time or None) (3.2.2)."""
     if condition == "expanded":
         return (t, None), (2 - t, None)
-    # A copy: before 2.15 torch.compile fails on the same tensor in two places
+    # t.clone(), because before 2.15 torch.compile fails if one tensor is passed twice
     return (t, torch.ones_like(t)), (t, t.clone())
 
 
@@ -220,12 +222,13 @@ def flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, *, w, t_low, y_null):
 
 
 @torch.no_grad()
-def guided_velocity(net, xt, t, condition, y, *, w=1.0, t_low=0.125, y_null=None):
-    """The velocity F(x_t, condition) of a network, guided with scale w where t >= t_low (Eq. 9)."""
+def guided_velocity(net, xt, t, c, y, *, w=1.0, t_low=0.125, y_null=None):
+    """The velocity F(x_t, c) of a network, guided with scale w where t >= t_low (Eq. 9). c: a pair
+    (time, second time or None), see conditions."""
     if w == 1:
-        return net(xt, *condition, y)
+        return net(xt, *c, y)
     null = null_labels(y, y_null)
-    v_cond, v_uncond = in_one_pass(net, (xt, *condition, y), (xt, *condition, null))
+    v_cond, v_uncond = in_one_pass(net, (xt, *c, y), (xt, *c, null))
     return guide(v_cond, v_uncond, t, y, w=w, t_low=t_low, y_null=y_null)
 
 
@@ -254,8 +257,8 @@ def cm_target(F_cm, v, dF_dt, t, alpha):
 
 def norm_l2(F_cm, v_tar, c):
     """Norm L2 loss [B]. paper: e is a sum; here: the mean over all dimensions except the batch,
-    because the authors' code does so with this c. As in that code, no gradient flows into the root:
-    it is an adaptive weight."""
+    because the authors' code does so with this c. As in that code, the root is detached: it is an
+    adaptive weight."""
     e = mean((F_cm - v_tar).square())
     return e / (e + c).sqrt().detach()                                 # Eq. 18
 
@@ -320,7 +323,7 @@ def sample_euler(net, noise, y, *, nfe, condition="expanded", w=1.0, t_low=0.125
 
 
 SAMPLERS = {"cm": sample, "euler": sample_euler}
-DETERMINISTIC = ("euler",)                 # these need noise of K = 1, the others of K = nfe
+DETERMINISTIC = ("euler",)  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
@@ -357,7 +360,7 @@ def train(args, run):
     # Data and teacher (None with --teacher none)
     dataset = data.load_for(args)
     check(args, data.fit_network_to(dataset, args.net))
-    teacher, args.net = flow.find_or_train(args, dataset, run)
+    teacher, args.net = find_or_train(args, dataset, run)
     check(args, args.net)
 
     # Network: it starts from the teacher's weights. The weights of a second time start at zero
@@ -368,9 +371,9 @@ def train(args, run):
         raise ValueError("this network accepts times up to 1, but --condition expanded uses times "
                          "up to 2; use --condition auxiliary")
     if teacher is not None:
-        flow.load_into(net, teacher)
+        load_into(net, teacher)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    gamma = gamma_of(args.ema_sigma)
+    ema_gamma = gamma_of(args.ema_sigma)   # the exponent of EDM2's average
 
     # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
@@ -395,11 +398,12 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: it rises linearly, then falls linearly to lr_final
-        rise = min(1, (step + 1) / max(args.warmup, 1))
-        fall = 1 - (1 - args.lr_final) * step / args.steps
+        # Learning rate: args.lr times the smaller of a linear warm-up and a linear decay from 1 to
+        # lr_final
+        warmup = min(1, (step + 1) / max(args.warmup, 1))
+        decay = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(rise, fall)
+            group["lr"] = args.lr * min(warmup, decay)
 
         # Draw noise and times for the whole batch. They depend only on the seed and the step, not
         # on the number of processes or micro-batches
@@ -410,15 +414,16 @@ def train(args, run):
         drop_all = torch.rand(args.batch, generator=random, device=device)
 
         # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
-        # processes. EDM2's networks normalise their weights first
+        # processes
         if hasattr(net, "force_weight_norm"):
-            net.force_weight_norm()
+            net.force_weight_norm()        # of EDM2's networks, before each step
         losses = torch.zeros(2, device=device)
         for i, samples in enumerate(micro_batches):
             x1, y = run.batch(dataset, step, samples)                                    # line 1
             x0, t = x0_all[samples], t_all[samples]
             if teacher is None:
                 y = torch.where(drop_all[samples] < args.label_drop, net.num_classes, y)
+            # The same dropout mask in all passes of this micro-batch
             models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
             last = i == len(micro_batches) - 1
             if args.fsdp:
@@ -430,7 +435,7 @@ def train(args, run):
                     model, jvp, x1, x0, t, y, teacher=teacher, condition=args.condition,
                     alpha=args.alpha, beta=args.beta, p=args.power, c=args.c, w=args.w,
                     t_low=args.t_low, y_null=net.num_classes)
-            share = len(y) / (args.batch // world)
+            share = len(y) / (args.batch // world)     # of the samples of this process
             loss = (args.anchor * L_fm + L_cm) * share                                 # Eq. 8
             loss.backward()
             losses += torch.stack([L_fm, L_cm]).detach() * share
@@ -442,9 +447,10 @@ def train(args, run):
             grad_norm = grad_norm.full_tensor()
         if grad_norm.isfinite():
             optimizer.step()
-            beta = (1 - 1 / (step + 1)) ** (gamma + 1)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+            ema_beta = (1 - 1 / (step + 1)) ** (ema_gamma + 1)
+            with torch.no_grad():              # ema += (1 - ema_beta) * (net - ema)
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()),
+                                     1 - ema_beta)
         optimizer.zero_grad()
 
         # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples

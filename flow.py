@@ -22,11 +22,9 @@ The other scripts use the teacher in runs/flow-DATA/ckpt.pt, and train it first 
 Results and details: docs/flow.md.
 """
 
-import argparse
 import copy
 import functools
 import math
-import pathlib
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -36,8 +34,7 @@ import data
 import models
 from common import checkpoints, flags, processes, weights
 from common.ema import gamma_of
-from common.messages import say_once
-from common.run import Run, launch
+from common.run import launch
 from common.seeds import generator, seed_of
 
 METHOD = "flow"
@@ -72,7 +69,7 @@ PRESETS = {
         betas=(0.9, 0.995),
         ema_sigma=0.2,
         precision="tf32",                  # ours
-        micro_batch=64,                    # ours: 24 GB
+        micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         xflip=True,
         uncond=True,
@@ -91,11 +88,11 @@ PRESETS = {
         betas=(0.9, 0.95),                 # the authors' code
         ema_sigma=0.2,                     # the authors' code
         precision="bf16",                  # the authors' code
-        micro_batch=32,                    # ours: 80 GB
+        micro_batch=32,                    # ours: fits a GPU of 80 GB
         save_every=5000,                   # ours
         net=dict(name="LightningDiT-XL/1", qknorm=True),
         times="uniform",                   # the authors' code
-        P_mean=-0.8,                       # without effect
+        P_mean=-0.8,                       # used only with --times arctan, as P_std
         P_std=1.6,
         cosine=1.0,                        # the authors' code
     ),
@@ -109,6 +106,8 @@ def parse_args(argv=None):
                           "flags are those of the preset.")
     flags.add_flags(parser, PRESETS)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
+    # The numbers after a type are the smallest and the largest value. Flags without a default have
+    # that of the preset
     flag("--init", metavar="FILE", help="checkpoint of a velocity network to start from, of "
          "flow.py or public; training teaches it the times from 1 to 2 as well")
     flag("--times", choices=["arctan", "uniform"], help="how t is drawn: as in FACM's Eq. 20, or "
@@ -145,7 +144,7 @@ def flow_loss(net, x1, x0, t, y, *, mixed=None, cosine=0.0):
     mse = (F - v).square().mean()                                      # FACM's Eq. 1
     if cosine == 0:
         return mse
-    if v.shape[1] == 1:                    # one channel has no direction: the whole sample's
+    if v.shape[1] == 1:                    # a single channel has no direction: whole samples
         F, v = F.flatten(1), v.flatten(1)
     return mse + cosine * (1 - cosine_similarity(F, v, dim=1).mean())
 
@@ -213,7 +212,7 @@ def integrate(net, noise, y, *, nfe, cfg=1.0, cfg_interval=(0.0, 1.0), cfg_chann
 
 
 SAMPLERS = {"euler": integrate, "heun": functools.partial(integrate, heun=True)}
-DETERMINISTIC = ("euler", "heun")          # noise of K = 1 is enough, whatever the NFE
+DETERMINISTIC = ("euler", "heun")  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
@@ -256,7 +255,7 @@ def train(args, run):
     if args.init:
         checkpoints.load_weights(net, start, args.init)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    gamma = gamma_of(args.ema_sigma)
+    ema_gamma = gamma_of(args.ema_sigma)   # the exponent of EDM2's average
 
     # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch)
@@ -277,11 +276,12 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: it rises linearly, then falls linearly to lr_final
-        rise = min(1, (step + 1) / max(args.warmup, 1))
-        fall = 1 - (1 - args.lr_final) * step / args.steps
+        # Learning rate: args.lr times the smaller of a linear warm-up and a linear decay from 1 to
+        # lr_final
+        warmup = min(1, (step + 1) / max(args.warmup, 1))
+        decay = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(rise, fall)
+            group["lr"] = args.lr * min(warmup, decay)
 
         # Draw noise and times for the whole batch. They depend only on the seed and the step, not
         # on the number of processes or micro-batches
@@ -291,13 +291,13 @@ def train(args, run):
         t_all = sample_t(normal, args.times, args.P_mean, args.P_std)
         drop_all = torch.rand(args.batch, generator=random, device=device) < args.label_drop
         mixed_all = torch.rand(args.batch, generator=random, device=device) < 0.5
-        if not net.expandable:             # it cannot tell t from 2 - t
+        if not net.expandable:             # for this network, t and 2 - t are the same time
             mixed_all = torch.zeros_like(mixed_all)
 
         # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
-        # processes. EDM2's networks normalise their weights first
+        # processes
         if hasattr(net, "force_weight_norm"):
-            net.force_weight_norm()
+            net.force_weight_norm()        # of EDM2's networks, before each step
         total = torch.zeros((), device=device)
         for i, samples in enumerate(micro_batches):
             x1, y = run.batch(dataset, step, samples)
@@ -311,7 +311,8 @@ def train(args, run):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 L_fm = flow_loss(model, x1, x0_all[samples], t_all[samples], y,
                                  mixed=mixed_all[samples], cosine=args.cosine)
-            loss = L_fm * (len(y) / (args.batch // world))
+            share = len(y) / (args.batch // world)     # of the samples of this process
+            loss = L_fm * share
             loss.backward()
             total += loss.detach()
 
@@ -322,9 +323,10 @@ def train(args, run):
             grad_norm = grad_norm.full_tensor()
         if grad_norm.isfinite():
             optimizer.step()
-            beta = (1 - 1 / (step + 1)) ** (gamma + 1)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+            ema_beta = (1 - 1 / (step + 1)) ** (ema_gamma + 1)
+            with torch.no_grad():              # ema += (1 - ema_beta) * (net - ema)
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()),
+                                     1 - ema_beta)
         optimizer.zero_grad()
 
         # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples
@@ -339,96 +341,6 @@ def train(args, run):
 
 def main():
     launch(train, METHOD, parse_args())
-
-
-# --------------------------------------------------------------------------------------------------
-# FOR STUDENTS: the teacher of a run of another script.
-
-# The flags that a student's run shares with the run of its default teacher
-SHARED = ("data", "data_dir", "resolution", "num_classes", "uncond", "xflip", "channels",
-          "skip_broken", "net", "net_given")
-MACHINE = ("device", "micro_batch", "precision", "compile", "fsdp", "grad_checkpoint")
-
-
-def find_or_train(args, dataset, run):
-    """The teacher of a student's run, frozen, and the options of the student's network.
-
-    args.teacher: a checkpoint; "none" for no teacher; or None for runs/flow-DATA/ckpt.pt, which is
-    first trained in the same processes, unless its training is finished. Raises ValueError if the
-    teacher does not fit the data or the flag --net.
-    """
-    if args.teacher == "none":
-        return None, data.fit_network_to(dataset, args.net)
-    path = pathlib.Path(args.teacher) if args.teacher else default_teacher(args, dataset, run)
-    if path.is_dir():
-        path = path / "ckpt.pt"
-    if args.dry_run and args.teacher is None and not path.exists():
-        options = data.fit_network_to(dataset, args.net)
-        return models.create(**options).eval().requires_grad_(False), options
-    say_if_unfinished(path)
-    start, options = weights.read_start(path, args)
-    options = data.fit_network_to(dataset, options)
-    teacher = models.create(**options, device=run.device)
-    checkpoints.load_weights(teacher, start, path)
-    args.teacher_id = checkpoints.fingerprint(path)
-    return teacher.eval().requires_grad_(False), options
-
-
-def load_into(net, teacher):
-    """Copies the teacher's weights into its student. A student may have a second time that its
-    teacher lacks, and keeps its weights for it. Raises ValueError if other weights are missing."""
-    checkpoints.load_weights(net, teacher.state_dict(), "the teacher", weights.MAY_BEGIN_ANEW)
-
-
-def default_teacher(args, dataset, run):
-    """Trains the default teacher unless it is finished, and returns the path of its checkpoint."""
-    own = parse_args(["--preset", args.preset, "--data", args.data])
-    path = pathlib.Path(own.out) / "ckpt.pt"
-    finished = False
-    if path.exists():
-        checkpoint = checkpoints.read(path)
-        finished = checkpoint["step"] >= checkpoint["args"]["steps"]
-        own = argparse.Namespace(**vars(own) | checkpoint["args"])
-        if checkpoint["method"] != METHOD:
-            raise ValueError(f"{path} is a run of {checkpoint['method']}.py, which cannot be a "
-                             "teacher; name a run of flow.py by --teacher")
-        different = weights.first_difference(own.net, data.fit_network_to(dataset, args.net))
-        if different:
-            key, held, expected = different
-            raise ValueError(f"{path} has a network with {key}={held}, and this run {key}="
-                             f"{expected}; use --net {key}={held}, or train another teacher with "
-                             "flow.py --out and name it by --teacher")
-        del checkpoint                     # Windows does not replace a file that is mapped
-        if not (args.dry_run or args.skip_broken) and own.samples != args.samples:
-            raise ValueError(f"{path} was trained on other data, {own.samples}, not "
-                             f"{args.samples}; name a teacher by --teacher, or train one with "
-                             "flow.py --out")
-    else:
-        for name in SHARED:
-            setattr(own, name, getattr(args, name))
-    if finished or args.dry_run:
-        return path
-    for name in MACHINE:
-        setattr(own, name, getattr(args, name))
-    own.data, own.data_dir, own.fresh, own.dry_run = args.data, args.data_dir, False, None
-    own.out = str(path.parent)             # also if the folder was moved
-    own.vae, own.tensorboard = args.vae, args.tensorboard
-    own.eval_every = None                  # evaluations are those of the student
-    run.prepare(dataset.shape)             # a mistake there is reported before the teacher's hours
-    processes.barrier()                    # all have read it before it is written
-    Run(own, METHOD, run.device, run.rank, run.world, announcement=f"the teacher, {path}, is not "
-        "finished: it is trained first, as by flow.py").call(train)
-    processes.barrier()
-    return path
-
-
-def say_if_unfinished(path):
-    """Prints a line if a checkpoint of this script has not reached its last step."""
-    checkpoint = checkpoints.read_if_ours(path)
-    if checkpoint and checkpoint["method"] == METHOD:
-        step, steps = checkpoint["step"], checkpoint["args"]["steps"]
-        if step < steps:
-            say_once(f"the teacher, {path}, is not finished: it has {step} of {steps} steps")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ PRESETS = {
         xflip=True,
         uncond=True,
         precision="tf32",
-        micro_batch=64,                    # ours: 24 GB
+        micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         net=dict(name="DDPM++", dropout=0.2),
     ),
@@ -121,7 +121,7 @@ PRESETS = {
         batch=128,
         uncond=True,
         precision="tf32",
-        micro_batch=64,                    # ours: 24 GB
+        micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         lam=3.0,
         pt="uniform",
@@ -129,11 +129,11 @@ PRESETS = {
         curriculum=25_000,
         net=dict(name="DDPM++", dropout=0.2),
     ),
-    "imagenet64_finetune": PAPER | dict(   # the same; XL: --lr 7e-4 --net dropout=0.5
+    "imagenet64_finetune": PAPER | dict(   # also G.2; for EDM2-XL: --lr 7e-4 --net dropout=0.5
         resolution=64,
         steps=100_000,
         batch=128,
-        micro_batch=32,                    # ours: 24 GB
+        micro_batch=32,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         optimizer="AdamW",
         lr=1e-3,
@@ -152,7 +152,7 @@ PRESETS = {
         steps=400_000,
         batch=256,
         precision="bf16",
-        micro_batch=64,                    # ours: XL/2 fits 80 GB
+        micro_batch=64,                    # ours: XL/2 fits a GPU of 80 GB
         save_every=1000,                   # ours
         optimizer="AdamW",
         betas=(0.9, 0.95),
@@ -169,8 +169,8 @@ PRESETS = {
 PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
-# For --init with a teacher that flow.py trained on this data (ours): fewer steps, a curriculum in
-# which eps falls as far in them, and lambda 0, because G.2 lowers lambda for fine-tuning
+# For --init with a teacher that flow.py trained on this data (ours): fewer steps; a curriculum that
+# ends at eps = 2^-8 (from scratch: 2^-7); and lambda 0, because G.2 lowers lambda for fine-tuning
 FINETUNE = dict(steps=1600, curriculum=200, lam=0.0)
 PRESETS["glyphs_finetune"] = PRESETS["glyphs"] | FINETUNE
 PRESETS["mnist_finetune"] = PRESETS["mnist"] | FINETUNE
@@ -202,6 +202,8 @@ def parse_args():
                           "most flags are those of the preset.")
     flags.add_flags(parser, PRESETS)
     flag = functools.partial(flags.flag, parser.add_argument_group("method"))
+    # The numbers after a type are the smallest and the largest value. Flags without a default have
+    # that of the preset
     flag("--init", metavar="FILE", help="velocity network to start from, of flow.py or EDM's "
          "(G.2; default: train from scratch)")
     flag("--row", choices=list(ROWS), help="configuration of Tables 2, 3 and 10")
@@ -268,8 +270,8 @@ def parse_args():
 
 
 # --------------------------------------------------------------------------------------------------
-# THE METHOD. Pure functions of any shape: x, z, xt, u, F, ... [B, ...]; t, r, s, h, w [B] float;
-# y [B] int64 or None. They need only torch and jvp.py.
+# THE METHOD. Pure functions of any shape: x, z, xt, u, F, ... [B, ...]; t, r, s, h, weight, density
+# [B] float; y [B] int64 or None. They need only torch and jvp.py.
 
 T_MIN, T_MAX = 0.006, 0.994                # t_0 and t_T (G.1)
 
@@ -294,9 +296,9 @@ def gcm_loss(f, jvp, x, z, t, s, density, y, *, difference=True, ht="exp", k=0.0
     r = torch.maximum(t - h, s)
     if difference:
         F = f(xt, t, s, y)
-        slope = torch.where(r > s, (s - r) / (t - r), 0)                           # not 0/0
-        near_far = pair_difference(f, F.detach(), xt, t, r, s, y, u)
-        target = u + wide(slope, x) * near_far                                     # Eq. 39
+        change = pair_difference(f, F.detach(), xt, t, r, s, y, u)
+        ratio = torch.where(r > s, (s - r) / (t - r), 0)                           # not 0/0
+        target = u + wide(ratio, x) * change                                       # Eq. 39
     else:
         F, df_dt = jvp(f, at=(xt, t, s, y), along=(u, 1, 0))
         target = u + wide(s - t, x) * df_dt                                        # Eq. 6
@@ -314,7 +316,8 @@ def wide(t, x):
 
 
 def step_size(t, ht, k, mu):
-    """h(t) [B]. paper: h goes to 0 with 1 - t (C.3); here: to 1e-5, because float32 rounds less."""
+    """h(t) [B]. paper: h goes to 0 with 1 - t (C.3); here: h is at least 1e-5, because smaller
+    steps are lost in the rounding of float32."""
     precise = t.cpu() if t.device.type == "mps" else t     # Apple's GPUs have no float64
     return STEPS[ht](precise.double(), k, mu).clamp(min=1e-5).to(t)
 
@@ -343,8 +346,8 @@ def pair_difference(f, F, xt, t, r, s, y, u):
     if not torch.is_autocast_enabled(xt.device.type):
         return F - f(xr, r, s, y)
     with torch.autocast(xt.device.type, enabled=False):
-        near, far = in_one_pass(f, (xt, t, s, y), (xr, r, s, y))
-        return near - far
+        f_t, f_r = in_one_pass(f, (xt, t, s, y), (xr, r, s, y))
+        return f_t - f_r
 
 
 def precondition(net, *, ct="exp", mu=3.5, sigma_d=0.5, second_time=False, velocity=False,
@@ -366,9 +369,12 @@ def precondition(net, *, ct="exp", mu=3.5, sigma_d=0.5, second_time=False, veloc
         if augment is not None:
             more = (augment.repeat(xt.shape[0] // len(augment), 1),)
         if velocity:
-            k, end = (1 - t + sigma_d * t) ** -1, (1 - s) / (1 - s + sigma_d * s)
-            F = net(wide(k, xt) * xt, (1 - t) * k, end if second_time else None, y, *more)
-            return -wide(k, xt) * ((1 - sigma_d) * xt + sigma_d * F)
+            # scale x_t lies on the flow of net at the time (1-t) scale. With the data x_1 and the
+            # noise x_0 that net predicts there, the output is sigma_d x_0 - x_1
+            scale = (1 - t + sigma_d * t) ** -1
+            end = (1 - s) / (1 - s + sigma_d * s) if second_time else None
+            v = net(wide(scale, xt) * xt, (1 - t) * scale, end, y, *more)
+            return -wide(scale, xt) * ((1 - sigma_d) * xt + sigma_d * v)
         c_in = wide((1 - t) ** 2 + t ** 2, xt).rsqrt() / sigma_d
         c_out = sigma_d * math.sqrt(2)
         c_t = TIME_SCALINGS[ct](t, mu)
@@ -390,14 +396,18 @@ def mmd_loss(F, target, base, t, r, s, h, weight, M, sigma):
     paper: twice this; here: half, because M = 1 is then the norm, except for e^(-h / sigma).
     paper: t - r for h; here: h, because t - r is smaller, and may be 0, where r is s.
     paper: IMM's sharing of times has Eq. 5's form (G.1); here: it has this form (--share-time)."""
-    a, b = ((base - wide(h, base) * end).flatten(1).unflatten(0, (-1, M))
-            for end in (F, target))                                                # Eq. 40
-    t, r, s, h, weight = (times.unflatten(0, (-1, M)) for times in (t, r, s, h, weight))
+    def group(a):
+        return a.unflatten(0, (-1, M))                                   # [B/M, M, ...]
+
+    a = group((base - wide(h, base) * F).flatten(1))                               # Eq. 40
+    b = group((base - wide(h, base) * target).flatten(1))
+    t, r, s = group(t), group(r), group(s)
+    h, weight = group(h), group(weight)
 
     def kernel(x1, x2, t1, t2):
-        apart = rms(x1[:, :, None] - x2[:, None], dim=(-1,))             # [B/M, M, M]
-        times = (t1[:, :, None] - t2[:, None]).abs() + (s[:, :, None] - s[:, None]).abs()
-        return -apart * torch.exp(-times / sigma)                                  # Eq. 44
+        distance = rms(x1[:, :, None] - x2[:, None], dim=(-1,))          # [B/M, M, M]
+        time_gap = (t1[:, :, None] - t2[:, None]).abs() + (s[:, :, None] - s[:, None]).abs()
+        return -distance * torch.exp(-time_gap / sigma)                            # Eq. 44
 
     # paper: |t_j - r_k| in all three kernels; here: the times of each kernel, because of Eq. 44.
     pairs = kernel(a, a, t, t) + kernel(b, b, r, r) - 2 * kernel(a, b, t, r)
@@ -493,8 +503,8 @@ DENSITIES = {"uniform": uniform, "sine": sine, "cosh": cosh}
 def sample_times(u, *, scheme="gcm", variant="CU", pt="sine", ab=(1.0, 0.01), nu=4.0, equal=0.0,
                  P_mean=-0.4, P_std=1.0, sigma_d=0.5):
     """t, s and the density of t, from uniform u [4, B]. A fraction `equal` of the samples has s = t
-    and log-normal times t (G.2). The density is 1 there, because the paper means the choice of
-    these times as a weight.
+    and log-normal times t, which are sigmoid(n) for normal numbers n (G.2). The density is 1 there,
+    because the paper uses the choice of these times as the weight.
     paper: w(t) / p(t|s); here: p(t|s) is relative to the uniform density on [s, t_T], which removes
     a factor t_T - s from the weight, because uniform times have the weight w(t) in 3.3. This makes
     a difference for VU only."""
@@ -513,7 +523,10 @@ def sample_times(u, *, scheme="gcm", variant="CU", pt="sine", ab=(1.0, 0.01), nu
     elif scheme == "meanflow":
         s, t = torch.sigmoid(normal[:2]).sort(dim=0)[0]
     else:                                  # FACM's Eq. 20 with time reversed; ECT's sigma
-        t = time_of_ratio(torch.exp(normal[0]) / (sigma_d if scheme == "ect" else 1))
+        ratio = torch.exp(normal[0])
+        if scheme == "ect":
+            ratio = ratio / sigma_d
+        t = time_of_ratio(ratio)
     t = t.clamp(T_MIN, T_MAX)
     return t, torch.where(same, t, s.clamp(T_MIN, T_MAX)), density
 
@@ -554,7 +567,7 @@ def sample(net, noise, y, *, nfe, restart, mid=(0.6,), sigma_d=0.5, times=None, 
 
 SAMPLERS = {"restart": functools.partial(sample, restart=True),
             "pushforward": functools.partial(sample, restart=False)}
-DETERMINISTIC = ("pushforward",)           # one noise is enough
+DETERMINISTIC = ("pushforward",)  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
@@ -565,12 +578,16 @@ def default_sampler(nfe, args):
 
 def scalings(args):
     """The options of `precondition`. args: the flags of the run, a dict."""
-    net = args["net"]
-    scales_itself = (net.get("sigma_data") is not None or net.get("edm_time", False)
-                     or net["name"].startswith("EDM2"))
     return dict(ct=args["ct"], mu=args["mu"], sigma_d=args["sigma_data"],
                 second_time=args["variant"] == "VU",
-                velocity=args["init"] is not None or scales_itself)
+                velocity=args["init"] is not None or scales_itself(args["net"]))
+
+
+def scales_itself(net):
+    """Whether a network with these options, a dict, scales its input and output by itself, and has
+    its own times."""
+    return (net.get("sigma_data") is not None or net.get("edm_time", False)
+            or net["name"].startswith("EDM2"))
 
 
 def sampler_options(args):
@@ -598,6 +615,8 @@ def check(args, net):
     if args.w != 1 and (args.uncond or not net["num_classes"]):
         raise ValueError(f"--w {args.w}: guidance needs labels and a network with classes; use "
                          "--w 1")
+    if "ct" in args.given and scales_itself(net):
+        raise ValueError("--ct has no effect here: this network has its own times")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab A B: A and B must differ")
     times = [T_MAX, *args.t_mid, T_MIN]
@@ -611,10 +630,10 @@ def train(args, run):
 
     # Data, network and its average. With --init, the network starts from the weights of that file
     dataset = data.load_for(args)
-    begins = args.init is not None
-    if begins and args.dry_run:
-        begins = os.path.exists(args.init)
-    if begins:
+    warm_start = args.init is not None
+    if warm_start and args.dry_run:
+        warm_start = os.path.exists(args.init)
+    if warm_start:
         start, args.net = weights.read_start(args.init, args)
     args.net = data.fit_network_to(dataset, args.net) | dict(second_time=args.variant == "VU")
     if args.augment:
@@ -622,10 +641,10 @@ def train(args, run):
     check(args, args.net)
     net = models.create(**args.net, seed=seed_of(args.seed, "init"), device=device)
     net.grad_checkpoint = args.grad_checkpoint
-    if begins:
+    if warm_start:
         checkpoints.load_weights(net, start, args.init, weights.MAY_BEGIN_ANEW)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    gamma = gamma_of(args.ema_sigma)
+    ema_gamma = gamma_of(args.ema_sigma)   # the exponent of EDM2's average
 
     # The micro-batches of this process, the optimiser, and the newest checkpoint
     micro_batches = processes.split_batch(args.batch, rank, world, args.micro_batch, args.group)
@@ -653,17 +672,18 @@ def train(args, run):
     preview_noise = data.preview_noise(args.seed, dataset.shape).to(device)
 
     for step in range(run.step, args.steps):
-        # Learning rate: ECT's decay, times a linear rise and a linear fall to lr_final
+        # Learning rate: ECT's decay, times the smaller of a linear warm-up and a linear decay from
+        # 1 to lr_final
         lr = args.lr
         if args.lr_decay:
             lr *= max(1, step / args.lr_decay) ** -0.5
-        rise = min(1, (step + 1) / max(args.warmup, 1))
-        fall = 1 - (1 - args.lr_final) * step / args.steps
+        warmup = min(1, (step + 1) / max(args.warmup, 1))
+        decay = 1 - (1 - args.lr_final) * step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(rise, fall)
+            group["lr"] = lr * min(warmup, decay)
 
-        # The constant of h(t). paper: k falls without end (G.1); here: to 2^-10, because float32
-        # rounds less there
+        # The constant of h(t). paper: k falls without end (G.1); here: to 2^-10, because smaller
+        # steps are lost in the rounding of float32
         k = constant
         if args.curriculum:
             k = max(args.q ** -(1 + step // args.curriculum), 2 ** -10)
@@ -682,33 +702,35 @@ def train(args, run):
             equal=args.equal, P_mean=args.P_mean, P_std=args.P_std, sigma_d=args.sigma_data)
 
         # Accumulate the gradient over the micro-batches. With the last one, it is averaged over the
-        # processes. EDM2's networks normalise their weights first
+        # processes
         if hasattr(net, "force_weight_norm"):
-            net.force_weight_norm()
+            net.force_weight_norm()        # of EDM2's networks, before each step
         total = torch.zeros((), device=device)
         for i, samples in enumerate(micro_batches):
             x, y = run.batch(dataset, step, samples)
             z, t, s, density = z_all[samples], t_all[samples], s_all[samples], density_all[samples]
             if args.w != 1:
                 y = torch.where(drop_all[samples] < args.label_drop, net.num_classes, y)
-            labels = None                  # of the augmentation
+            augment_labels = None
             if args.augment:
-                x, labels = augment(x, generator("cpu", args.seed, "augment", step),
+                x, augment_labels = augment(x, generator("cpu", args.seed, "augment", step),
                                     batch=args.batch, rows=samples)
+            # The same dropout mask in all passes of this micro-batch
             models.seed_dropout(net, seed_of(args.seed, "dropout", step, rank, i), rows=len(y))
             last = i == len(micro_batches) - 1
             if args.fsdp:
                 net.set_requires_gradient_sync(last)
             elif world > 1:
                 model.require_backward_grad_sync = last                # what DDP's no_sync() sets
-            f = precondition(model, **scalings(vars(args)), augment=labels)
+            f = precondition(model, **scalings(vars(args)), augment=augment_labels)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss = gcm_loss(
                     f, jvp, x, z, t, s, density, y, difference=args.jvp == "fd", ht=args.ht, k=k,
                     mu=args.mu, scheme=args.scheme, gamma=args.gamma, lam=args.lam, M=args.group,
                     sigma=args.kernel_sigma, w=args.w, kappa=args.kappa, guide=args.guide,
                     y_null=net.num_classes)
-            loss = loss * (len(y) / (args.batch // world))
+            share = len(y) / (args.batch // world)     # of the samples of this process
+            loss = loss * share
             loss.backward()
             total += loss.detach()
 
@@ -719,11 +741,12 @@ def train(args, run):
             grad_norm = grad_norm.full_tensor()
         if grad_norm.isfinite():
             optimizer.step()
-            beta = (1 - 1 / (step + 1)) ** (gamma + 1)
+            ema_beta = (1 - 1 / (step + 1)) ** (ema_gamma + 1)
             if args.ema_beta:
-                beta = args.ema_beta
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+                ema_beta = args.ema_beta
+            with torch.no_grad():              # ema += (1 - ema_beta) * (net - ema)
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()),
+                                     1 - ema_beta)
         optimizer.zero_grad()
 
         # Log. At intervals, draw a preview, save a checkpoint, and measure the FID of samples

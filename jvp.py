@@ -97,8 +97,8 @@ def forward_mode(net, at, along):
 def exact(net, at, along, also=None, derivative=forward_mode):
     """F, dF and perhaps F_other (see the top of this file), with dF by torch.func.jvp.
 
-    derivative(net, at, along) computes dF; `select` passes a compiled forward_mode here. It runs
-    without the fast path of nn.MultiheadAttention, which has no forward mode."""
+    derivative(net, at, along) computes dF; `select` passes a compiled forward_mode here. dF is
+    computed without the fast path of nn.MultiheadAttention, which has no forward mode."""
     value, *others = _outputs(net, at, also)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

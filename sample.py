@@ -45,8 +45,8 @@ from common import checkpoints, flags, folders, imagefiles, processes, seeds, we
 from common.messages import fail
 
 METHODS = ("flow", "facm", "decm", "gcm", "baselines")
-PUBLIC_METHODS = ("flow", "facm", "decm") # those whose samplers need no flags of the training
-ROWS, DECODED_ROWS = 64, 8                 # of a network's batch, of the autoencoder's
+PUBLIC_METHODS = ("flow", "facm", "decm")  # those whose samplers need no flags of the training
+ROWS, DECODED_ROWS = 64, 8                 # samples in a pass of the network, of the autoencoder
 
 
 def parse_args():
@@ -200,10 +200,13 @@ def choose_labels(labels, n, num_classes, seed, names=()):
         random = seeds.generator("cpu", seed, "labels")
         return torch.randint(max(num_classes, 1), (n,), generator=random)
     words = labels.split(",")
-    if all(word in names for word in words):
+    are_names = [word in names for word in words]
+    if all(are_names):
         numbers = [names.index(word) for word in words]
     else:
         try:
+            if any(are_names):             # names may be numbers, too
+                raise ValueError
             numbers = [int(word) for word in words]
         except ValueError:
             example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
@@ -519,6 +522,9 @@ def main():
     options = flags.parse_net_options(args.net)
     given = {key: getattr(args, key) for key in (
         "sampler", "n_ode", "times", "cfg", "cfg_interval", "cfg_channels", "shift")}
+    continues = ""
+    if out.suffix != ".png" and not args.export:
+        continues = "; the samples that were written are kept, and the same command continues"
     device, rank, world = processes.start(args.device)
     folders.check_output(args.export)
     try:
@@ -537,22 +543,22 @@ def main():
             if args.times or args.n_ode is not None or args.method:
                 # Draw one sample first, to see whether the options and a public network fit
                 draw(net, checkpoint, args.nfe, labels[:1], **given)
-            sampler, shape = samplers[0], checkpoint["args"]["net"]
+            sampler, net_options = samplers[0], checkpoint["args"]["net"]
             settings = dict(
                 weights=fingerprint(net.state_dict()), decoder=fingerprint(decoder),
-                net=shape, method=checkpoint["method"], sampler=sampler.name, nfe=args.nfe,
+                net=net_options, method=checkpoint["method"], sampler=sampler.name, nfe=args.nfe,
                 n=args.n, options=sampler.options, seed=args.seed, labels=args.labels,
                 device=device.type)
-            stream(out, settings, labels, factor * shape["input_size"], args.batch, rank, world,
+            size = factor * net_options["input_size"]
+            stream(out, settings, labels, size, args.batch, rank, world,
                    lambda i, j: draw_batch(net, checkpoint, sampler, args.seed, i, labels[i:j]),
                    decode)
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f"{e}; the samples that were written are kept, and the same command continues",
-             always=True)
+        fail(f"{e}{continues}", always=True)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(f"interrupted{continues}", file=sys.stderr)
         sys.exit(130)
     if rank == 0:
         by = ", ".join(f"{sampler.name} at NFE {nfe}" for nfe, sampler in zip(nfes, samplers))

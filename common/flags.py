@@ -181,7 +181,6 @@ def parse(parser, method, presets, argv=None):
     argv: the arguments of the command line (None: those of the program).
     """
     args = parse_words(parser, argv)
-    check_reports(args)
     return fill_in(args, method, choose_preset(args, presets))
 
 
@@ -196,6 +195,7 @@ def parse_words(parser, argv=None):
             setattr(args, action.dest, action.default)
         else:
             args.given.append(action.option_strings[0].removeprefix("--"))
+    check_reports(args)
     return args
 
 

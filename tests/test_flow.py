@@ -16,7 +16,7 @@ import facm
 import flow
 import models
 import sample
-from common import checkpoints, seeds
+from common import checkpoints, seeds, teachers
 from common.ema import gamma_of
 from common.messages import say_once
 
@@ -367,7 +367,7 @@ def test_a_finished_default_teacher_may_have_a_batch_that_the_processes_do_not_d
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["facm.py", *TINY, "--batch", "9"])
     args = facm.parse_args()
-    assert flow.default_teacher(args, data.load_for(args), None) == path
+    assert teachers.default_teacher(args, data.load_for(args), None) == path
 
 
 def test_a_run_of_another_method_is_no_default_teacher(tmp_path, monkeypatch, capsys, teacher):

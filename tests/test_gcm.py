@@ -106,12 +106,12 @@ def test_residual_of_the_difference_falls_linearly_in_h(variant, autocast):
         assert 3.6 < coarse / fine < 4.4
 
 
-PAIR = "target = u + wide(slope, x) * near_far"
+PAIR = "target = u + wide(ratio, x) * change"
 DERIVATIVE = "target = u + wide(s - t, x) * df_dt"
 LINE = "at=(xt, t, s, y), along=(u, 1, 0)"
 MUTANTS = [
-    (PAIR, "target = u - wide(slope, x) * near_far", False),                       # sign
-    (PAIR, "target = u + 2 * wide(slope, x) * near_far", False),                   # factor
+    (PAIR, "target = u - wide(ratio, x) * change", False),                       # sign
+    (PAIR, "target = u + 2 * wide(ratio, x) * change", False),                   # factor
     ("r > s, (s - r) / (t - r), 0", "r > s, (s - r) / (t - s), 0", False),         # wrong denominator
     ("r > s, (s - r) / (t - r), 0", "r > s, (r - t) / (t - r), 0", False),
     ("xr = xt + wide(r - t, xt) * u", "xr = xt - wide(r - t, xt) * u", False),     # step in the wrong direction
@@ -391,9 +391,9 @@ def test_mmd_of_a_set_with_itself_is_0_and_of_others_above():
 @pytest.mark.parametrize("old, new", [
     ("+ kernel(b, b, r, r) - 2 * kernel(a, b, t, r)", "+ kernel(b, b, r, r) - kernel(a, b, t, r)"),
     ("kernel(a, a, t, t) + kernel(b, b, r, r)", "- kernel(a, a, t, t) - kernel(b, b, r, r)"),
-    ("return -apart * torch.exp(-times / sigma)", "return apart * torch.exp(-times / sigma)"),
-    ("return -apart * torch.exp(-times / sigma)", "return -apart * torch.exp(times / sigma)"),
-    ("base - wide(h, base) * end)", "base + wide(h, base) * end)"),
+    ("return -distance * torch.exp(-time_gap / sigma)", "return distance * torch.exp(-time_gap / sigma)"),
+    ("return -distance * torch.exp(-time_gap / sigma)", "return -distance * torch.exp(time_gap / sigma)"),
+    ("base - wide(h, base) * F)", "base + wide(h, base) * F)"),
 ])
 def test_mutants_of_the_mmd_are_caught(old, new):
     honest = gcm.mmd_loss
@@ -705,6 +705,7 @@ def test_trains_on_latents(tmp_path, monkeypatch):
     (["--init", "SMALL"], "num_classes 3, and the data have 10"), (["--init", "SMALL", "--resolution", "24"], "input_size 12"),
     (["--ht", "bell"], "--ht"), (["--augment", "--net", "name=DiT", "width=32", "depth=1", "heads=4"], "augment"),
     (["--epsilon", "0.1", "--curriculum", "9"], "--epsilon has no effect"), (["--steps", "0"], "--steps 0"), (["--teacher", "x.pt"], "--teacher"),
+    (["--row", "A", "--ct", "t", "--net", "sigma_data=0.5"], "--ct has no effect"),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     if "SMALL" in flags:

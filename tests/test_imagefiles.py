@@ -678,6 +678,15 @@ def test_class_names_are_told_and_kept(tmp_path, monkeypatch, capsys):
     assert "    1  dog: 3" in capsys.readouterr().out
 
 
+def test_names_of_classes_that_are_numbers():
+    """A list is read as names if all its words are names, and as numbers if none is one. Others are errors."""
+    names = ("0", "1", "10", "2")
+    assert sample.choose_labels("2,0", 3, 4, 0, names).tolist() == [3, 0, 3]
+    assert sample.choose_labels("3", 2, 4, 0, names).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="--labels 2,3"):
+        sample.choose_labels("2,3", 3, 4, 0, names)
+
+
 def test_data_may_move_but_not_change(tmp_path, monkeypatch, capsys):
     files = {f"{name}/{i}.png": None for name in ("cat", "dog") for i in range(3)}
     path = write_tree(tmp_path, "folder", files)

@@ -21,6 +21,7 @@ import decm
 import facm
 import fid
 import flow
+import gcm
 import sample
 from common import checkpoints, evaluation
 
@@ -234,6 +235,7 @@ def test_mistakes_end_in_one_line_before_training(net, ref, tmp_path, monkeypatc
     ("--inception small.pt", "--inception has no effect"), ("--eval-every 5", "--eval-every needs --ref")])
 def test_flags_of_the_evaluation_need_each_other(tmp_path, monkeypatch, capsys, flags, words):
     assert words in refused(monkeypatch, capsys, flow, *FLOW, *flags.split(), "--out", tmp_path / "run")
+    assert words in refused(monkeypatch, capsys, gcm, *FLOW, *flags.split(), "--out", tmp_path / "run")
 
 
 def test_a_number_of_evaluations_that_the_method_lacks_is_refused(asked, tmp_path, monkeypatch, capsys):
