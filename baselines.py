@@ -276,9 +276,9 @@ def train(args, run):
 
     # Data and teacher (None with --teacher none)
     dataset = data.load_for(args)
-    check(args, data.fit_network_to(dataset, args.net))
+    check(args, data.fit_network_to(dataset, args.net))    # before a teacher is trained for hours
     teacher, args.net = find_or_train(args, dataset, run)
-    check(args, args.net)
+    check(args, args.net)                  # with the teacher's network
 
     # Network: it starts from the teacher's weights. The weights of a second time start at zero
     args.net = args.net | dict(second_time=args.objective != "scm")
