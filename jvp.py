@@ -110,8 +110,8 @@ def exact(net, at, along, also=None, derivative=forward_mode):
 
 def fd(net, at, along, also=None, h=5e-3):
     """F, dF and perhaps F_other (see the top of this file), with dF by the central difference of
-    step h > 0, whose error is of order h^2. The times t + h and t - h may lie outside [0, 1] by h. The
-    pass switches autocast off, because bfloat16 is too coarse for a difference."""
+    step h > 0, whose error is of order h^2. The times t + h and t - h may lie outside [0, 1] by h.
+    The pass switches autocast off, because bfloat16 is too coarse for a difference."""
     x, t, s, y = at
     dx, dt, ds = along
 
