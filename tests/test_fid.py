@@ -987,4 +987,4 @@ def test_statistics_of_another_network_are_told_before_anything_is_downloaded(tm
     np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4), features="resnet.pt sha256:01234567")
     monkeypatch.setattr(fid, "load_inception", None)
     said = refused(monkeypatch, capsys, fid, tmp_path / "x.npz", "--ref", tmp_path / "ref.npz", "--device", "cpu")
-    assert "statistics of resnet.pt" in said and "--features" in said
+    assert "statistics of the features of resnet.pt" in said and "--features" in said

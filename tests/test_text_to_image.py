@@ -93,7 +93,7 @@ def test_a_folder_of_images_and_captions_is_encoded_once(tmp_path):
     (tmp_path / "in/b.txt").unlink()
     with pytest.raises(SystemExit, match="error: b.png has no caption b.txt beside it"):
         text_to_image.read(tmp_path / "in")
-    with pytest.raises(SystemExit, match="no \\*.safetensors in it; run script.py encode"):
+    with pytest.raises(SystemExit, match="contains no \\*.safetensors; run script.py encode"):
         text_to_image.encoded(tmp_path / "in", "script.py")
 
 
