@@ -465,9 +465,11 @@ def save_stats(folder, scale=1.0):
     shards = [map_shard(shard, flipped=False) for shard in paths]
     if not sum(len(shard["labels"]) for shard in shards):
         raise ValueError(f"{folder} contains no latents")
-    mean, std = latent_stats(shards)
-    if scale != 1:
-        mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / scale)
+    if scale == 1:
+        mean, std = latent_stats(shards)
+    else:
+        shape = (1, shards[0]["latents"].shape[1], 1, 1)
+        mean, std = torch.zeros(shape), torch.full(shape, 1 / scale)
     content = io.BytesIO()
     torch.save(dict(mean=mean, std=std), content)
     part = path.with_suffix(".pt.part")

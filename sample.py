@@ -200,18 +200,16 @@ def choose_labels(labels, n, num_classes, seed, names=()):
         random = seeds.generator("cpu", seed, "labels")
         return torch.randint(max(num_classes, 1), (n,), generator=random)
     words = labels.split(",")
-    are_names = [word in names for word in words]
+    are_names = [word in names for word in words]          # a name may be a number, such as 10
+    are_numbers = [word.strip().removeprefix("-").isdecimal() for word in words]
     if all(are_names):
         numbers = [names.index(word) for word in words]
+    elif all(are_numbers) and not any(are_names):
+        numbers = [int(word) for word in words]
     else:
-        try:
-            if any(are_names):             # names may be numbers, too
-                raise ValueError
-            numbers = [int(word) for word in words]
-        except ValueError:
-            example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
-            raise ValueError(f"--labels {labels}: use all, random, or a list of numbers or of "
-                             f"names, such as {example}") from None
+        example = f"3,3,7 or {names[0]},{names[-1]}" if names else "3,3,7"
+        raise ValueError(f"--labels {labels}: use all, random, or a list of numbers or of names, "
+                         f"such as {example}")
     if min(numbers) < 0 or max(numbers) >= num_classes:
         raise ValueError(f"--labels {labels}: the network has {num_classes} classes, which are "
                          "numbered from 0")

@@ -185,7 +185,8 @@ def parse(parser, method, presets, argv=None):
 
 
 def parse_words(parser, argv=None):
-    """The flags of a command line. Their entry `given` lists those that it has, such as P-mean."""
+    """The flags of a command line. Their entry `given` lists those that it has, such as P-mean.
+    Ends the program if the flags of the evaluations cannot be combined."""
     actions = [action for action in parser._actions if action.dest != "help"]
     blank = argparse.Namespace(**{action.dest: None for action in actions})
     args = parser.parse_args(argv, blank)
