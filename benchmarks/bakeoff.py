@@ -82,6 +82,13 @@ def teacher_flags(name, data_name, path):
     return ["--teacher", str(path)]
 
 
+def curriculum(preset, steps):
+    """The curriculum of a run of gcm.py with so many steps: the same share of them as in this
+    preset."""
+    preset = gcm.PRESETS[preset]
+    return max(1, round(preset["curriculum"] / preset["steps"] * steps))
+
+
 # --------------------------------------------------------------------------------------------------
 # The time of a step, and training.
 
@@ -146,10 +153,9 @@ class Runs:
         if teacher_of(name):
             checkpoint = self.folder(teacher_of(name), seed) / "ckpt.pt"
             flags += teacher_flags(name, self.data, checkpoint)
-        if script == "gcm.py":             # a curriculum of the same share of the run as the preset's
-            preset = gcm.PRESETS[f"{self.data}_finetune" if teacher_of(name) else self.data]
-            steps = round(preset["curriculum"] / preset["steps"] * self.steps[name])
-            flags += ["--curriculum", str(max(1, steps))]
+        if script == "gcm.py":
+            preset = f"{self.data}_finetune" if teacher_of(name) else self.data
+            flags += ["--curriculum", str(curriculum(preset, self.steps[name]))]
         finished = ablation.train(script, flags, self.folder(name, seed))
         print(f"{name}, seed {seed}: {self.steps[name]} steps in {time.time() - begun:.0f} s, "
               f"{'finished' if finished else 'diverged'}", file=sys.stderr, flush=True)

@@ -3,9 +3,10 @@
     python benchmarks/cifar10.py --features resnet56.pt
     python benchmarks/cifar10.py --features resnet56.pt --picture samples.png --curve curve.png
 
-FACM and DE-CM distil one teacher, a run of flow.py. GCM trains from scratch, for the seconds of the
-teacher and of a student together. Each run uses one thread. 100 steps show how fast it is, and the
-number of its steps follows. A run is stopped three times by SIGTERM and resumed by the same
+FACM and DE-CM distil one teacher, a run of flow.py. GCM trains from scratch ("gcm"), for the seconds
+of the teacher and of a student together, or for those of a student from the weights of the teacher
+("gcm_finetune"). Each run uses one thread. 100 steps show how fast it is, and the number of its
+steps follows. A run is stopped three times by SIGTERM and resumed by the same
 command, so that it leaves checkpoints on its way. Runs are kept in --out, and the same command
 resumes a benchmark that was interrupted.
 
@@ -27,6 +28,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import bakeoff
 import quickstart
 
 import data
@@ -38,11 +40,12 @@ from common.flags import Parser
 from common.log import read_lines
 from common.messages import fail
 
-# The preset of MNIST, for a network of 3 M parameters. gcm.py has its own preconditioning, and its
-# network needs no sigma_data
-FLAGS = ["--device", "cpu", "--preset", "mnist", "--xflip", "--log-every", "20"]
+# The presets of MNIST, for a network of 3 M parameters. gcm.py has its own preconditioning, so that
+# a network that it trains from scratch needs no sigma_data
+FLAGS = ["--device", "cpu", "--xflip", "--log-every", "20"]
 NETWORK = ["--net", "width=16", "mult=1,2,4,8"]
 PRECONDITIONED = [*NETWORK, "sigma_data=0.5"]
+METHODS = ["facm", "gcm", "gcm_finetune", "decm"]
 PIECES = 4
 
 
@@ -72,18 +75,23 @@ def step_of(path):
 
 
 def train(name, args):
-    """Trains the run `name`, which is also the name of its script, and keeps its checkpoints on the
-    way as NAME-piece1.pt, ...; returns their paths."""
-    flags, seconds = [*FLAGS, "--data", args.data], args.seconds
+    """Trains the run `name`, and keeps its checkpoints on the way as NAME-piece1.pt, ...; returns
+    their paths."""
+    method, preset, seconds = name, "mnist", args.seconds
+    flags, teacher = [*FLAGS, "--data", args.data], args.out / "flow/ckpt.pt"
     if name == "flow":
         flags += PRECONDITIONED
         seconds = args.teacher_seconds
     elif name == "gcm":
-        flags += NETWORK
+        flags += [*NETWORK, "--sigma-data", "0.5"]
         seconds = args.teacher_seconds + args.seconds
+    elif name == "gcm_finetune":
+        method, preset = "gcm", "mnist_finetune"
+        flags += [*PRECONDITIONED, "--sigma-data", "0.5", "--init", teacher]
     else:
-        flags += [*PRECONDITIONED, "--teacher", args.out / "flow/ckpt.pt"]
-    script, folder, probe = ROOT / f"{name}.py", args.out / name, args.out / f"probe-{name}"
+        flags += [*PRECONDITIONED, "--teacher", teacher]
+    flags += ["--preset", preset]
+    script, folder, probe = ROOT / f"{method}.py", args.out / name, args.out / f"probe-{name}"
 
     # How fast it is; the first line of the log has what PyTorch does once
     python(script, *flags, "--steps", 100, "--out", probe)
@@ -91,6 +99,8 @@ def train(name, args):
     images_per_second = statistics.median_high([line["images_per_s"] for line in lines[1:]])
     batch = checkpoints.read(probe / "ckpt.pt")["args"]["batch"]
     steps = 50 * max(1, round(images_per_second * seconds / batch / 50))
+    if method == "gcm":
+        flags += ["--curriculum", bakeoff.curriculum(preset, steps)]
 
     pieces, finished = sorted(args.out.glob(f"{name}-piece*.pt"), key=step_of), False
     while not finished:
@@ -191,8 +201,8 @@ def main():
     p = Parser(description="A small network on CIFAR-10 in equal seconds on two cores.")
     p.add_argument("--features", required=True, help="TorchScript, uint8 [N, 3, 32, 32] -> [N, D]")
     p.add_argument("--data", default="cifar10", help="cifar10, or an npz of its training images")
-    p.add_argument("--methods", nargs="+", default=["facm", "gcm", "decm"],
-                   choices=["facm", "gcm", "decm"], help="what is trained and measured")
+    p.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS,
+                   help="what is trained and measured")
     p.add_argument("--teacher-seconds", type=float, default=1440, help="of flow matching")
     p.add_argument("--seconds", type=float, default=1440, help="of a method, after the teacher")
     p.add_argument("--n", type=int, default=10_000, help="samples for each figure")
@@ -205,8 +215,8 @@ def main():
     args = p.parse_args()
     for path in (args.json, args.picture, args.curve):
         folders.check_output(path)
-    if args.n < 1000 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) <= 0:
-        fail("--n must be at least 1000, --jobs at least 1, the seconds above 0")
+    if args.n < 1000 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) < 60:
+        fail("--n must be at least 1000, --jobs at least 1, the seconds at least 60")
     if not os.path.exists(args.features):
         fail(f"--features {args.features} is not there")
     if args.curve and not importlib.util.find_spec("matplotlib"):
