@@ -2,9 +2,10 @@
 
     python benchmarks/ablation.py decm                     # half an hour on 2 cores
     python benchmarks/ablation.py decm-samplers            # also: decm-options
-    python benchmarks/ablation.py facm                     # also: teachers, stability, weights
+    python benchmarks/ablation.py facm           # also: teachers, networks, stability, weights
     python benchmarks/ablation.py gcm                      # also: gcm-others, gcm-options
     python benchmarks/ablation.py decm --seeds 0 --steps 100
+    python benchmarks/ablation.py gcm-options --rows 7c 7d
 
 Every row is a run in runs/ablation, of the method's script or, for sCM and MeanFlow, of
 baselines.py. Its teacher is a run of flow.py in a separate folder there, which all rows and seeds
@@ -73,6 +74,9 @@ SCM, MEANFLOW = "--objective scm", "--objective meanflow"
 LOG_ALL = "--log-every 1"          # a line of the log for each step
 DECM = "--lr 6e-3 --warmup 200 --c 1e-3"
 N2N = "--freq 3"                   # the paper's value, for rows that train N2N
+DIT = "--net name=LightningDiT patch=2 width=96 depth=4 heads=4"
+DIT_TEACHER = " --lr 2e-3 --steps 8000"
+DIT_LR = "--lr 1e-3"               # of its students
 ECT = "--row A --scheme ect --P-mean -1.1 --P-std 2"
 TWO_STEPS = [(None, 1), (None, 2)]
 
@@ -95,6 +99,14 @@ TABLES = {
             Row("sCM, teacher of 500 steps", SCM, (), "baselines.py", PIXELNORM + " --steps 500"),
             Row("sCM, teacher of 1000 steps", SCM, (), "baselines.py", PIXELNORM + " --steps 1000"),
             Row("sCM, teacher of 2000 steps", SCM, (), "baselines.py", PIXELNORM)]),
+    # Table 2 on a transformer of 0.7 M parameters; "facm" has the same methods on a U-Net
+    "networks": Table(
+        "facm.py", 1600, TWO_STEPS, rows=[
+            Row("FACM", DIT_LR, (None, 1.32), teacher=DIT + DIT_TEACHER),
+            Row("MeanFlow", f"{MEANFLOW} {DIT_LR}", (None, 1.74), "baselines.py",
+                DIT + DIT_TEACHER),
+            Row("sCM, pixel norm.", f"{SCM} {DIT_LR}", (None, 1.94), "baselines.py",
+                DIT + " pixelnorm=True" + DIT_TEACHER)]),
     "stability": Table(
         "facm.py", 400, [(None, 1)], flags=LOG_ALL, seeds=(0, 1, 2, 3, 4), gradients=True, rows=[
             Row("FACM", ""),
@@ -327,6 +339,8 @@ def print_table(table, figures, teachers):
 def main():
     p = Parser(description="Rows of the papers' ablation tables on glyphs.")
     p.add_argument("table", choices=list(TABLES), help="the table to measure")
+    p.add_argument("--rows", nargs="+", metavar="NAME", help="only the rows whose names begin with "
+                   "one of these words (default: all)")
     p.add_argument("--seeds", type=int, nargs="+", help="seeds of the training (default: 0, 1, 2; "
                    "stability: 0 to 4)")
     p.add_argument("--steps", type=int, help="steps of each row (default: the table's)")
@@ -340,6 +354,13 @@ def main():
     if args.jobs < 1 or (args.steps is not None and args.steps < 1):
         fail("--jobs and --steps must be at least 1")
     table = TABLES[args.table]
+    if args.rows:
+        rows = [row for row in table.rows if row.label.startswith(tuple(args.rows))]
+        table = table._replace(rows=rows)
+    if not table.rows:
+        names = ", ".join(row.label for row in TABLES[args.table].rows)
+        fail(f"--rows {' '.join(args.rows)}: no row of {args.table} begins with that. Its rows are "
+             f"{names}")
     steps, seeds = args.steps or table.steps, args.seeds or list(table.seeds)
     quickstart.load_classifier("glyphs", 16)               # once, before the processes need it
     figures, teachers = train_all(table, steps, seeds, args.n, args.jobs)
