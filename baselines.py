@@ -75,8 +75,8 @@ def parse_args():
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (FACM's Table 5)")
     flag("--jvp", choices=list(JVP), help="how dF/dt is computed: fused, in one pass with F; "
          "exact, by torch.func.jvp; fd, by a central difference (FACM's A.1)")
-    flag("--c", float, 0, default=1e-3, help="the constant in the adaptive weight of meanflow, imf "
-         "and alphaflow")
+    flag("--c", float, 1e-9, default=1e-3, help="the constant in the adaptive weight of meanflow, "
+         "imf and alphaflow")
     flag("--equal", float, 0, 1, help="fraction of samples with r = t, for all except scm (FACM's "
          "A.3(c); default: 0.75 from scratch, else 0)")
     flag("--tangent-warmup", int, 0, help="scm, ayf: steps over which the factor of dF/dt "
@@ -94,7 +94,7 @@ def parse_args():
         ("tangent-warmup", args.objective in ("scm", "ayf"), "--objective scm or ayf"),
         ("alpha-steps", args.objective == "alphaflow", "--objective alphaflow"),
         ("jvp", args.objective != "alphaflow", "an --objective other than alphaflow"),
-        ("label-drop", args.teacher == "none", "--teacher none"))
+        ("label-drop", args.teacher == "none" and not args.uncond, "--teacher none and labels"))
     if args.equal is None:
         args.equal = 0.75 if args.teacher == "none" else 0.0
     if args.objective == "alphaflow" and args.alpha_steps is None:

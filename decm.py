@@ -12,6 +12,7 @@ noise to any time (t near 0, for the first step of samplers that do not jump to 
     L_N2N = the same at (x_r, r, t), with w_2(r, t) and  `n2n_loss`: noise to noisy       Eq. 15
             g = (lam+gam) F - (gam v_r + lam v_psi) - (t-r) JVP(F; (gam v_r, gam, -lam))
     L_FM  = |F(x_t, t, t) - v|^2 + 1 - cos(F, v)         `fm_loss`: instantaneous         Eq. 17
+    Each squared error e is used as e / (e+c)^p          `adaptive`                       4.4
 
     x1, x0, xt, t   z_ref, z, z_t, t        lam, gam  weights of the right end t and the left end r
     F_cm, F_fm      F at s=1 and at s=t     v_psi     velocity at the right end, at f(x_r, r, t)
@@ -47,9 +48,9 @@ from jvp import JVP, in_one_pass, select
 METHOD = "decm"
 
 # The presets, one for each data set. A flag on the command line overrides its value. The paper
-# gives w, lr, freq and p = 0.5; batch, EMA and network are FACM's. No paper gives N, eta, lam, gam,
-# w_1, w_2, r and c, so these are ours. The warm-up of the learning rate and the clipping
-# of the gradient at norm 1 are ours.
+# gives lr, freq and p = 0.5, and w for the teacher. Batch, betas, EMA, network, P_mean, P_std and c
+# are FACM's. N, eta, lam, gam, w_1, w_2 and r are not given, so these are ours. So are the warm-up
+# of the learning rate and the clipping of the gradient at norm 1.
 PRESETS = {
     "glyphs": dict(                        # ours: minutes on a laptop need high rates that fall
         resolution=16,
@@ -93,7 +94,7 @@ PRESETS = {
         c=1e-3,
     ),
     "imagenet_latents": dict(
-        steps=313_000,                     # 250 epochs (section 5)
+        steps=313_000,                     # 250 epochs (section 6)
         batch=1024,
         lr=1e-4,
         lr_final=1.0,
@@ -140,8 +141,8 @@ def parse_args():
     flag("--segments", int, 1, default=64, help="N, the number of segments at whose ends t "
          "lies (nseg)")
     flag("--freq", int, 1, help="steps between N2N updates (Table 3 m to o)")
-    flag("--lam", float, default=0.5, help="lambda, weight of N2N's right end t (Eq. 14)")
-    flag("--gam", float, default=0.5, help="gamma, weight of N2N's left end r (Eq. 14)")
+    flag("--lam", float, 0, default=0.5, help="lambda, weight of N2N's right end t (Eq. 14)")
+    flag("--gam", float, 0, default=0.5, help="gamma, weight of N2N's left end r (Eq. 14)")
     flag("--vpsi", choices=["model", "data"], default="model", help="where v_psi is "
          "evaluated: at f(x_r, r, t) (model) or at x_t (data)")
     flag("--r-max", float, default=0.02, help="r is uniform from 0 to R_MAX (r -> 0 in Eq. 12)")
@@ -150,7 +151,7 @@ def parse_args():
     flag("--w1", choices=list(WEIGHTS), default="1", help="w_1(t) (Algorithm 1, line 10)")
     flag("--w2", choices=list(WEIGHTS), default="1", help="w_2(r, t), at the time 1 - (t-r)")
     flag("--power", float, 0, default=0.5, help="p of the adaptive weight (4.4)")
-    flag("--c", float, 0, help="the constant in the adaptive weight")
+    flag("--c", float, 1e-9, help="the constant in the adaptive weight")
     flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
          "label, for a network that is trained from scratch")
     args = flags.parse(parser, METHOD, PRESETS)
@@ -162,7 +163,7 @@ def parse_args():
         ("vel-clip", args.vel_norm is not None, "--vel-norm ETA"),
         ("freq lam gam vpsi r-max r-fall w2", "n2n" in args.objectives, "n2n among --objectives"),
         ("w1", "cd" in args.objectives, "cd among --objectives"),
-        ("label-drop", args.teacher == "none", "--teacher none"))
+        ("label-drop", args.teacher == "none" and not args.uncond, "--teacher none and labels"))
     return args
 
 
@@ -206,10 +207,13 @@ def n2n_loss(net, jvp, x1, x0, xt, v, r, t, y, *, teacher=None, lam=0.5, gam=0.5
     r, t       times with 0 <= r <= t <= 1, r near 0
     lam, gam   weights of the right end t and of the left end r
     w2         w_2(r, t), a key of WEIGHTS, as a function of the time 1 - (t-r)
-    vpsi       where v_psi is evaluated: "model" for f(x_r, r, t), "data" for x_t
+    vpsi       where v_psi is evaluated: "model" for f(x_r, r, t), "data" for x_t, which needs v
 
-    For the other arguments, see decm_loss.
+    For the other arguments, see decm_loss. Raises ValueError for another vpsi, and for "data"
+    without v.
     """
+    if vpsi not in ("model", "data") or (vpsi == "data" and v is None):
+        raise ValueError(f'vpsi={vpsi!r}: use "model" or, with v, "data"')
     guidance = dict(w=w, eta=eta, vel_clip=vel_clip, y_null=y_null)
     xr = interpolate(x1, x0, r)                                                # line 19
     v_r = torch.zeros_like(xr)             # not used if gam = 0
@@ -308,16 +312,16 @@ def n2n_target(F_n2n, v_r, v_psi, dF, r, t, *, lam, gam, w2):
     """
     r, t, w2 = wide(r, v_r), wide(t, v_r), wide(w2, v_r)
     # paper: Eq. 15 swaps lam and gam in the tangents, and Algorithm 1 also in the velocities, and
-    # multiplies the derivative by lam twice; here: what follows from Eq. 14, because only this
-    # residual is 0 for a network whose jumps are exact (tests/test_decm.py).
+    # multiplies the derivative by lam twice; here: what follows from Eq. 14, because this residual
+    # is 0 for a network whose jumps are exact (tests/test_decm.py). Eq. 15 is equal for lam = gam.
     g = (lam + gam) * F_n2n - (gam * v_r + lam * v_psi) - (t - r) * dF # line 23
     return F_n2n - w2 * g                                              # line 24, Eq. 15
 
 
 def adaptive(F_theta, v_tar, p, c):
-    """e / (e+c)^p [B]; no gradient flows into the weight. p = 0.5 gives the gradient of the
-    Pseudo-Huber loss (4.4). paper: e is a squared norm; here: the mean over all dimensions
-    except the batch, because the code of FACM, whose weight this is, does so."""
+    """e / (e+c)^p [B]; no gradient flows into the weight. p = 0.5 gives twice the gradient of the
+    Pseudo-Huber loss, which 4.4 names. paper: no formula of the weight; here: MeanFlow's, which 4.4
+    cites, and e is the mean over all dimensions except the batch, as in the code of FACM."""
     e = mean((F_theta - v_tar).square())
     return e / (e + c).pow(p).detach()
 
@@ -423,10 +427,16 @@ DETERMINISTIC = ("euler",)  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
-    """The default sampler for an NFE (4.5). args: the flags of the run, a dict."""
-    if nfe < 4:
-        return "cm"
-    return "mix" if nfe <= 16 else "euler"
+    """The default sampler for an NFE (4.5). A run without one of the three objectives has a sampler
+    that does not need its jumps. args: the flags of the run, a dict."""
+    objectives = args["objectives"]
+    if objectives == ["fm"]:
+        return "euler"
+    if 4 <= nfe <= 16 and "n2n" in objectives:
+        return "mix"
+    if nfe > 16 and "fm" in objectives:
+        return "euler"
+    return "cm"
 
 
 def sampler_options(args):

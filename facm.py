@@ -13,9 +13,10 @@ shortcut to the data (CM, the accelerator) and the velocity of the flow (FM, the
     v_tar     = F(x_t, c_CM) - alpha(t) clamp(g, -1, 1)    `cm_target`: relaxed target    Eq. 12
     L_CM      = beta(t) e / sqrt(e+c), e = |F - v_tar|^2   `norm_l2`: the accelerator     Eq. 14, 18
 
-    x1, x0, xt, t   x_1, x_0, x_t, t        c_cm, c_fm  conditions (t, s): (t, None), (2-t, None)
-    F_cm, F_fm      F(x_t, c_CM), ...                   or, auxiliary, (t, 1), (t, t)   (3.2.2)
-    dF_dt           total derivative        teacher     F_delta, frozen; None: from scratch
+    x1, x0, xt, t   x_1, x_0, x_t, t        dF_dt       total derivative
+    F_cm, F_fm      F(x_t, c_CM), ...       teacher     F_delta, frozen; None: from scratch
+    c_cm, c_fm      the conditions, pairs (t, s): (t, None) and (2-t, None) with the expanded
+                    interval, (t, 1) and (t, t) with the auxiliary condition (3.2.2)
 
 Launch:
     python facm.py                                               # laptop: teacher and student
@@ -47,8 +48,8 @@ from jvp import JVP, in_one_pass, select
 METHOD = "facm"
 
 # The presets, one for each data set. A flag on the command line overrides its value. The values are
-# those of Table 5, except where a comment says that they are ours. The warm-up of
-# the learning rate and the clipping of the gradient at norm 1 are ours.
+# those of Table 5, except where a comment says that they are ours. The warm-up of the learning rate
+# is ours, too. The gradient is clipped at norm 1, as in the authors' code.
 PRESETS = {
     "glyphs": dict(                        # ours: minutes on a laptop need high rates that fall
         resolution=16,
@@ -81,8 +82,9 @@ PRESETS = {
         micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
         jvp="fused",
-        xflip=True,
+        xflip=True,                        # ours
         uncond=True,
+        # sigma_data is ours: Table 5 says "Simple-EDM", which the paper does not define
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
         P_mean=-1.0,
         P_std=1.4,
@@ -124,15 +126,16 @@ def parse_args():
     flag("--P-std", float, 0, help="standard deviation of ln(sigma) (Eq. 20, Table 5)")
     flag("--w", float, help="guidance scale; 1 is none (Eq. 9, Table 5)")
     flag("--t-low", float, 0, 1, help="time before which there is no guidance (Table 5)")
-    flag("--jvp", choices=list(JVP), help="how dF/dt is computed: fused, in one pass with F; "
-         "exact, by torch.func.jvp; fd, by a central difference (A.1)")
+    flag("--jvp", choices=list(JVP), help="how dF/dt (A.1) is computed: fused, in one pass with F; "
+         "exact, by torch.func.jvp; fd, by a central difference")
     flag("--condition", choices=["expanded", "auxiliary"], default="expanded", help="how the "
          "network distinguishes the two tasks (3.2.2)")
     flag("--alpha", choices=list(WEIGHTS), default="1-t^p", help="relaxation alpha(t) of the "
          "target (Eq. 12, Table 4)")
     flag("--beta", choices=list(WEIGHTS), default="cos", help="weight of L_CM (Eq. 14, Table 4)")
-    flag("--power", float, 0, default=0.5, help="the exponent p in 1-t^p (Table 4)")
-    flag("--c", float, 0, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, Table 5)")
+    flag("--power", float, 0.01, default=0.5, help="the exponent p in 1-t^p (Table 4)")
+    flag("--c", float, 1e-9, default=1e-3, help="the constant in the norm L2 loss (Eq. 18, "
+         "Table 5)")
     flag("--anchor", float, 0, default=1.0, help="weight of L_FM; 0: no anchor (Eq. 8)")
     flag("--label-drop", float, 0, 1, default=0.1, help="fraction of labels replaced by the null "
          "label, for a network that is trained from scratch and learns its own guidance")
@@ -141,7 +144,7 @@ def parse_args():
         args,
         ("t-low", args.w != 1, "guidance, --w other than 1"),
         ("power", "1-t^p" in (args.alpha, args.beta), "--alpha or --beta 1-t^p"),
-        ("label-drop", args.teacher == "none", "--teacher none"))
+        ("label-drop", args.teacher == "none" and not args.uncond, "--teacher none and labels"))
     return args
 
 
@@ -207,17 +210,19 @@ def interpolate(x1, x0, t):
 def flow_velocity(net, teacher, x1, x0, xt, t, c_fm, y, *, w, t_low, y_null):
     """The guided v at x_t: the teacher's or, from scratch, that of the pair (x0, x1) (Eq. 9)."""
     if teacher is not None:
-        # paper: the teacher's condition is c_FM; here: t, because all flow-matching networks are
-        # trained at t, but only those with the mixed conditions of A.3(a) at 2 - t.
+        # paper: the teacher's condition is c_FM, which is 2 - t with the expanded interval;
+        # here: t, as in the authors' code, because all flow-matching networks are trained at t, but
+        # only those with the mixed conditions of A.3(a) at 2 - t.
         return guided_velocity(teacher, xt, t, (t, None), y, w=w, t_low=t_low, y_null=y_null)
     v_cond = x1 - x0
     if w == 1:
         return v_cond
-    # paper: does not give the condition of v_uncond, and the authors' code uses c_CM; here: c_FM,
-    # because the network learns the velocity there.
+    # paper: does not give the condition of v_uncond, and the authors' code evaluates it at t, which
+    # is c_CM with the expanded interval; here: c_FM, because the network learns the velocity there.
     v_uncond = net(xt, *c_fm, null_labels(y, y_null))
     # paper: from scratch x_1 - x_0 + w (v_cond - v_uncond), both from the network; here: x_1 - x_0
-    # replaces v_cond, because the authors' code does so, and w = 1 then means no guidance.
+    # replaces v_cond, because the authors' code does so, and w = 1 then means no guidance, as 3.2.1
+    # says.
     return guide(v_cond, v_uncond, t, y, w=w, t_low=t_low, y_null=y_null)
 
 
@@ -249,7 +254,9 @@ def guide(v_cond, v_uncond, t, y, *, w, t_low, y_null):
 
 
 def cm_target(F_cm, v, dF_dt, t, alpha):
-    """v_tar: a step of size alpha from F_cm (without gradient) to the consistent F (Eq. 13)."""
+    """v_tar: a step of size alpha from F_cm (without gradient) to the consistent F (Eq. 12).
+    paper: Algorithm 1 and Eq. 13 have no clamp; here: g is clamped, because the text before Eq. 12
+    says so, and the authors' code does so. Where |g| <= 1, the two are equal."""
     t, alpha = wide(t, v), wide(alpha, v)
     g = F_cm - (v + (1 - t) * dF_dt)                                   # line 7, Eq. 11
     return F_cm - alpha * g.clamp(-1, 1)                               # line 8, Eq. 12

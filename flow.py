@@ -71,8 +71,9 @@ PRESETS = {
         precision="tf32",                  # ours
         micro_batch=64,                    # ours: fits a GPU of 24 GB
         save_every=1000,                   # ours
-        xflip=True,
+        xflip=True,                        # ours
         uncond=True,
+        # sigma_data is ours: Table 5 says "Simple-EDM", which the paper does not define
         net=dict(name="DDPM++", dropout=0.1, sigma_data=0.5),
         times="arctan",
         P_mean=-1.0,
@@ -86,7 +87,7 @@ PRESETS = {
         lr_final=1.0,
         warmup=1000,                       # ours
         betas=(0.9, 0.95),                 # the authors' code
-        ema_sigma=0.2,                     # the authors' code
+        ema_sigma=0.2,
         precision="bf16",                  # the authors' code
         micro_batch=32,                    # ours: fits a GPU of 80 GB
         save_every=5000,                   # ours
@@ -122,6 +123,7 @@ def parse_args(argv=None):
     flags.check_effect(
         args,
         ("P-mean P-std", args.times == "arctan", "--times arctan"),
+        ("label-drop", not args.uncond, "labels, without --uncond"),
         ("weights", args.init, "--init"))
     return args
 

@@ -20,7 +20,7 @@ the weight of each time (w), the density of the times (p), and the time s at whi
 Launch:
     python gcm.py                                                              # laptop
     python gcm.py --data cifar10 --row L                                       # 1 GPU
-    torchrun --nproc_per_node=8 gcm.py --data cifar10 --batch 1024 --augment   # 8 GPUs
+    torchrun --nproc_per_node=8 gcm.py --data imagenet_latents                 # 8 GPUs
 
 Results and details: docs/gcm.md. Comments mark every departure from the paper: "paper: ...; here:
 ...".
@@ -39,14 +39,15 @@ import models
 from common import checkpoints, flags, processes, weights
 from common.augment import augment
 from common.ema import gamma_of
+from common.messages import fail
 from common.run import launch
 from common.seeds import generator, seed_of
 from jvp import JVP, in_one_pass, select, with_tangent
 
 METHOD = "gcm"
 
-# The paper's values: Table 1 and G, without the MMD, which --row F or L adds. No paper clips the
-# gradient at norm 1.
+# The paper's values: Table 1 and G, without the MMD, which --row F or L adds. The paper does not
+# mention clipping; the code that G.2 names for ImageNet 256 clips the gradient at norm 1, as here.
 PAPER = dict(
     variant="CU",
     ht="exp",
@@ -141,7 +142,7 @@ PRESETS = {
         betas=(0.9, 0.99),
         lam=3.0,
         pt="uniform",
-        ht="ect",
+        ht="ect",                          # G.2 names two changes of ECT's loss, and not its h
         curriculum=25_000,
         q=4.0,
         t_mid=(0.798,),
@@ -170,7 +171,7 @@ PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
 # For --init with a teacher that flow.py trained on this data (ours): fewer steps; a curriculum that
-# ends at eps = 2^-8 (from scratch: 2^-7); and lambda 0, because G.2 lowers lambda for fine-tuning
+# ends at eps = 2^-8 (from scratch: 2^-7); and lambda 0, the better one of 0 and 3 (docs/gcm.md)
 FINETUNE = dict(steps=1600, curriculum=200, lam=0.0)
 PRESETS["glyphs_finetune"] = PRESETS["glyphs"] | FINETUNE
 PRESETS["mnist_finetune"] = PRESETS["mnist"] | FINETUNE
@@ -252,6 +253,8 @@ def parse_args():
     if "ema-sigma" in args.given:          # a width that is given replaces the preset's rate
         preset = preset | dict(ema_beta=0.0)
     args = flags.fill_in(args, METHOD, preset)
+    if args.preset.endswith("_finetune") and args.init is None:
+        fail(f"--preset {args.preset} continues from trained weights: name their file by --init")
     log_normal = args.equal > 0 or args.scheme in ("meanflow", "facm", "ect")
     flags.check_effect(
         args,
@@ -316,8 +319,8 @@ def wide(t, x):
 
 
 def step_size(t, ht, k, mu):
-    """h(t) [B]. paper: h goes to 0 with 1 - t (C.3); here: h is at least 1e-5, because smaller
-    steps are lost in the rounding of float32."""
+    """h(t) [B]. paper: some h have a zero at 0, 1/2 or 1 (C.3); here: h is at least 1e-5, because
+    smaller steps are lost in the rounding of float32."""
     precise = t.cpu() if t.device.type == "mps" else t     # Apple's GPUs have no float64
     return STEPS[ht](precise.double(), k, mu).clamp(min=1e-5).to(t)
 
@@ -341,7 +344,8 @@ def guided_velocity(f, xt, u, t, y, *, w, kappa, guide, y_null):
 @torch.no_grad()
 def pair_difference(f, F, xt, t, r, s, y, u):
     """f(x_t, t, s), which is F, minus f(x_r, r, s). Under autocast, both are computed again
-    in float32, because their difference would be lost in bfloat16."""
+    in float32, because their difference would be lost in bfloat16. With --precision bf16 these two
+    passes take most of the time of a step."""
     xr = xt + wide(r - t, xt) * u
     if not torch.is_autocast_enabled(xt.device.type):
         return F - f(xr, r, s, y)
@@ -393,7 +397,8 @@ def rms(a, dim):
 def mmd_loss(F, target, base, t, r, s, h, weight, M, sigma):
     """Time-aware energy distance [B], in groups of M, between base - h F, the end of the jump from
     t, and base - h f_tar, that of the jump from r. base: x_t + (s-r) f(x_t, t, s), no gradient.
-    paper: twice this; here: half, because M = 1 is then the norm, except for e^(-h / sigma).
+    paper: Eq. 46 is twice this without 1 / h, and G.1 names the form of Eq. 40, which has it; here:
+    half of that form, because M = 1 is then the norm, except for e^(-(t-r) / sigma).
     paper: t - r for h; here: h, because t - r is smaller, and may be 0, where r is s.
     paper: IMM's sharing of times has Eq. 5's form (G.1); here: it has this form (--share-time)."""
     def group(a):
@@ -619,6 +624,11 @@ def check(args, net):
         raise ValueError("--ct has no effect here: this network has its own times")
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab A B: A and B must differ")
+    if args.pt == "sine" and not all(0 <= value <= 2 for value in args.pt_ab):
+        raise ValueError("--pt-ab A B: with --pt sine, A and B lie between 0 and 2, so that the "
+                         "density is not negative")
+    if args.guide[0] > args.guide[1]:
+        raise ValueError("--guide FIRST LAST: FIRST must not be after LAST")
     times = [T_MAX, *args.t_mid, T_MIN]
     if any(a <= b for a, b in zip(times, times[1:])):
         raise ValueError(f"--t-mid needs times between {T_MAX} and {T_MIN}, in falling order")

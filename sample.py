@@ -523,7 +523,7 @@ def main():
     continues = ""
     if out.suffix != ".png" and not args.export:
         continues = "; the samples that were written are kept, and the same command continues"
-    device, rank, world = processes.start(args.device)
+    device, rank, world = processes.start(args.device, precision="float32")
     folders.check_output(args.export)
     try:
         net, checkpoint = load(args.ckpt, device, args.raw, args.method, options, args.weights)

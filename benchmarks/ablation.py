@@ -195,7 +195,8 @@ TABLES = {
             Row("7b: EDM's", "--row D --ht edm", (3.29, 2.24), teacher=None),
             Row("7b: ECT's", "--row D --ht ect", (3.20, 2.27), teacher=None),
             Row("7b: linear decrease", "--row D --ht linear", (3.08, 2.26), teacher=None),
-            Row("7b: quadratic convex", "--row D --ht quad-convex", (6.83, 2.75), teacher=None)]),
+            Row("7b: quadratic convex", "--row D --ht quad-convex", (6.83, 2.75), teacher=None),
+            Row("7b: exponential", "--row D --ht exp-equal", (3.03, 2.26), teacher=None)]),
 }
 
 

@@ -22,8 +22,8 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import flags
-from common.dryrun import NoData
 from common.run import Run
+from data import Zeros
 
 ROWS = [
     "flow.py --data cifar10",
@@ -31,16 +31,17 @@ ROWS = [
     "decm.py --data cifar10",
     "gcm.py --data cifar10",
     "gcm.py --data cifar10 --row L",
-    "gcm.py --data cifar10 --preset cifar10_finetune",
+    "gcm.py --data cifar10 --preset cifar10_finetune --init edm-cifar10-32x32-uncond-vp.pkl",
     "baselines.py --data cifar10",
     "flow.py --data imagenet_latents",
     "facm.py --data imagenet_latents",
     "facm.py --data imagenet_latents --grad-checkpoint",
     "decm.py --data imagenet_latents",
     "facm.py --data imagenet_latents --net name=LightningDiT-1p6B/1 --fsdp --grad-checkpoint",
-    "gcm.py --data imagenet64.zip --preset imagenet64_finetune",
-    "gcm.py --data imagenet64.zip --preset imagenet64_finetune --lr 7e-4 "
-    "--net name=EDM2-XL dropout=0.5 dropout_res=16",
+    "gcm.py --data imagenet64.zip --preset imagenet64_finetune "
+    "--init edm2-img64-s-1073741-0.075.pkl",
+    "gcm.py --data imagenet64.zip --preset imagenet64_finetune "
+    "--init edm2-img64-xl-0671088-0.040.pkl --lr 7e-4 --net name=EDM2-XL dropout=0.5 dropout_res=16",
     "gcm.py --data imagenet_latents",
     "gcm.py --data imagenet_latents --net name=DiT-XL/2 --w 2.5 --kappa 0.92 --guide 0 0.75 "
     "--steps 200000",
@@ -129,7 +130,7 @@ def measure_here(words):
     script = importlib.import_module(words[0].removesuffix(".py"))
     sys.argv = [*words, "--device", "cpu", "--steps", "1"]
     args = script.parse_args()
-    script.data.load_for = NoData
+    script.data.load_for = Zeros
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     before = pages * resource.getpagesize()
     OneStep(args, script.METHOD, torch.device("cpu"), rank=0, world=1).call(script.train)

@@ -243,7 +243,7 @@ def main():
     if not args.run.is_dir():
         fail(f"{args.run}: no such run folder")
     folders.check_output(args.out)
-    device, rank, world = processes.start(args.device)
+    device, rank, world = processes.start(args.device, precision="float32")
     try:
         with evaluation.apart(device):
             rows = sweep(args, device, rank, world)

@@ -1,11 +1,12 @@
 """--dry-run [PROCESSES] of the training scripts: estimates what a run needs, without data or GPU.
 
-One step of the script's own training function runs on fake tensors, which have shapes but no
-values, so the figures follow the code. The memory is the highest sum of the tensors that exist at
-the same time. It does not include the reserve of the allocator, CUDA's context (about 0.5 GiB) and
-NCCL's buffers.
+One step of the script's own training function, or two if they differ, runs on fake tensors, which
+have shapes but no values, so the figures follow the code. The memory is the highest sum of the
+tensors that exist at the same time. It does not include the reserve of the allocator, CUDA's
+context (about 0.5 GiB) and NCCL's buffers.
 """
 
+import collections
 import copy
 import gc
 import math
@@ -16,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from common.processes import split_batch
 from common.run import Run
@@ -33,13 +34,15 @@ class FakeTensors(FakeTensorMode):
         return self
 
 
-class LivingBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that exist, and their maximum. Fake tensors have no values,
-    so a question such as "is the gradient finite?" is answered with yes."""
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that exist, and their maximum, and the floating-point
+    operations for each dtype. Fake tensors have no values, so a question such as "is the gradient
+    finite?" is answered with yes."""
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
+        self.flops = collections.Counter() # {dtype: operations}
         self.collected = math.inf          # the bytes at the last collection of garbage
         self.known = set()
 
@@ -47,6 +50,9 @@ class LivingBytes(TorchDispatchMode):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
             return True
         result = func(*args, **(kwargs or {}))
+        operations = flop_registry.get(func.overloadpacket)        # PyTorch's formula for the FLOPs
+        if operations:
+            self.flops[args[0].dtype] += operations(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.see(tensor.untyped_storage())
@@ -77,13 +83,14 @@ def size(tensors):
 
 
 class DryRun(Run):
-    """A run of one step with one micro-batch in one process. It has no run folder, and measures
-    memory and work."""
+    """A run of steps with one micro-batch in one process. It has no run folder, and measures memory
+    and work."""
 
-    def __init__(self, args, method, living, flops):
+    def __init__(self, args, method, meter):
         super().__init__(args, method, torch.device("cpu"), rank=0, world=1)
-        self.living, self.flops = living, flops
+        self.meter = meter
         self.passes = 0                    # the bytes that forward and backward pass need
+        self.work = []                     # {dtype: operations} of each step
 
     def open_folder(self):
         """Opens no folder."""
@@ -96,25 +103,28 @@ class DryRun(Run):
         self.net, self.ema, self.optimizer, self.extra = net, ema, optimizer, extra
         self.begun = True
         gc.freeze()                        # later collections skip the objects that exist now
-        self.networks = self.base = self.living.now
-        self.living.peak = self.living.collected = self.living.now
+        meter = self.meter
+        self.networks = self.base = meter.now
+        meter.peak = meter.collected = meter.now
+        meter.flops.clear()
         optimizer.register_step_pre_hook(self.after_passes)
         optimizer.register_step_post_hook(self.after_update)
-        self.flops.__enter__()
 
     def after_passes(self, *_):
         """Notes the memory of the forward and backward passes, before an update."""
-        self.passes = max(self.passes, self.living.peak - self.base)
+        self.passes = max(self.passes, self.meter.peak - self.base)
 
     def after_update(self, *_):
         """Prepares for a second update of the step, which begins with the state of the optimiser in
         memory."""
         gradient = size(p.grad for p in self.net.parameters() if p.grad is not None)
-        self.base = self.living.now - gradient
-        self.living.peak = self.living.now
+        self.base = self.meter.now - gradient
+        self.meter.peak = self.meter.now
 
     def log(self, step, **figures):
-        """Logs nothing."""
+        """Notes the work of a step."""
+        self.work.append(dict(self.meter.flops))
+        self.meter.flops.clear()
 
     def preview_is_due(self):
         """Returns False: a dry run has no previews."""
@@ -129,23 +139,27 @@ class DryRun(Run):
 
 
 def report(train, method, args):
-    """Runs one step of train(args, run) on fake tensors and prints what the run needs."""
-    fake, living, flops = FakeTensors(), LivingBytes(), FlopCounterMode(display=False)
+    """Runs train(args, run) for a step on fake tensors and prints what the run needs. A script with
+    a second update in every freq-th step runs for two steps, one with it and one without."""
+    fake, meter = FakeTensors(), Meter()
+    freq = getattr(args, "freq", 1) if "n2n" in getattr(args, "objectives", ()) else 1
     slices = split_batch(args.batch, 0, args.dry_run, args.micro_batch, getattr(args, "group", 1))
     one = copy.copy(args)
-    one.steps, one.batch, one.micro_batch = 1, slices[0].stop - slices[0].start, None
+    one.steps, one.batch, one.micro_batch = min(freq, 2), slices[0].stop - slices[0].start, None
     one.compile = one.fsdp = False
-    run = DryRun(one, method, living, flops)
-    with fake, living, warnings.catch_warnings():
+    run = DryRun(one, method, meter)
+    with fake, meter, warnings.catch_warnings():
         # Copying a network reads the addresses of its parameters, which do not matter here
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         run.call(train)
-        flops.__exit__(None, None, None)
-    print_report(args, run, one, len(slices))
+    first, other = run.work[0], run.work[-1]
+    work = {dtype: (first[dtype] + (freq - 1) * other.get(dtype, 0)) / freq for dtype in first}
+    print_report(args, run, one, len(slices), work)
 
 
-def print_report(args, run, one, count):
-    """Prints the figures. one: the flags of the step; count: the number of micro-batches."""
+def print_report(args, run, one, count, work):
+    """Prints the figures. one: the flags of the step; count: the number of micro-batches; work:
+    {dtype: operations} of a micro-batch, the mean over the steps."""
     world = args.dry_run
     moments = size(a for entry in run.optimizer.state.values() for a in entry.values()
                    if torch.is_tensor(a))
@@ -162,8 +176,15 @@ def print_report(args, run, one, count):
     elif world > 1:
         kept += gradient
         buckets = ", buckets of DDP"
-    flops = run.flops.get_total_flops() * count * world
-    rate = world * SHARE * H100[args.precision]
+    rates = {torch.bfloat16: H100["bf16"], torch.float32: H100["float32"]}
+    if args.precision == "tf32":
+        rates[torch.float32] = H100["tf32"]
+    flops = sum(work.values()) * count * world
+    seconds = sum(work[dtype] / rates[dtype] for dtype in work) * count / SHARE    # of a step
+    kinds = f"{args.precision} rate"
+    share = work.get(torch.float32, 0) / sum(work.values())
+    if args.precision == "bf16" and share > 0.01:
+        kinds = f"bf16 and float32 rates ({share:.0%} of the work is in float32)"
     parameters = sum(p.numel() for p in run.net.parameters())
     hidden = ("dry_run", "given", "net", "net_given", "out")
     options = " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())
@@ -178,8 +199,8 @@ def print_report(args, run, one, count):
             ("memory", f"{(kept + passes) / GIB:.3g} GiB a process: {kept / GIB:.3g} kept "
              f"(weights, EMA, teacher, optimiser{buckets}), {passes / GIB:.3g} in the passes "
              "(activations, gradient)"),
-            ("work", f"{flops / 1e12:.4g} TFLOP a step; {rate * args.batch / flops:.4g} images/s "
-             f"at {SHARE:.0%} of an H100's {args.precision} rate"),
-            ("time", f"{args.steps * flops / rate / 3600:.4g} hours for {args.steps:,} steps at "
-             "this rate")):
+            ("work", f"{flops / 1e12:.4g} TFLOP a step; {args.batch / seconds:.4g} images/s at "
+             f"{SHARE:.0%} of an H100's {kinds}"),
+            ("time", f"{args.steps * seconds / 3600:.4g} hours for {args.steps:,} steps at this "
+             "rate")):
         print(f"{name:12}{text}")

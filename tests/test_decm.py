@@ -151,6 +151,12 @@ def test_mutants_are_caught(old, new, hurt):
         assert (fm_too > 1e-2) == (hurt == "n2n's fm")
 
 
+def test_v_psi_has_two_names_and_that_of_the_data_path_needs_a_velocity():
+    for vpsi in ("Data", "data"):
+        with pytest.raises(ValueError, match="vpsi="):
+            decm.n2n_loss(OracleNet(), JVP["exact"], *[None] * 7, teacher=OracleNet(teacher=True), vpsi=vpsi)
+
+
 def test_v_psi_on_the_data_path_is_another_velocity():
     """Algorithm 1 takes the velocity at z_t, which is not the point where the model's jump ends."""
     assert noise_to_noisy(decm, vpsi="data")[1] > 1e-2
@@ -319,6 +325,13 @@ def error_of(sampler, nfe, **options):
     result = decm.SAMPLERS[sampler](net, noise, None, nfe=nfe, **options)
     assert net.passes == nfe
     return (result - ORACLE.mu - ORACLE.sd * noise[0]).abs().mean().item()
+
+
+@pytest.mark.parametrize("objectives, expected", [
+    (["fm", "cd", "n2n"], ["cm", "cm", "mix", "mix", "euler"]), (["fm"], ["euler"] * 5), (["cd"], ["cm"] * 5),
+    (["fm", "cd"], ["cm", "cm", "cm", "cm", "euler"]), (["fm", "n2n"], ["cm", "cm", "mix", "mix", "euler"])], ids=str)
+def test_the_default_sampler_suits_the_nfe_and_the_jumps_that_were_trained(objectives, expected):
+    assert [decm.default_sampler(nfe, dict(objectives=objectives)) for nfe in (1, 3, 4, 16, 50)] == expected
 
 
 def test_samplers_against_the_flow_map():

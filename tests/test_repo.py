@@ -2,6 +2,7 @@
 of the README, the docs and the docstrings."""
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -254,6 +255,13 @@ def test_help_is_whole(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         PROGRAMS[name].parse_args()
     assert end.value.code == 0 and "None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_imported(path, monkeypatch):
+    """A name that another module no longer has would otherwise be noticed only by the one who runs the benchmark."""
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    importlib.import_module(path.stem)
 
 
 def test_flags_that_may_change_at_a_resume_are_said_once():

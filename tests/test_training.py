@@ -789,6 +789,17 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, f
     assert words in refused(monkeypatch, capsys, facm, *TINY[:4], *flags.split(), "--out", tmp_path / "run")
 
 
+@pytest.mark.parametrize("module, flags, words", [
+    (facm, "--power 0", "--power 0.0"), (facm, "--c 0", "--c 0.0"), (decm, "--c 0", "--c 0.0"), (baselines, "--c 0", "--c 0.0"),
+    (decm, "--lam -1", "--lam -1.0"), (decm, "--gam -0.5", "--gam -0.5"), (gcm, "--w 2 --guide 0.75 0.1", "--guide FIRST LAST"),
+    (gcm, "--pt sine --pt-ab -1 0", "--pt-ab A B"), (gcm, "--pt sine --pt-ab 3 0", "--pt-ab A B"),
+    (gcm, "--preset glyphs_finetune", "continues from trained weights: name their file by --init")],
+    ids=lambda a: a if isinstance(a, str) else a.__name__)
+def test_a_methods_numbers_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, module, flags, words):
+    """Among them: weights of 0 or below 0, a loss that is 0/0 where the network is exact, and a negative density."""
+    assert words in refused(monkeypatch, capsys, module, "--device", "cpu", *flags.split(), "--out", tmp_path / "run")
+
+
 def test_only_a_velocity_can_be_a_teacher(finished, tmp_path, monkeypatch, capsys):
     common = ["--device", "cpu", "--resolution", 12, "--out", tmp_path / "run"]
     words = "is a consistency model and not a velocity network; use its teacher"
@@ -858,7 +869,8 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("module, flags, name", [
-    (flow, "--times uniform --P-mean 0", "--P-mean"), (flow, "--weights ema", "--weights"),
+    (flow, "--times uniform --P-mean 0", "--P-mean"), (flow, "--weights ema", "--weights"), (flow, "--uncond --label-drop 0.2", "--label-drop"),
+    (facm, "--teacher none --w 1 --uncond --label-drop 0.2", "--label-drop"), (decm, "--teacher none --w 1 --uncond --label-drop 0.2", "--label-drop"),
     (facm, "--w 1 --t-low 0.5", "--t-low"), (facm, "--alpha cos --power 0.3", "--power"), (facm, "--label-drop 0.2", "--label-drop"),
     (decm, "--P-std 1", "--P-std"), (decm, "--times arctan --segments 8", "--segments"), (decm, "--w 1 --vel-norm 2", "--vel-norm"),
     (decm, "--objectives fm cd --freq 2", "--freq"), (decm, "--objectives fm n2n --w1 1-t", "--w1"),
@@ -876,8 +888,9 @@ def test_a_flag_without_effect_is_refused(tmp_path, monkeypatch, capsys, module,
 @pytest.mark.parametrize("module", [flow, facm, decm, baselines, gcm], ids=lambda m: m.__name__)
 def test_a_presets_value_without_effect_is_none_of_the_users_flags(monkeypatch, module):
     for name in module.PRESETS:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--preset", name])
-        assert module.parse_args().given == ["preset"]
+        words = ["--preset", name, *(["--init", "weights.pt"] if name.endswith("_finetune") else [])]
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+        assert set(module.parse_args().given) == {word[2:] for word in words[::2]}
 
 
 def test_without_labels_a_network_that_has_classes_sees_the_null_label(teacher, tmp_path, monkeypatch, capsys):

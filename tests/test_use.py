@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -52,10 +53,11 @@ def cuda_claimed(monkeypatch):
     def uncounted(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
             return True
+        self.flops[torch.float32] = 1
         return func(*args, **(kwargs or {}))
 
     create, honest = models.create, seeds.generator
-    monkeypatch.setattr(dryrun.LivingBytes, "__torch_dispatch__", uncounted)   # counting takes most of the time
+    monkeypatch.setattr(dryrun.Meter, "__torch_dispatch__", uncounted)   # counting takes most of the time
     monkeypatch.setattr(dryrun, "DryRun", OnCuda)
     monkeypatch.setattr(models, "create", on_cuda)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
@@ -89,6 +91,28 @@ def test_a_step_leaves_no_tensor_on_the_cpu(cuda_claimed, monkeypatch, capsys, m
     assert "memory" in capsys.readouterr().out
     assert {p.device.type for p in cuda_claimed[0].net.parameters()} == {"cuda"}
     assert torch.nn.Module.to is before and not list(pathlib.Path().iterdir())     # nothing is changed or written
+
+
+def hours(monkeypatch, capsys, module, *flags):
+    """The hours and the line about the work in a dry run."""
+    call(monkeypatch, module, "--device", "cpu", *flags, "--dry-run")
+    printed = capsys.readouterr().out
+    return float(re.search(r"time +(\S+) hours", printed)[1]), re.search("work.*", printed)[0]
+
+
+def test_a_dry_run_counts_an_update_as_often_as_it_is_made(monkeypatch, capsys):
+    """DE-CM makes its second update in every --freq-th step."""
+    first = hours(monkeypatch, capsys, decm, *TINY, "--objectives", "fm", "cd")[0]
+    always, third = (hours(monkeypatch, capsys, decm, *TINY, "--freq", freq)[0] for freq in (1, 3))
+    assert third == pytest.approx(first + (always - first) / 3, rel=1e-3) and always > 1.5 * first
+
+
+def test_a_dry_run_counts_float32_at_its_own_rate(monkeypatch, capsys):
+    """GCM computes the difference of a pair in float32, also with --precision bf16."""
+    mixed, line = hours(monkeypatch, capsys, gcm, *TINY, "--precision", "bf16")
+    assert "bf16 and float32 rates (" in line
+    alone, line = hours(monkeypatch, capsys, gcm, *TINY, "--precision", "float32")
+    assert alone / 5 < mixed < alone and "float32 rate" in line
 
 
 def test_a_dry_run_opens_a_teacher_that_is_there(teacher, tmp_path, monkeypatch, capsys):
