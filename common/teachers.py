@@ -35,12 +35,19 @@ def find_or_train(args, dataset, run):
     if args.dry_run and args.teacher is None and not path.exists():
         options = data.fit_network_to(dataset, args.net)
         return models.create(**options).eval().requires_grad_(False), options
+    teacher, options = load(path, args, dataset, run.device)
+    args.teacher_id = checkpoints.fingerprint(path)
+    return teacher, options
+
+
+def load(path, args, dataset, device):
+    """The teacher in a checkpoint, frozen, and its options. Raises ValueError if it does not fit
+    the data or the flag --net."""
     say_if_unfinished(path)
     start, options = weights.read_start(path, args)
     options = data.fit_network_to(dataset, options)
-    teacher = models.create(**options, device=run.device)
+    teacher = models.create(**options, device=device)
     checkpoints.load_weights(teacher, start, path)
-    args.teacher_id = checkpoints.fingerprint(path)
     return teacher.eval().requires_grad_(False), options
 
 

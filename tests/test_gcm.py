@@ -873,7 +873,7 @@ def test_no_step_is_shorter_than_float32_can_take(monkeypatch):
 @pytest.mark.parametrize("flags, expected", [
     ([], (650, 0.0)), (["--epsilon", "0.1"], (0, 0.0)), (["--curriculum", "9"], (9, 0.0)),
     (["--preset", "cifar10"], (None, 0.9999)), (["--preset", "cifar10", "--ema-sigma", "0.1"], (None, 0.0)),
-    (["--preset", "cifar10_finetune", "--epsilon", "0.1"], (0, 0.9999))], ids=str)
+    (["--preset", "cifar10_finetune", "--init", "edm.pkl", "--epsilon", "0.1"], (0, 0.9999))], ids=str)
 def test_a_flag_given_by_hand_beats_its_alternative_in_the_preset(monkeypatch, flags, expected):
     monkeypatch.setattr("sys.argv", ["gcm.py", *flags])
     args = gcm.parse_args()
