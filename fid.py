@@ -932,7 +932,6 @@ def main():
         check_flags(args)
         folders.check_output(args.save_stats, args.json)
         device, rank, world = processes.start(args.device, precision="float32")
-        torch.backends.cudnn.allow_tf32 = False            # it rounds features to 10 bits
         sides, name = measure(args, device, rank, world)
         figures = compare_once(args, sides, name, device, rank, world)
     except ValueError as e:
