@@ -427,8 +427,8 @@ DETERMINISTIC = ("euler",)  # these need one noise, K = 1, whatever the NFE
 
 
 def default_sampler(nfe, args):
-    """The default sampler for an NFE (4.5). A run without one of the three objectives has a sampler
-    that does not need its jumps. args: the flags of the run, a dict."""
+    """The default sampler for an NFE (4.5). Without n2n it is not mix, and without fm not euler.
+    args: the flags of the run, a dict."""
     objectives = args["objectives"]
     if objectives == ["fm"]:
         return "euler"

@@ -142,7 +142,7 @@ PRESETS = {
         betas=(0.9, 0.99),
         lam=3.0,
         pt="uniform",
-        ht="ect",                          # G.2 names two changes of ECT's loss, and not its h
+        ht="ect",                          # G.2 changes two things in ECT's loss, not h
         curriculum=25_000,
         q=4.0,
         t_mid=(0.798,),
@@ -171,7 +171,7 @@ PRESETS["mnist"] = PRESETS["glyphs"] | dict(               # ours
     resolution=None, batch=16, net=PRESETS["glyphs"]["net"] | dict(width=16, mult=(1, 2, 4)))
 
 # For --init with a teacher that flow.py trained on this data (ours): fewer steps; a curriculum that
-# ends at eps = 2^-8 (from scratch: 2^-7); and lambda 0, the better one of 0 and 3 (docs/gcm.md)
+# ends at eps = 2^-8 (from scratch: 2^-7); and lambda 0, the better of 0 and 3 (docs/gcm.md)
 FINETUNE = dict(steps=1600, curriculum=200, lam=0.0)
 PRESETS["glyphs_finetune"] = PRESETS["glyphs"] | FINETUNE
 PRESETS["mnist_finetune"] = PRESETS["mnist"] | FINETUNE
@@ -397,8 +397,8 @@ def rms(a, dim):
 def mmd_loss(F, target, base, t, r, s, h, weight, M, sigma):
     """Time-aware energy distance [B], in groups of M, between base - h F, the end of the jump from
     t, and base - h f_tar, that of the jump from r. base: x_t + (s-r) f(x_t, t, s), no gradient.
-    paper: Eq. 46 is twice this without 1 / h, and G.1 names the form of Eq. 40, which has it; here:
-    half of that form, because M = 1 is then the norm, except for e^(-(t-r) / sigma).
+    paper: Eq. 46 has no factor 1 / h, and the form of Eq. 40, which G.1 names, has one; here: half
+    of the latter, because M = 1 is then the norm, except for e^(-(t-r) / sigma).
     paper: t - r for h; here: h, because t - r is smaller, and may be 0, where r is s.
     paper: IMM's sharing of times has Eq. 5's form (G.1); here: it has this form (--share-time)."""
     def group(a):
@@ -625,8 +625,8 @@ def check(args, net):
     if args.pt != "uniform" and len(set(args.pt_ab)) == 1:
         raise ValueError("--pt-ab A B: A and B must differ")
     if args.pt == "sine" and not all(0 <= value <= 2 for value in args.pt_ab):
-        raise ValueError("--pt-ab A B: with --pt sine, A and B lie between 0 and 2, so that the "
-                         "density is not negative")
+        raise ValueError("--pt-ab A B: with --pt sine, A and B must lie between 0 and 2, so that "
+                         "the density is not negative")
     if args.guide[0] > args.guide[1]:
         raise ValueError("--guide FIRST LAST: FIRST must not be after LAST")
     times = [T_MAX, *args.t_mid, T_MIN]

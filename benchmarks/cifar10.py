@@ -3,9 +3,9 @@
     python benchmarks/cifar10.py --features resnet56.pt
     python benchmarks/cifar10.py --features resnet56.pt --picture samples.png --curve curve.png
 
-FACM and DE-CM distil one teacher, a run of flow.py. GCM trains from scratch ("gcm"), for the seconds
-of the teacher and of a student together, or for those of a student from the weights of the teacher
-("gcm_finetune"). Each run uses one thread. 100 steps show how fast it is, and the number of its
+FACM and DE-CM distil one teacher, a run of flow.py. GCM is trained twice: from scratch ("gcm"), for
+as long as the teacher and a student together, and from the teacher's weights ("gcm_finetune"), for
+as long as a student. Each run uses one thread. 100 steps show how fast it is, and the number of its
 steps follows. A run is stopped three times by SIGTERM and resumed by the same
 command, so that it leaves checkpoints on its way. Runs are kept in --out, and the same command
 resumes a benchmark that was interrupted.
