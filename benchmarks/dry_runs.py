@@ -55,6 +55,8 @@ MEASURED = [
     "gcm.py --data imagenet_latents --batch 64 --net name=DiT-S/4 --w 1 --precision float32",
     "decm.py --data imagenet_latents --batch 16 --teacher none --w 1 --precision float32 "
     "--net name=LightningDiT patch=1 width=384 depth=12 heads=6",
+    "facm.py --data imagenet_latents --batch 16 --teacher none --w 1 --precision float32 "
+    "--grad-checkpoint --net name=LightningDiT patch=1 width=384 depth=12 heads=6",
 ]
 
 
