@@ -429,7 +429,7 @@ DETERMINISTIC = ("euler",)  # these need one noise, K = 1, whatever the NFE
 def default_sampler(nfe, args):
     """The default sampler for an NFE (4.5). Without n2n it is not mix, and without fm not euler.
     args: the flags of the run, a dict."""
-    objectives = args["objectives"]
+    objectives = args.get("objectives", ["fm", "cd", "n2n"])
     if objectives == ["fm"]:
         return "euler"
     if 4 <= nfe <= 16 and "n2n" in objectives:
@@ -447,6 +447,8 @@ def sampler_options(args):
 def preview(net, noise, args):
     """Two rows of samples at NFE 1, above two rows at NFE 2."""
     y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
+    if args.uncond:
+        y = torch.full_like(y, net.num_classes)
     return torch.cat([sample(net, noise, y, nfe=nfe) for nfe in (1, 2)])
 
 

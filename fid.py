@@ -460,7 +460,8 @@ def load_features(path, device="cpu"):
     if not path.is_file():
         raise ValueError(f"--features {path}: there is no such file")
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             net = torch.jit.load(path, map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} is not a TorchScript file ({type(e).__name__})") from None

@@ -191,9 +191,14 @@ def latent_statistics(stats, args, vae, channels):
     return torch.zeros(()), torch.tensor(1 / vae.scale)
 
 
-def choose_labels(labels, n, num_classes, seed, names=()):
+def choose_labels(labels, n, num_classes, seed, names=(), uncond=False):
     """Labels int64 [n] from --labels: all, random, or a list that is repeated, of numbers or of
-    class names in `names`. Raises ValueError for a label that the network does not have."""
+    class names in `names`. uncond: the network was trained with the null label alone, which is then
+    the label of all samples. Raises ValueError for a label that the network does not have."""
+    if uncond and num_classes:
+        if labels != "all":
+            raise ValueError(f"--labels {labels}: the network was trained without labels")
+        return torch.full((n,), num_classes)
     if labels == "all":
         return torch.arange(n) % max(num_classes, 1)
     if labels == "random":
@@ -263,8 +268,8 @@ def choose_sampler(net, checkpoint, nfe, sampler=None, **given):
 def check_flow_options(net, checkpoint, name, nfe, given):
     """Raises ValueError for options of flow matching that this network cannot use."""
     cfg, (start, end) = given.get("cfg", 1), given.get("cfg_interval", (0, 1))
-    if cfg != 1 and not net.num_classes:
-        raise ValueError("--cfg needs a network with classes, and this one has none")
+    if cfg != 1 and (not net.num_classes or checkpoint["args"].get("uncond")):
+        raise ValueError("--cfg needs a network that was trained with labels, and this one was not")
     if not math.isfinite(cfg) or not 0 <= start <= end <= 1:
         raise ValueError("--cfg must be finite, and --cfg-interval T0 T1 needs 0 <= T0 <= T1 <= 1")
     if cfg == 1 and ("cfg_interval" in given or "cfg_channels" in given):
@@ -350,21 +355,20 @@ def fingerprint(tensors):
 BEGUN = {"arr_0.npy", "done", "settings.part", ".owner"}       # may be there before settings.json
 
 
-def begin(folder, settings, shape, rank, npz):
+def begin(folder, settings, shape, npz):
     """Makes the folder of a stream, or opens one that was begun with the same settings. Returns
-    which samples are done, bool [N]. The folder has settings.json, done, and for an npz the images,
-    whose shape is [N, H, W, 3]. Raises ValueError on all processes, before anything is written, if
-    another command began the folder."""
+    which samples are done, bool [N], and the place of the first image in an npz's file of images.
+    The folder has settings.json, done, and for an npz the images, whose shape is [N, H, W, 3].
+    Raises ValueError, before anything is written, if another command began the folder."""
     note, existed = folder / "settings.json", folder.exists()
     settings = json.loads(json.dumps(settings))            # tuples become lists, as in the file
-    if existed and rank == 0:
+    if existed:
         folders.own(folder)
     if note.exists():
         check_settings(note, settings)
     elif existed and (not folder.is_dir() or {p.name for p in folder.iterdir()} - BEGUN):
         raise ValueError(f"{folder} exists, and this command did not create it; use another --out")
-    processes.barrier()
-    if rank == 0 and not note.exists():
+    if not note.exists():
         if not existed:
             folders.own(folder)
         if npz:
@@ -372,11 +376,11 @@ def begin(folder, settings, shape, rank, npz):
         (folder / "done").write_bytes(bytes(shape[0]))
         note.with_suffix(".part").write_text(json.dumps(settings))
         os.replace(note.with_suffix(".part"), note)
-    processes.barrier()
     done = (folder / "done").read_bytes() if (folder / "done").exists() else b""
     if len(done) != shape[0]:
         raise ValueError(f"{folder}/done is damaged; use another --out, or remove {folder}")
-    return np.frombuffer(done, bool)
+    offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
+    return np.frombuffer(done, bool), offset
 
 
 def check_settings(note, settings):
@@ -392,10 +396,12 @@ def check_settings(note, settings):
                              "another --out, or remove that folder")
 
 
-def write_at(path, place, content):
-    """Writes bytes into a file at this offset, through to the disk. It uses no memory map, because
-    its pages would count as memory of the process."""
-    with open(path, "r+b" if path.exists() else "wb") as file:
+def write_at(path, place, content, whole=False):
+    """Writes bytes into a file at this offset, through to the disk, or with `whole` a new file. It
+    uses no memory map, because its pages would count as memory of the process."""
+    # Without "wb" for the first case: the file may exist and not be seen yet on another computer
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0) | (os.O_TRUNC if whole else 0)
+    with open(os.open(path, flags, 0o666), "wb") as file:
         file.seek(place)
         file.write(content)
         file.flush()
@@ -421,11 +427,10 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
     folder = out.with_name(out.name + ".partial") if npz else out
     if npz and out.exists() and imagefiles.open_zip(out).namelist() != ["arr_0.npy", "arr_1.npy"]:
         raise ValueError(f"{out} exists and does not contain samples; use another --out")
-    done = begin(folder, settings, (n, size, size, 3), rank, npz)
+    done, offset = processes.from_first(lambda: begin(folder, settings, (n, size, size, 3), npz))
     todo = [(i, min(i + batch, n)) for i in range(0, n, batch) if not done[i:i + batch].all()]
     processes.barrier()                    # all have seen what is done before that changes
     todo = todo[len(todo) * rank // world:len(todo) * (rank + 1) // world]
-    offset = np.load(folder / "arr_0.npy", mmap_mode="r").offset if npz else 0
 
     def keep(first, x):
         pixels = to_pixels(decode, x, first)
@@ -435,7 +440,8 @@ def stream(out, settings, labels, size, batch, rank, world, sample, decode):
             write_at(folder / "arr_0.npy", offset + first * pixels[0].size, pixels.tobytes())
         else:
             for i, image in enumerate(pixels, first):
-                write_at(folder / f"{i:06d}-class{labels[i]}.png", 0, encode_png(image))
+                name = f"{i:06d}-class{labels[i]}.png"
+                write_at(folder / name, 0, encode_png(image), whole=True)
         write_at(folder / "done", first, bytes([1]) * len(pixels))
 
     with tqdm(total=sum(j - i for i, j in todo), unit="image", disable=rank > 0) as bar, \
@@ -464,6 +470,7 @@ def pack(folder, out, labels):
                     shutil.copyfileobj(source, member, 2 ** 20)
     write_at(folder / "npz", 0, b"")       # through to the disk
     os.replace(folder / "npz", out)
+    folders.disown(folder)                 # NFS does not remove the folder of an open file
     shutil.rmtree(folder)
 
 
@@ -532,7 +539,8 @@ def main():
             return
         decode, factor, decoder = load_decoder(args.vae, args.latent_stats, checkpoint, device)
         labels = choose_labels(args.labels, args.n, net.num_classes, args.seed,
-                               checkpoint["args"].get("class_names", ()))
+                               checkpoint["args"].get("class_names", ()),
+                               checkpoint["args"].get("uncond", False))
         samplers = [choose_sampler(net, checkpoint, nfe, **given) for nfe in nfes]
         if out.suffix == ".png":
             if rank == 0:

@@ -75,7 +75,10 @@ def real_images(name, size, part, n=20_000):
     if name == "glyphs":
         seeds = dict(classifier=1, reference=2, test=3)
         return data.glyphs(n, size, seed=seeds[part])
-    return data.read_torchvision(name, "data", train=part != "test")
+    images, labels = data.read_torchvision(name, "data", train=part != "test")
+    if images.shape[1] != size:
+        images = data.scale_arrays(images, size)
+    return images, labels
 
 
 def train_classifier(images, labels, seen=160_000, batch=128):
@@ -328,6 +331,9 @@ def main():
     try:
         rows, checkpoint = rows_of_checkpoint(args.run / "ckpt.pt", student_alone=args.log)
         train = checkpoint["args"]
+        if train.get("uncond"):
+            fail(f"{args.run} was trained without labels (--uncond), so that there is no digit to "
+                 "recognise")
         judge = Judge(train["data"], train["net"]["input_size"])
         if args.log:
             log_distances(args.run, judge, args.n, args.seed)

@@ -16,8 +16,6 @@ import os
 import pathlib
 import sys
 
-import torch.distributed as dist
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import fid
 import sample
@@ -92,6 +90,8 @@ def rows_asked_for(args, device):
         if not guided and (args.w != [None] or args.cfg_interval):
             raise ValueError(f"--w and --cfg-interval guide a flow-matching network; {path} is one of "
                              f"{checkpoint['method']}.py, which is sampled without guidance; leave them out")
+        if args.cfg_interval and all(w in (None, 1) for w in args.w):
+            raise ValueError("--cfg-interval has no effect without guidance; add --w")
         for w in args.w:
             for nfe in args.nfe:
                 rows.append(dict(checkpoint=path.name, step=checkpoint["step"],
@@ -125,28 +125,14 @@ def write_rows(path, rows):
     os.replace(part, path)
 
 
-def from_first_process(value, world):
-    """The value that process 0 has, on all processes."""
-    values = [value]
-    if world > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 # --------------------------------------------------------------------------------------------------
 # The measurements.
 
 def sweep(args, device, rank, world):
     """Measures the rows that are not finished, and writes each one immediately. Returns all
     requested rows, with their figures."""
-    asked, kept, problem = [], [], None
-    if rank == 0:                          # a run that trains may save between two processes' looks
-        try:
-            asked, kept = rows_asked_for(args, device), read_rows(args.out)
-        except ValueError as e:
-            problem = str(e)
-    fid.raise_together(problem, world)
-    asked, kept = from_first_process((asked, kept), world)
+    # The first process looks, because a run that trains may save between two processes' looks
+    asked, kept = processes.from_first(lambda: (rows_asked_for(args, device), read_rows(args.out)))
     todo = [row for row in asked if not find(row, kept, args.score)]
     if rank == 0:
         print(f"{args.run}: {len(asked)} rows, {len(todo)} of them to be measured", flush=True)
@@ -159,7 +145,7 @@ def sweep(args, device, rank, world):
         if judge is None:
             size = factor * checkpoint["args"]["net"]["input_size"]
             judge = evaluation.load_judge(args.ref, args.features, args.inception, size=size, device=device,
-                                          rank=rank, world=world)
+                                          data_dir=checkpoint["args"].get("data_dir"), rank=rank, world=world)
         chosen = sample.choose_sampler(net, checkpoint, row["nfe"], args.sampler, cfg=row["w"],
                                        cfg_interval=args.cfg_interval if row["w"] not in (None, 1) else None)
         figures = evaluation.measure(net, checkpoint, chosen, args.n, judge, decode, device, rank, world, args.seed,
@@ -169,7 +155,7 @@ def sweep(args, device, rank, world):
             write_rows(args.out, kept)
             shown = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
             print(f"{row['checkpoint']}, {name_of(row)}: {shown}", flush=True)
-    return [find(row, kept, False) for row in asked]
+    return [find(row, kept, args.score) for row in asked]
 
 
 def load(path, fingerprint, device, world):

@@ -46,8 +46,10 @@ def read(path):
         if str(path).endswith(".safetensors"):
             checkpoint = read_safetensors(path)
         else:
-            # The file is memory-mapped, so that several processes share its memory
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # The file is memory-mapped, so that several processes share its memory. Windows does
+            # not replace a file that is mapped
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True,
+                                    mmap=os.name != "nt")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as e:

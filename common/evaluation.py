@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import fid
@@ -59,7 +60,8 @@ def measure(net, checkpoint, chosen, n, judge, decode, device, rank=0, world=1, 
     net, checkpoint: as sample.load returns them; chosen: see sample.choose_sampler; decode: see
     sample.load_decoder. Raises ValueError, on all processes, if a sample is not finite.
     """
-    labels = sample.choose_labels("all", n, net.num_classes, seed)
+    uncond = checkpoint["args"].get("uncond", False)
+    labels = sample.choose_labels("all", n, net.num_classes, seed, uncond=uncond)
     first, images = draw_part(net, checkpoint, chosen, labels, seed, decode, rank, world)
     source = fid.Source(chosen.name, n, lambda i, j: images[i - first:j - first])
     found = fid.collect(source, judge.extract, score=score, width=len(judge.moments["mu"]),
@@ -78,18 +80,23 @@ def draw_part(net, checkpoint, chosen, labels, seed, decode, rank, world):
     batches = [batches_of(len(labels), k, world) for k in range(world)]
     rounds = max(len(starts) for starts in batches)
     own = batches[rank]
-    images, problem = [], None
+    images, problem, first = None, None, own[0]
     for k in range(rounds):
         i = own[min(k, len(own) - 1)]      # the last batch again, if the others have one more
         x = sample.draw_batch(net, checkpoint, chosen, seed, i, labels[i:i + sample.ROWS])
         if k >= len(own):
             continue
         try:
-            images.append(torch.from_numpy(sample.to_pixels(decode, x, i)))
+            pixels = sample.to_pixels(decode, x, i)
         except FloatingPointError as e:
             problem = str(e)
+            continue
+        if images is None:                 # one array, because two copies may not fit into memory
+            count = min(own[-1] + sample.ROWS, len(labels)) - first
+            images = np.empty((count, *pixels.shape[1:]), np.uint8)
+        images[i - first:i - first + len(pixels)] = pixels
     fid.raise_together(problem, world)
-    return own[0], torch.cat(images).numpy()
+    return first, images
 
 
 def batches_of(n, rank, world):

@@ -301,8 +301,8 @@ def walk(root):
 
     files, folders, seen = {}, set(), {os.path.realpath(root)}
     for folder, inner, names in os.walk(root, followlinks=True, onerror=refuse):
-        here = os.path.relpath(folder, root)
-        if here == ".":
+        here = os.path.relpath(folder, root).replace(os.sep, "/") + "/"        # on Windows as well
+        if here == "./":
             here = ""
         there = sorted(inner, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         inner.clear()
@@ -313,9 +313,9 @@ def walk(root):
             else:
                 seen.add(real)
                 inner.append(name)         # os.walk visits these
-                folders.add(os.path.join(here, name))
+                folders.add(here + name)
         for name in names:
-            files[os.path.join(here, name)] = os.path.join(here, name)
+            files[here + name] = here + name
     return files, folders
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -72,7 +73,9 @@ class Log:
         self.bar = tqdm(total=total, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
         if not quiet:
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in old if line_step(line) <= step))
+            part = path.with_suffix(".part")           # a kill meanwhile leaves the log as it was
+            part.write_text("".join(line for line in old if line_step(line) <= step))
+            os.replace(part, path)
             self.file = open(path, "a", buffering=1)
         self.tensorboard = None
         if tensorboard and not quiet:

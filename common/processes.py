@@ -3,6 +3,7 @@ and how a program ends."""
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import math
 import os
@@ -51,7 +52,8 @@ def start(device, compile=False, precision=None):
         if dist.is_nccl_available():       # not on Windows
             backend = "nccl"
     try:
-        dist.init_process_group(backend)
+        # Processes may finish their parts of the samples or the images many minutes apart
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     except (RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())
         fail(f"process {torchrun.rank()} cannot join the others ({reason[:200]}); is the port of "
@@ -104,6 +106,33 @@ def barrier():
         reason = " ".join(str(e).split())
         print(f"process {dist.get_rank()}: another process is gone ({reason})", file=sys.stderr)
         sys.exit(2)
+
+
+def from_first(compute):
+    """What compute() returns on process 0, on all processes. Only process 0 calls it, because other
+    computers may see new files late. Its ValueError is raised on all processes."""
+    found = [None, None]                   # the value, the text of an error
+    if torchrun.rank() == 0:
+        try:
+            found[0] = compute()
+        except ValueError as e:
+            found[1] = str(e)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[1]:
+        error = ValueError(found[1])
+        error.on_all_processes = True
+        raise error
+    return found[0]
+
+
+def same_everywhere(value):
+    """Whether all processes have the same value."""
+    if not dist.is_initialized():
+        return True
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
 
 
 def end():

@@ -112,6 +112,13 @@ class Run:
         if self.rank == 0:
             self.made = folders.own(self.folder)
         processes.barrier()
+        self.read_newest()
+        if not processes.same_everywhere(self.step):
+            raise ValueError(f"{self.folder}: the processes find different checkpoints there; it "
+                             "must be the same folder on all computers")
+
+    def read_newest(self):
+        """Reads the newest checkpoint, if there is one. Raises ValueError as open_folder does."""
         path = self.folder / "ckpt.pt"
         if self.args.fresh or not path.exists():
             return

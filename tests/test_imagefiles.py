@@ -678,6 +678,18 @@ def test_class_names_are_told_and_kept(tmp_path, monkeypatch, capsys):
     assert "    1  dog: 3" in capsys.readouterr().out
 
 
+def test_names_have_slashes_where_the_system_has_another_separator(tmp_path, monkeypatch):
+    for name in ("cat/0.png", "dog/deep/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    honest = os.path.relpath
+    with monkeypatch.context() as patch:
+        patch.setattr(imagefiles.os, "sep", "\\")
+        patch.setattr(imagefiles.os.path, "relpath", lambda *args: honest(*args).replace("/", "\\"))
+        files, found = imagefiles.walk(str(tmp_path))
+    assert set(files) == {"cat/0.png", "dog/deep/1.png"} and found == {"cat", "dog", "dog/deep"}
+
+
 def test_names_of_classes_that_are_numbers():
     """A list is read as names if all its words are names, and as numbers if none is one. Others are errors."""
     names = ("0", "1", "10", "2")

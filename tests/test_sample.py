@@ -27,7 +27,7 @@ import facm
 import flow
 import models
 import sample
-from common import checkpoints, seeds, weights
+from common import checkpoints, evaluation, seeds, weights
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_other_settings_are_not_mixed_in(trained, tmp_path, monkeypatch, capsys,
     flags = ["--ckpt", trained / "ckpt.pt", "--out", tmp_path / name, "--n", 8, "--device", "cpu"]
     folder = tmp_path / (f"{name}.partial" if name.endswith("npz") else name)
 
-    def full(*args):
+    def full(*args, **options):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -510,6 +510,29 @@ def test_every_sample_has_a_noise_of_its_own():
     for k, i in enumerate((4, 9)):
         assert torch.equal(noise[:, k], torch.randn((2, 1, 2, 2), generator=seeds.generator("cpu", 3, "sample", i)))
     assert not torch.equal(noise[:, 0], noise[:, 1])
+
+
+def test_a_network_trained_without_its_labels_draws_the_null_label(trained, tmp_path, monkeypatch, capsys):
+    """With --uncond and a teacher of ten classes only the null label is trained, so previews, evaluations and samples have it."""
+    seen = []
+    honest = facm.sample
+    monkeypatch.setattr(facm, "sample", lambda net, noise, y, **options: (seen.append(y.tolist()), honest(net, noise, y, **options))[1])
+    monkeypatch.setitem(facm.SAMPLERS, "cm", facm.sample)
+    call(monkeypatch, facm, *TINY, "--teacher", trained / "teacher.pt", "--uncond", "--w", 1, "--steps", 1, "--preview-every", 1,
+         "--out", tmp_path / "run")
+    call(monkeypatch, sample, "--ckpt", tmp_path / "run/ckpt.pt", "--n", 4, "--device", "cpu", "--out", tmp_path / "x.npz")
+    assert len(seen) == 3 and set(seen[0]) == set(seen[1]) == {10} and seen[2][:4] == [10] * 4      # the others fill the batch
+    assert read(tmp_path / "x.npz")[1].tolist() == [10] * 4
+    capsys.readouterr()
+    line = refused(monkeypatch, capsys, sample, "--ckpt", tmp_path / "run/ckpt.pt", "--labels", "3", "--device", "cpu")
+    assert "--labels 3: the network was trained without labels" in line
+    net, checkpoint = sample.load(tmp_path / "run/ckpt.pt")
+    chosen, labels = sample.choose_sampler(net, checkpoint, 1), []
+    monkeypatch.setattr(sample, "draw_batch", lambda *args, honest=sample.draw_batch: (labels.extend(args[5].tolist()), honest(*args))[1])
+    monkeypatch.setattr(evaluation.fid, "collect", lambda *args, **options: None)
+    monkeypatch.setattr(evaluation.fid, "compare_once", lambda *args: {})
+    evaluation.measure(net, checkpoint, chosen, 5, evaluation.Judge(None, "", dict(mu=torch.zeros(1))), lambda x: x, "cpu")
+    assert labels == [10] * 5
 
 
 def test_random_labels_follow_the_seed():

@@ -406,8 +406,11 @@ def test_the_inception_score_is_a_column_if_asked_for(run, glyphs, tmp_path, mon
     flags = ["--ref", glyphs, "--n", 70, "--nfe", 1]
     found, measured = swept(monkeypatch, run, *flags)
     assert len(measured) == 2 and "IS" not in found[0]
+    capsys.readouterr()
     found, measured = swept(monkeypatch, run, *flags, "--is")
-    assert len(measured) == 2 and all(row["IS"] >= 1 for row in found[2:]) and "IS" in capsys.readouterr().out
+    assert len(measured) == 2 and all(row["IS"] >= 1 for row in found[2:])
+    table = capsys.readouterr().out.split("checkpoint  ")[-1]          # of the rows that have the score, not of the earlier ones
+    assert "IS" in table.splitlines()[0] and len(table.splitlines()) == 3
     assert swept(monkeypatch, run, *flags, "--is")[1] == [] == swept(monkeypatch, run, *flags)[1]
 
 
@@ -416,7 +419,7 @@ def test_the_inception_score_is_a_column_if_asked_for(run, glyphs, tmp_path, mon
     ("broken --ref ref.npz", "broken/ckpt.pt is "), ("run --ref nowhere.npz --features small.pt", "nowhere.npz: there is no such file"),
     ("run --ref ref.npz --features small.pt --vae small.pt", "this network draws images"), ("run --ref ref.npz --out x.txt", "must end in .json"),
     ("run --ref ref.npz --features small.pt --out text.json", "text.json does not hold rows"), ("run --ref ref.npz --n 1", "--n"),
-    ("run --ref ref.npz --is --features small.pt", "--is and --inception"), ("run --ref ref.npz --nfe 0", "--nfe 0")])
+    ("run --ref ref.npz --is --features small.pt", "--is and --inception"), ("run --ref ref.npz --cfg-interval 0 1", "--cfg-interval"), ("run --ref ref.npz --nfe 0", "--nfe 0")])
 def test_mistakes_of_a_sweep_end_in_one_line(watched, net, ref, monkeypatch, capsys, flags, words):
     shutil.copytree(watched, "run")
     shutil.copy(net, "small.pt")
