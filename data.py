@@ -310,7 +310,10 @@ class Latents(Dataset):
         labels = np.concatenate(labels)
         if not len(labels):
             raise ValueError(f"{folder}: its shards contain no latents")
-        super().__init__(labels, shapes.pop(), int(labels.max()) + 1, xflip)
+        num_classes = 0
+        if any(has_labels(path) for path in self.paths):
+            num_classes = int(labels.max()) + 1
+        super().__init__(labels, shapes.pop(), num_classes, xflip)
         self.mean, self.std = read_stats(folder, self.shape[0])
 
     def raw(self, index, flip):
@@ -393,11 +396,7 @@ def map_tensors(path):
     """{name: type} and {name: memory-mapped array} of a .safetensors file. Raises an error of any
     kind for another file. Arrays of types that NumPy does not have are left out."""
     types, arrays = {}, {}
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError("its header is not complete")
-        header = json.loads(file.read(length))
+    header, length = read_header(path)
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
@@ -407,6 +406,23 @@ def map_tensors(path):
             arrays[name] = np.asarray(np.memmap(
                 path, SHARD_TYPES[tensor["dtype"]], "r", place, tuple(tensor["shape"])))
     return types, arrays
+
+
+def read_header(path):
+    """The JSON header of a .safetensors file, and its length in bytes."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError("its header is not complete")
+        return json.loads(file.read(length)), length
+
+
+NO_LABELS = {"labels": "none"}             # the metadata of a shard of images without labels
+
+
+def has_labels(path):
+    """Whether the labels of a shard have a meaning; encode.py notes if they have none."""
+    return read_header(path)[0].get("__metadata__") != NO_LABELS
 
 
 def as_float(latents):
@@ -748,9 +764,10 @@ def say_if_scaled(name, width, height, resolution):
 def load_for(args):
     """The data set of a training script's flags. With --dry-run it has zeros instead of data.
 
-    Adds to args what a checkpoint keeps: class_names; samples, a fingerprint by which a resumed run
-    recognises its data, even if they were moved; and latent_stats, the mean and the std of latents
-    with a number for each channel, or None. Raises ValueError as `load` does.
+    Adds to args what a checkpoint keeps: uncond, if there are no labels; class_names; samples, a
+    fingerprint by which a resumed run recognises its data, even if they were moved; and
+    latent_stats, the mean and the std of latents with a number for each channel, or None. Raises
+    ValueError as `load` does.
     """
     if args.dry_run:
         return Zeros(args)
@@ -765,6 +782,8 @@ def load_for(args):
         resolution = None                  # that of the preset is for images
     dataset = load(args.data, resolution, args.data_dir, args.num_classes, args.uncond,
                    args.xflip, args.skip_broken, args.channels)
+    if not dataset.num_classes:            # also with a network that has classes
+        args.uncond = True
     if isinstance(dataset, Files):
         say_what_is_there(args.data, dataset)
     args.class_names = list(dataset.class_names)

@@ -165,7 +165,7 @@ def write_shard(path, vae, images, rows, numbers, args, device, quiet):
             latents.append((mean + std * torch.stack(noise).to(device)).cpu())
     shard = safetensors.torch.save(dict(
         latents=torch.cat(straight).contiguous(), latents_flip=torch.cat(mirrored).contiguous(),
-        labels=images.labels[rows]))
+        labels=images.labels[rows]), metadata=None if images.num_classes else data.NO_LABELS)
     part = pathlib.Path(f"{path}.part")    # renamed when it is complete
     part.write_bytes(shard)
     os.replace(part, path)

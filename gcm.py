@@ -513,7 +513,8 @@ def sample_times(u, *, scheme="gcm", variant="CU", pt="sine", ab=(1.0, 0.01), nu
     paper: w(t) / p(t|s); here: p(t|s) is relative to the uniform density on [s, t_T], which removes
     a factor t_T - s from the weight, because uniform times have the weight w(t) in 3.3. This makes
     a difference for VU only."""
-    normal = P_mean + P_std * torch.special.ndtri(u)
+    uniform = u.cpu() if u.device.type == "mps" else u     # Apple's GPUs have no ndtri
+    normal = P_mean + P_std * torch.special.ndtri(uniform).to(u)
     density = torch.ones_like(u[0])
     s, same = torch.full_like(u[0], T_MIN), u[3] < equal
     if scheme == "gcm":

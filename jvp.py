@@ -418,6 +418,9 @@ class _Watch(TorchDispatchMode):
         for described, argument in zip(func._schema.arguments, args):
             if described.is_write and _storage(argument) in self.storages:
                 raise NotImplementedError(f"fused: {self.name}{WRITES}")
+        # PyTorch crashes if one of its "zero tensors", the tangents of constants, is scaled here
+        args = [torch.zeros(a.shape, dtype=a.dtype, device=a.device)
+                if isinstance(a, torch.Tensor) and a._is_zerotensor() else a for a in args]
         return func(*args, **(kwargs or {}))
 
 
@@ -539,7 +542,7 @@ def _exp(y, x, dx):
 
 def _log(y, x, dx):
     """dy = dx / x."""
-    return dx / x
+    return dx / x.to(y.dtype)
 
 
 def _sin(y, x, dx):
@@ -649,7 +652,8 @@ def _layer_norm(y, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cu
 def _rms_norm(y, x, dx, normalized_shape, weight=None, eps=None):
     """y = w x / r with r^2 = mean(x^2) + eps: dy = w (dx - x mean(x dx) / r^2) / r."""
     last = tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps is None:                        # PyTorch computes in float32 at least
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     x, dx = x.to(y.dtype), dx.to(y.dtype)
     square = x.square().mean(last, keepdim=True) + eps
     tangent = (dx - x * (x * dx).mean(last, keepdim=True) / square) * square.rsqrt()

@@ -24,7 +24,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 # These flags change the result, but may change when a run is resumed: this is printed and logged
 MAY_CHANGE_WITH_A_NOTE = {"lr", "clip", "warmup", "precision", "jvp", "compile"}
 # The entries of the flags that a training function sets from the data and from the teacher
-FILLED_IN = {"net", "samples", "class_names", "latent_stats", "teacher_id"}
+FILLED_IN = {"net", "samples", "uncond", "class_names", "latent_stats", "teacher_id"}
 
 
 @processes.program("--micro-batch, --grad-checkpoint, --precision bf16 and --fsdp need less "
@@ -162,7 +162,10 @@ class Run:
         if self.args.eval_every:           # of step 1, because that of step 0 is no student yet
             self.evaluation.choose_samplers(net, self.as_checkpoint() | dict(step=1))
         if self.checkpoint:
-            self.check_flags([name for name in self.checkpoint["args"] if name in FILLED_IN])
+            names = [name for name in self.checkpoint["args"] if name in FILLED_IN]
+            if not net.num_classes and "uncond" in names:
+                names.remove("uncond")     # it makes no difference then
+            self.check_flags(names)
             path = self.folder / "ckpt.pt"
             checkpoints.load_weights(net, self.checkpoint["model"], path)
             checkpoints.load_weights(ema, self.checkpoint["ema"], path)

@@ -80,6 +80,8 @@ def encode(tree, captions, out, resolution, encode_text, encode_image):
     with uint8 [1, 3, H, W], returns the latents [C, h, w] of an image.
     """
     out = pathlib.Path(out)
+    if any(out.glob("*.safetensors")):     # they would be mixed with those of now
+        sys.exit(f"error: {out} already contains encoded images; remove them, or use another --out")
     out.mkdir(parents=True, exist_ok=True)
     write(out / "null.safetensors", encode_text(""))
     for number, (name, caption) in enumerate(captions.items(), start=1):

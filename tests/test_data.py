@@ -935,6 +935,14 @@ def test_encode_is_the_direct_path_and_goes_on_where_it_stopped(tmp_path, monkey
     assert "another --out" in capsys.readouterr().err
 
 
+def test_latents_of_images_without_labels_have_none(tmp_path, monkeypatch):
+    small_vae(tmp_path)
+    folder = write_images(tmp_path / "images", ["0.png", "1.png", "2.png"])
+    command(monkeypatch, encode, "--images", folder, "--vae", tmp_path / "vae.pt", "--out", tmp_path / "z", "--resolution", 16,
+            "--device", "cpu")
+    assert data.load(str(tmp_path / "z")).num_classes == 0 == data.load(str(folder), 16).num_classes
+
+
 def test_latents_of_the_sd_vae_have_its_scale(tmp_path, monkeypatch):
     """Networks on these latents, such as DiT, expect 0.18215 z, and not latents of mean 0 and standard deviation 1."""
     vae, folder = small_vae(tmp_path), write_images(tmp_path / "images", NAMES)

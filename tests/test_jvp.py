@@ -300,6 +300,8 @@ OPERATIONS = {
     "add, alpha": lambda x: torch.add(x, x.sin(), alpha=3), "sub, alpha": lambda x: x.sub(x.sin(), alpha=3), "add by keyword": lambda x: torch.add(input=w, other=x),
     "rsub": lambda x: torch.rsub(x, 2), "div, floor": lambda x: torch.div(x, 0.3, rounding_mode="floor"), "addcmul": lambda x: torch.addcmul(w, x, x.sin()),
     "addcmul, value": lambda x: torch.addcmul(x, x, x, value=2), "addcmul, alone": lambda x: torch.addcmul(x, w, w), "addcmul, wide": lambda x: torch.addcmul(filter3.view(12, 1, 1, 4)[..., :1], x, x), "addcdiv": lambda x: torch.addcdiv(x, x, x.exp()),
+    "addcmul, value, of a constant": lambda x: torch.addcmul(x, x, w, value=2), "addcdiv, value, by a constant": lambda x: torch.addcdiv(x, x, w.exp(), value=2),
+    "addmm, beta, to a constant": lambda x: torch.addmm(w[0], x[0] @ square, square, beta=0.5), "baddbmm, beta, to a constant": lambda x: torch.baddbmm(w @ w.mT, x, x.mT, beta=0.5, alpha=0.3),
     "lerp": lambda x: torch.lerp(x, x.sin(), 0.3), "maximum": lambda x: torch.maximum(x, -x), "minimum": lambda x: torch.minimum(x, w), "fmod": lambda x: torch.fmod(x, 0.7),
     "where": lambda x: torch.where(x > 0, x, 0.1 * x), "bmm": lambda x: torch.bmm(x, x.mT), "bmm by keyword": lambda x: torch.bmm(x, mat2=x.mT), "mm": lambda x: torch.mm(x[0], square),
     "baddbmm": lambda x: torch.baddbmm(x @ x.mT, x, x.mT), "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x.sin()), "tensordot": lambda x: torch.tensordot(x, square, 1),
@@ -350,6 +352,15 @@ OPERATIONS = {
     "interpolate [2, 4, 4, 6]": lambda x: F.interpolate(x, scale_factor=2), "bilinear [2, 4, 4, 6]": lambda x: F.interpolate(x, size=(5, 5), mode="bilinear"), "pixel_shuffle [2, 4, 4, 6]": lambda x: F.pixel_shuffle(x, 2),
     "F.unfold [2, 4, 4, 6]": lambda x: F.unfold(x, 2), "group_norm [2, 4, 4, 6]": lambda x: F.group_norm(x, 2, mean, var, 1e-3), "group_norm [5, 4]": lambda x: F.group_norm(x, 2, mean, var),
     "conv3d [2, 4, 2, 4, 6]": lambda x: F.conv3d(x, filter3, padding=1), "group_norm [2, 4, 2, 4, 6]": lambda x: F.group_norm(x, 2, mean, var), "avg_pool3d [2, 4, 2, 4, 6]": lambda x: F.avg_pool3d(x, 2)}
+
+
+def test_the_eps_of_rms_norm_is_that_of_float32_in_bfloat16_too():
+    """PyTorch's default for a bfloat16 input is the eps of float32, and with that of bfloat16 small inputs have a wrong tangent."""
+    x, dx = 0.03 * torch.randn(4, 64), torch.randn(4, 64)
+    x, dx = x.bfloat16(), dx.bfloat16()
+    tangent = F.rms_norm(Dual(x, dx), (64,)).tangent.float()
+    exact = torch.func.jvp(lambda x: F.rms_norm(x, (64,)), (x.float(),), (dx.float(),))[1]
+    assert (tangent - exact).norm() < 0.02 * exact.norm()
 
 
 def moving_parts(result):

@@ -90,6 +90,8 @@ def test_a_folder_of_images_and_captions_is_encoded_once(tmp_path):
     drawn = text_to_image.draw(files, 20, seed=0)
     assert drawn["x1"].shape == (20, 3, 4, 4) and set(drawn["tokens"][:, 1].tolist()) == {ord("a"), ord("b")}
     assert all((x == (10 if token[1] == ord("a") else 200)).all() for x, token in zip(drawn["x1"], drawn["tokens"]))
+    with pytest.raises(SystemExit, match="already contains encoded images"):
+        text_to_image.encode(tree, texts, tmp_path / "out", 4, None, None)
     (tmp_path / "in/b.txt").unlink()
     with pytest.raises(SystemExit, match="error: b.png has no caption b.txt beside it"):
         text_to_image.read(tmp_path / "in")

@@ -903,6 +903,19 @@ def test_without_labels_a_network_that_has_classes_sees_the_null_label(teacher, 
     assert (calls["facm_loss"][0][5] == 10).all()
 
 
+def test_data_without_labels_train_the_null_label(teacher, tmp_path, monkeypatch, capsys):
+    """The network has the ten classes of its teacher. The run can be resumed, and its samples have the null label as well."""
+    calls = {}
+    watch(monkeypatch, calls, facm, "facm_loss")
+    np.savez(tmp_path / "x.npz", images=np.zeros((8, 12, 12, 3), np.uint8))
+    command = [*TINY[2:], "--data", tmp_path / "x.npz", "--preset", "glyphs", "--teacher", teacher, "--out", tmp_path / "run"]
+    assert "--w 1.75: guidance needs labels" in refused(monkeypatch, capsys, facm, "--device", "cpu", *command)
+    for steps in (1, 2):
+        call(monkeypatch, facm, "--device", "cpu", *command, "--w", 1, "--steps", steps, "--lr-final", 1)
+    assert (calls["facm_loss"][0][5] == 10).all()
+    assert checkpoints.read(tmp_path / "run/ckpt.pt")["args"]["uncond"] is True
+
+
 @pytest.mark.parametrize("held, given, key", [({}, ["width=16"], "width=8"), (dict(pixelnorm=True), [], "pixelnorm=True")], ids=str)
 def test_a_default_teacher_with_another_network_is_refused(teacher, tmp_path, monkeypatch, capsys, held, given, key):
     """The teacher is refused even if the student's flags do not name the option that differs."""
