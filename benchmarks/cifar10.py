@@ -6,15 +6,17 @@
 FACM and DE-CM distil one teacher, a run of flow.py. GCM is trained twice: from scratch ("gcm"), for
 as long as the teacher and a student together, and from the teacher's weights ("gcm_finetune"), for
 as long as a student. Each run uses one thread. 100 steps show how fast it is, and the number of its
-steps follows. A run is stopped three times by SIGTERM and resumed by the same
-command, so that it leaves checkpoints on its way. Runs are kept in --out, and the same command
-resumes a benchmark that was interrupted.
+steps follows. --teacher-images and --images set how many images a run sees instead, for comparisons
+with earlier runs. A run is stopped by SIGTERM now and then and resumed by the same command, so that
+it leaves checkpoints on its way. Runs are kept in --out, and the same command resumes a benchmark
+that was interrupted.
 
 The measure is the Frechet distance of n samples to all training images, in the features of a
 classifier of CIFAR-10: TorchScript, uint8 [N, 3, 32, 32] -> float [N, D]. It is no FID.
 """
 
 import concurrent.futures
+import importlib
 import importlib.util
 import json
 import os
@@ -77,14 +79,15 @@ def step_of(path):
 def train(name, args):
     """Trains the run `name`, and keeps its checkpoints on the way as NAME-piece1.pt, ...; returns
     their paths."""
-    method, preset, seconds = name, "mnist", args.seconds
+    method, preset, seconds, images = name, "mnist", args.seconds, args.images
     flags, teacher = [*FLAGS, "--data", args.data], args.out / "flow/ckpt.pt"
     if name == "flow":
         flags += PRECONDITIONED
-        seconds = args.teacher_seconds
+        seconds, images = args.teacher_seconds, args.teacher_images
     elif name == "gcm":
         flags += [*NETWORK, "--sigma-data", "0.5"]
         seconds = args.teacher_seconds + args.seconds
+        images = images and args.teacher_images + images
     elif name == "gcm_finetune":
         method, preset = "gcm", "mnist_finetune"
         flags += [*PRECONDITIONED, "--sigma-data", "0.5", "--init", teacher]
@@ -93,12 +96,12 @@ def train(name, args):
     flags += ["--preset", preset]
     script, folder, probe = ROOT / f"{method}.py", args.out / name, args.out / f"probe-{name}"
 
-    # How fast it is; the first line of the log has what PyTorch does once
-    python(script, *flags, "--steps", 100, "--out", probe)
-    lines = [line for line in read_lines(probe / "log.jsonl") if "images_per_s" in line]
-    images_per_second = statistics.median_high([line["images_per_s"] for line in lines[1:]])
-    batch = checkpoints.read(probe / "ckpt.pt")["args"]["batch"]
-    steps = 50 * max(1, round(images_per_second * seconds / batch / 50))
+    if not images:                         # the first line of the log has what PyTorch does once
+        python(script, *flags, "--steps", 100, "--out", probe)
+        lines = [line for line in read_lines(probe / "log.jsonl") if "images_per_s" in line]
+        images = seconds * statistics.median_high([line["images_per_s"] for line in lines[1:]])
+    batch = importlib.import_module(method).PRESETS[preset]["batch"]
+    steps = 50 * max(1, round(images / batch / 50))
     if method == "gcm":
         flags += ["--curriculum", bakeoff.curriculum(preset, steps)]
 
@@ -205,6 +208,8 @@ def main():
                    help="what is trained and measured")
     p.add_argument("--teacher-seconds", type=float, default=1440, help="of flow matching")
     p.add_argument("--seconds", type=float, default=1440, help="of a method, after the teacher")
+    p.add_argument("--teacher-images", type=int, help="images of flow matching, not seconds")
+    p.add_argument("--images", type=int, help="images of a method, not seconds")
     p.add_argument("--n", type=int, default=10_000, help="samples for each figure")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     p.add_argument("--out", type=pathlib.Path, default="runs/cifar10", help="folder of the runs")
@@ -213,6 +218,8 @@ def main():
     p.add_argument("--curve", type=pathlib.Path, help="draw the distances over images seen, with "
                    "matplotlib, into this PNG")
     args = p.parse_args()
+    if bool(args.images) != bool(args.teacher_images):
+        fail("--images and --teacher-images belong together")
     for path in (args.json, args.picture, args.curve):
         folders.check_output(path)
     if args.n < 1000 or args.jobs < 1 or min(args.seconds, args.teacher_seconds) < 60:
@@ -243,7 +250,8 @@ def main():
         data.save_grid(args.picture, images, 10, scale=2, labels=list(shown))
     if args.json:
         text = json.dumps(dict(
-            n=args.n, seconds=args.seconds, teacher_seconds=args.teacher_seconds, figures=figures,
+            n=args.n, seconds=args.seconds, teacher_seconds=args.teacher_seconds,
+            images=args.images, teacher_images=args.teacher_images, figures=figures,
             training_images=floor, **quickstart.provenance()), indent=2)
         args.json.write_text(text + "\n")
 
