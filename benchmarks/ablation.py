@@ -106,7 +106,9 @@ TABLES = {
             Row("MeanFlow", f"{MEANFLOW} {DIT_LR}", (None, 1.74), "baselines.py",
                 DIT + DIT_TEACHER),
             Row("sCM, pixel norm.", f"{SCM} {DIT_LR}", (None, 1.94), "baselines.py",
-                DIT + " pixelnorm=True" + DIT_TEACHER)]),
+                DIT + " pixelnorm=True" + DIT_TEACHER),
+            Row("sCM", f"{SCM} {DIT_LR}", (), "baselines.py", DIT + DIT_TEACHER),
+            Row("FACM, pixel norm.", DIT_LR, teacher=DIT + " pixelnorm=True" + DIT_TEACHER)]),
     "stability": Table(
         "facm.py", 400, [(None, 1)], flags=LOG_ALL, seeds=(0, 1, 2, 3, 4), gradients=True, rows=[
             Row("FACM", ""),
