@@ -233,7 +233,8 @@ def test_the_rate_falls_as_the_inverse_square_root(tmp_path, monkeypatch):
     """The rate is constant until --lr-decay, and then lr sqrt(decay / step). The preset's decay is 2,000 steps."""
     rates = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    train(monkeypatch, "--net", "width=32", "mult=1,", "blocks=0", "head_channels=16", "--lr-decay", 2, "--steps", 5, "--out", tmp_path)
+    torch.save({"unet." + k: v for k, v in fill(models.create(**SMALL)).state_dict().items()}, tmp_path / "edm2.pt")
+    train(monkeypatch, "--init", tmp_path / "edm2.pt", "--net", "head_channels=16", "--lr-decay", 2, "--steps", 5, "--out", tmp_path / "run")
     hook.remove()
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3 * math.sqrt(2 / 3), 1e-3 * math.sqrt(2 / 4)])
     assert gcm.PRESETS["imagenet64_finetune"]["lr_decay"] == 2000

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_the_preview_is_guided_if_there_are_labels(num_classes):
     def net(x, t, s, y):
         return by_label(x, t, s, y.where(y < 3, 0)) if num_classes else torch.ones_like(x)
     net.num_classes = num_classes
-    images = flow.preview(net, torch.zeros(1, 4, 1, 2, 2), None)
+    images = flow.preview(net, torch.zeros(1, 4, 1, 2, 2), types.SimpleNamespace(uncond=False))
     plain, guided = images[:4, 0, 0, 0], images[4:, 0, 0, 0]
     assert plain.tolist() == pytest.approx([0, 1, 2, 0] if num_classes else [1] * 4)
     if num_classes:                        # the null label's velocity is 0; 17 of 20 steps are guided
