@@ -896,6 +896,14 @@ def preview_noise(seed, shape):
     return torch.randn((2, 20, *shape), generator=seeds.generator("cpu", seed, "preview"))
 
 
+def preview_labels(net, noise, uncond):
+    """The labels [B] of a preview of the noise [K, B, ...]: the classes in turn or, for a network
+    that is trained without labels, the null label."""
+    if uncond:
+        return noise.new_full((noise.shape[1],), net.num_classes, dtype=torch.int64)
+    return torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
+
+
 def save_preview(path, images):
     """Writes images, float [N, C, H, W] in [-1, 1] with C 1 or 3, as a PNG with 10 in a row. Small
     images are enlarged 3 times. Does nothing if path is None. If the file cannot be written, this

@@ -446,9 +446,7 @@ def sampler_options(args):
 
 def preview(net, noise, args):
     """Two rows of samples at NFE 1, above two rows at NFE 2."""
-    y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
-    if args.uncond:
-        y = torch.full_like(y, net.num_classes)
+    y = data.preview_labels(net, noise, args.uncond)
     return torch.cat([sample(net, noise, y, nfe=nfe) for nfe in (1, 2)])
 
 

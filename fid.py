@@ -603,9 +603,7 @@ def raise_together(problem, world):
         dist.all_gather_object(problems, problem)
     for text in problems:
         if text:
-            error = ValueError(text)
-            error.on_all_processes = True
-            raise error
+            processes.raise_on_all(text)
 
 
 def gather_rows(rows, rank, world):

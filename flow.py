@@ -232,9 +232,7 @@ def sampler_options(args):
 
 def preview(net, noise, args):
     """Two rows of samples in 20 Euler steps, above two rows with FACM's guidance for ImageNet."""
-    y = torch.arange(noise.shape[1], device=noise.device) % max(net.num_classes, 1)
-    if args.uncond:
-        y = torch.full_like(y, net.num_classes)
+    y = data.preview_labels(net, noise, args.uncond)
     rows = [integrate(net, noise, y, nfe=20)]
     if net.num_classes and not args.uncond:
         rows.append(integrate(net, noise, y, nfe=20, y_null=net.num_classes, cfg=1.75,

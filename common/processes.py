@@ -120,10 +120,15 @@ def from_first(compute):
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     if found[1]:
-        error = ValueError(found[1])
-        error.on_all_processes = True
-        raise error
+        raise_on_all(found[1])
     return found[0]
+
+
+def raise_on_all(text):
+    """Raises a ValueError that all processes raise, see leave_with."""
+    error = ValueError(text)
+    error.on_all_processes = True
+    raise error
 
 
 def same_everywhere(value):
